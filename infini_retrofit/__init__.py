@@ -1,0 +1,1 @@
+"""A compressive memory of fixed size (Infini-attention) inside pretrained language models."""

@@ -1,0 +1,140 @@
+"""How one forward pass is cut into segments, and the value in which memory crosses calls.
+
+Knows shapes only: nothing here computes attention, and nothing knows of models.
+
+Axes:
+    R  row of the batch as the model sees it
+    T  token of a row
+    B  document
+    S  segment of a document
+    L  token of a segment (padding at the end of a document's last one)
+    H  head
+    K  channel of a head
+    P  rotated channel
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from infini_retrofit.local_context import LocalContext
+from infini_retrofit.memory import MemoryState
+
+Read = Literal["off", "own", "swapped"]
+
+
+@dataclass(frozen=True)
+class Carried:
+    """What crosses a segment border in one layer."""
+
+    memory: MemoryState | None = None
+    context: LocalContext | None = None
+
+
+@dataclass
+class Carrier:
+    """How one forward pass is cut, and what its layers carry in and out.
+
+    Made for a single call and passed through it as the keyword `carrier`, so that memory
+    never lives in a module.
+
+    Attributes:
+        num_segments: rows of the batch that make up one document (folded); None: every row
+            is a document, which the layer cuts itself (in-layer).
+        segment_length: tokens of a segment when cut in-layer; None: the layer's own.
+        read: whose memory a document reads: its `own`, `swapped` (that of the document before
+            it in the batch), or none (`off`).
+        is_token: False where a row holds padding; None: no padding. In-layer a row may be
+            padded on either side; folded, a document may be padded at its end only.
+        before: what each layer starts with, by layer index; a layer not named starts empty.
+        after: what each layer ends with, written by the layers. It continues the document
+            only where that ended with a whole segment.
+    """
+
+    num_segments: int | None = None
+    segment_length: int | None = None
+    read: Read = "own"
+    is_token: Bool[Tensor, "R T"] | None = None
+    before: dict[int, Carried] = field(default_factory=dict)
+    after: dict[int, Carried] = field(default_factory=dict)
+
+
+class SegmentCut:
+    """The cut of one (row, token) grid into (document, segment, token).
+
+    Attributes:
+        is_token: False at padding, of the documents or added to fill the last segment; None:
+            no padding anywhere.
+    """
+
+    is_token: Bool[Tensor, "B S L"] | None
+
+    def __init__(self, hidden_states: Tensor, carrier: Carrier, length: int) -> None:
+        num_rows, num_tokens = hidden_states.shape[:2]
+        self.num_rows, self.num_tokens = num_rows, num_tokens
+        self.order: Tensor | None = None
+        is_token = carrier.is_token
+        if carrier.num_segments is not None:
+            assert num_rows % carrier.num_segments == 0, "folded rows must fill whole documents"
+            self.grid = (num_rows // carrier.num_segments, carrier.num_segments, num_tokens)
+            self.padding = 0
+        else:
+            length = min(carrier.segment_length or length, num_tokens)
+            num_segments = -(-num_tokens // length)
+            self.grid = (num_rows, num_segments, length)
+            self.padding = num_segments * length - num_tokens
+            if is_token is not None:
+                self.order = _tokens_first(is_token)
+        if is_token is None and self.padding:
+            is_token = hidden_states.new_ones(num_rows, num_tokens, dtype=torch.bool)
+        self.is_token = None if is_token is None else self._grid(is_token)
+
+    def _grid(self, x: Tensor) -> Tensor:
+        """Lay (R, T, ...) out as (B, S, L, ...), each row's first real token first."""
+        if self.order is not None:
+            x = x.gather(1, _like(self.order, x))
+        if self.padding:
+            x = F.pad(x, (0, 0) * (x.dim() - 2) + (0, self.padding))
+        return x.reshape(*self.grid, *x.shape[2:])
+
+    def split(self, x: Float[Tensor, "R T HK"], num_heads: int) -> Float[Tensor, "B S H L K"]:
+        """Cut projected hidden states into segments and heads."""
+        return self._grid(x).unflatten(-1, (num_heads, -1)).transpose(2, 3)
+
+    def split_positions(self, x: Float[Tensor, "#R T P"]) -> Float[Tensor, "#B #S 1 L P"]:
+        """Cut a table of cosines or sines, which all heads share."""
+        if len(x) == 1 and self.num_rows > 1 and self.order is None and not self.padding:
+            # One table for all rows: a folded row is a segment, an in-layer row a document.
+            num_segments = self.num_tokens // self.grid[2]
+            return x.reshape(1, num_segments, 1, self.grid[2], -1)
+        return self._grid(x.expand(self.num_rows, -1, -1))[:, :, None]
+
+    def join(self, x: Float[Tensor, "B S H L V"]) -> Float[Tensor, "R T HV"]:
+        """Undo `split`."""
+        x = x.transpose(2, 3).flatten(3)
+        x = x.reshape(self.num_rows, -1, x.shape[-1])[:, : self.num_tokens]
+        if self.order is None:
+            return x
+        return torch.empty_like(x).scatter(1, _like(self.order, x), x)
+
+    def mask(self, device: torch.device) -> Bool[Tensor, "B S L"]:
+        """Return `is_token`, all True where there is no padding."""
+        if self.is_token is not None:
+            return self.is_token
+        return torch.ones(self.grid, dtype=torch.bool, device=device)
+
+
+def _tokens_first(is_token: Bool[Tensor, "R T"]) -> Tensor:
+    """Return for each row the order that moves padding on its left to its end."""
+    num_left = is_token.int().argmax(dim=1, keepdim=True)
+    num_tokens = is_token.shape[1]
+    return (torch.arange(num_tokens, device=is_token.device) + num_left) % num_tokens
+
+
+def _like(order: Tensor, x: Tensor) -> Tensor:
+    """Widen a (row, token) index to the trailing axes of `x`."""
+    return order.view(*order.shape, *(1,) * (x.dim() - 2)).expand_as(x)

@@ -1,0 +1,231 @@
+"""A corpus after it was found: its parameters, its split, and its files of tokens.
+
+Knows neither where text comes from (`articles`) nor how it is cleaned (`wikimarkup`, `wikitext`).
+"""
+
+import hashlib
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from jaxtyping import Int32
+
+SPLITS = ("train", "val", "test")
+MIN_ARTICLES = 2  # in each split: a memory is also tried on another article's text
+
+TokenIds = Int32[np.ndarray, "_"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CorpusShares:
+    """What every corpus has: the shares of its articles that are not trained on."""
+
+    val_share: float
+    test_share: float
+
+    def __post_init__(self) -> None:
+        """Refuse shares that leave a split empty."""
+        for name in ("val_share", "test_share"):
+            if not 0 < getattr(self, name) < 1:
+                raise ValueError(
+                    f"corpora.<preset>.{name} must be a share between 0 and 1, "
+                    f"got {getattr(self, name)}"
+                )
+        if self.val_share + self.test_share >= 1:
+            raise ValueError(
+                "corpora.<preset>.val_share + test_share must be below 1, to leave articles for "
+                f"training, got {self.val_share} + {self.test_share}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class GensimCorpus(CorpusShares):
+    """The sample of the English Wikipedia inside the package gensim; needs no network."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class HubCorpus(CorpusShares):
+    """Parquet files of a data set on the Hugging Face Hub; its own splits are not kept."""
+
+    repo_id: str
+    revision: str
+    name: str  # the folder of the parquet files in the repository
+
+    def __post_init__(self) -> None:
+        """Refuse a revision that can move."""
+        super().__post_init__()
+        if not re.fullmatch("[0-9a-f]{40}", self.revision):
+            raise ValueError(
+                "corpora.<preset>.revision must be a commit of 40 hexadecimal digits, "
+                f"got {self.revision!r}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class FilesCorpus(CorpusShares):
+    """Text or parquet files of the user's own."""
+
+    path: str
+
+
+CORPORA: dict[str, type[CorpusShares]] = {
+    "gensim-sample": GensimCorpus,
+    "hub": HubCorpus,
+    "files": FilesCorpus,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class LongdocsParams:
+    """Section `longdocs` of params.yaml."""
+
+    tokens_per_document: int
+
+    def __post_init__(self) -> None:
+        """Refuse documents in which nothing can be scored."""
+        if self.tokens_per_document < 2:
+            raise ValueError(
+                "longdocs.tokens_per_document must be at least 2 tokens, "
+                f"got {self.tokens_per_document}"
+            )
+
+
+@dataclass(frozen=True)
+class Article:
+    """One text, to stay in one split as a whole; `title` decides in which."""
+
+    title: str
+    text: str
+
+
+@dataclass(frozen=True)
+class TokenizedArticle(Article):
+    """An article with its tokens, without any special token."""
+
+    input_ids: TokenIds
+
+
+@dataclass(frozen=True)
+class Document:
+    """Piece number `part` of an article, counted from 0."""
+
+    title: str
+    part: int
+    input_ids: TokenIds
+
+
+def split_articles(
+    articles: Sequence[Article], val_share: float, test_share: float
+) -> dict[str, list[Article]]:
+    """Deal articles to splits by a hash of their titles, and sort each split by that hash.
+
+    An article stays where it is when others are added or removed.
+
+    Raises:
+        ValueError: if a split gets fewer than `MIN_ARTICLES`.
+    """
+    splits: dict[str, list[Article]] = {split: [] for split in SPLITS}
+    for article in sorted(articles, key=lambda article: _title_hash(article.title)):
+        place = _title_hash(article.title)
+        in_val, in_test = place < val_share, place < val_share + test_share
+        splits["val" if in_val else "test" if in_test else "train"].append(article)
+    if min(map(len, splits.values())) < MIN_ARTICLES:
+        counts = ", ".join(f"{split} {len(splits[split])}" for split in SPLITS)
+        raise ValueError(
+            f"the corpus must give each split at least {MIN_ARTICLES} articles, got {counts}: "
+            "add articles, or raise the share (corpora.<preset>.val_share, test_share)"
+        )
+    return splits
+
+
+def cut_documents(articles: Sequence[TokenizedArticle], tokens_per_document: int) -> list[Document]:
+    """Cut articles into pieces of one length, dropping tails.
+
+    First pieces of all articles come first, then second pieces: so the first N documents come
+    from as many articles as possible. Inside a part the order is that of the titles' hashes.
+    """
+    documents = [
+        Document(article.title, part, article.input_ids[begin : begin + tokens_per_document])
+        for article in articles
+        for part, begin in enumerate(
+            range(0, len(article.input_ids) - tokens_per_document + 1, tokens_per_document)
+        )
+    ]
+    return sorted(documents, key=lambda document: (document.part, _title_hash(document.title)))
+
+
+def write_articles(folder: Path, split: str, articles: Sequence[TokenizedArticle]) -> None:
+    """Write one split, a row an article; equal articles give equal bytes."""
+    columns = {
+        "title": pa.array([article.title for article in articles], pa.string()),
+        "text": pa.array([article.text for article in articles], pa.large_string()),
+        "input_ids": _token_column([article.input_ids for article in articles]),
+    }
+    _write_table(folder / f"{split}.parquet", columns)
+
+
+def write_documents(folder: Path, split: str, documents: Sequence[Document]) -> None:
+    """Write one split, a row a document; equal documents give equal bytes."""
+    columns = {
+        "title": pa.array([document.title for document in documents], pa.string()),
+        "part": pa.array([document.part for document in documents], pa.int32()),
+        "input_ids": _token_column([document.input_ids for document in documents]),
+    }
+    _write_table(folder / f"{split}.parquet", columns)
+
+
+def read_articles(folder: Path, split: str) -> list[TokenizedArticle]:
+    """Read one split that `write_articles` wrote.
+
+    Raises:
+        FileNotFoundError: if the file is missing; the stage that makes it is named.
+    """
+    path = folder / f"{split}.parquet"
+    table = _read_table(path, ["title", "text"])
+    titles, texts = table["title"].to_pylist(), table["text"].to_pylist()
+    rows = zip(titles, texts, read_token_rows(path), strict=True)
+    return [TokenizedArticle(title, text, input_ids) for title, text, input_ids in rows]
+
+
+def read_token_rows(path: Path) -> list[TokenIds]:
+    """Read the tokens of each row of a file of articles or documents, as writable arrays.
+
+    Raises:
+        FileNotFoundError: if the file is missing; the stage that makes it is named.
+    """
+    rows: list[np.ndarray] = []
+    for chunk in _read_table(path, ["input_ids"])["input_ids"].chunks:
+        ends = np.cumsum(np.diff(chunk.offsets.to_numpy()))
+        rows += np.split(np.array(chunk.flatten().to_numpy()), ends[:-1])
+    return rows
+
+
+def _title_hash(title: str) -> float:
+    """Map a title to [0, 1), evenly and the same on every machine."""
+    return int.from_bytes(hashlib.sha256(title.encode()).digest()[:6], "big") / 2**48
+
+
+def _token_column(rows: Sequence[TokenIds]) -> pa.Array:
+    """Make a column of lists."""
+    return pa.array(list(rows), pa.large_list(pa.int32()))
+
+
+def _write_table(path: Path, columns: dict[str, Any]) -> None:
+    """Write a parquet file under another name first, so that no reader sees half of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    pq.write_table(pa.table(columns), partial, compression="zstd")
+    partial.replace(path)
+
+
+def _read_table(path: Path, columns: list[str]) -> pa.Table:
+    """Read columns of a file that a stage `prepare_<folder>` wrote."""
+    if not path.is_file():
+        command = f"dvc repro prepare_{path.parent.name}"
+        raise FileNotFoundError(f"{path} is missing: run `{command}` to make it")
+    return pq.read_table(path, columns=columns)

@@ -1,0 +1,85 @@
+"""A GGUF file read as a transformers model and tokenizer that can be saved and trained.
+
+Knows the file format through transformers only, and nothing of where the file comes from.
+"""
+
+import re
+from pathlib import Path
+
+import torch
+from gguf import LlamaFileType
+from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GgufConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+from transformers.integrations.gguf import read_gguf_metadata
+
+
+class GgufFile:
+    """One GGUF file.
+
+    Attributes:
+        family: the architecture, as the file names it.
+        note: how the weights are stored, such as `4-bit (Q4_1) weights unpacked to float32`.
+    """
+
+    def __init__(self, path: Path) -> None:
+        metadata, _ = read_gguf_metadata(str(path))
+        self.family: str = metadata["general.architecture"]
+        self.note = _describe(metadata.get("general.file_type", LlamaFileType.GUESSED))
+        self._pre_tokenizer = metadata.get("tokenizer.ggml.pre", "default")
+        self._folder, self._name = path.parent, path.name
+
+    def read_model(self) -> PreTrainedModel:
+        """Unpack the weights to float32.
+
+        transformers neither saves nor trains the model that it makes of a GGUF file, so the
+        weights move into one made from a clean configuration.
+        """
+        # Parsing the file takes transformers seconds: the configuration is read once, handed on.
+        config = AutoConfig.from_pretrained(self._folder, gguf_file=self._name)
+        packed = AutoModelForCausalLM.from_pretrained(
+            self._folder,
+            gguf_file=self._name,
+            config=config,
+            # Without this, weights stay packed where the package `kernels` is installed.
+            quantization_config=GgufConfig(dequantize=True),
+            dtype=torch.float32,
+        )
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(_clean(config), dtype=torch.float32)
+        model.load_state_dict(packed.state_dict(), assign=True)
+        model.tie_weights()
+        return model
+
+    def read_tokenizer(self) -> PreTrainedTokenizerFast:
+        """Read the tokenizer, splitting text into words as its makers did.
+
+        transformers 5.23 does not know the pre-tokenizer `smollm` (each digit apart, then the
+        words of GPT-2) and takes GPT-2's alone, which cuts newlines before a digit differently.
+        """
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(self._folder, gguf_file=self._name)
+        if self._pre_tokenizer == "smollm":
+            tokenizer.backend_tokenizer.pre_tokenizer = Sequence(
+                [Digits(individual_digits=True), ByteLevel(add_prefix_space=False)]
+            )
+        return tokenizer
+
+
+def _describe(file_type: int) -> str:
+    """Say in words what the file's weights went through."""
+    stored = LlamaFileType(file_type).name.removeprefix("MOSTLY_").removeprefix("ALL_")
+    if bits := re.search("[0-9]+", stored):
+        return f"{bits.group()}-bit ({stored}) weights unpacked to float32"
+    return "weights of a GGUF file unpacked to float32"
+
+
+def _clean(config: PreTrainedConfig) -> PreTrainedConfig:
+    """Copy a configuration without what only the GGUF file had to say."""
+    dropped = {"quantization_config", "_name_or_path", "_model_name_or_path"}
+    return type(config).from_dict({k: v for k, v in config.to_dict().items() if k not in dropped})

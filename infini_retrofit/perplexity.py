@@ -1,0 +1,183 @@
+"""The protocols under which this project scores a model; see README.md for their names.
+
+A score is a sum of negative log-likelihoods in nats, float64, and the number of tokens in it.
+Every token but the first of a stream or document is scored exactly once (t2 apart). The label
+of position t is token t + 1, and this file is the only place that says so. Nothing here knows
+of training, files or which models are compared.
+
+Axes:
+    B  document or window
+    T  token
+    D  model width
+"""
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from infini_retrofit.carrier import Read
+from infini_retrofit.cross_entropy import token_nlls
+from infini_retrofit.segments import run_folded, run_in_layer
+
+# Windows that go through the model at once; memory, not speed, bounds it.
+WINDOWS_PER_BATCH = 8
+DOCUMENTS_PER_BATCH = 2
+
+
+@dataclass(frozen=True)
+class Score:
+    """A sum over scored tokens.
+
+    Attributes:
+        nll_sum: negative log-likelihood in nats.
+        num_scored: tokens.
+    """
+
+    nll_sum: float
+    num_scored: int
+
+    @property
+    def nll(self) -> float:
+        """Mean nats per scored token."""
+        return self.nll_sum / self.num_scored
+
+    @property
+    def ppl(self) -> float:
+        """Perplexity; infinite where it exceeds what a float holds."""
+        return math.exp(self.nll) if self.nll < 700 else math.inf
+
+
+def total(scores: Iterable[Score]) -> Score:
+    """Add scores up: divide once, at the end, by tokens."""
+    scores = list(scores)
+    return Score(sum(s.nll_sum for s in scores), sum(s.num_scored for s in scores))
+
+
+@dataclass(frozen=True)
+class Span:
+    """One window of a sliding evaluation, tokens [begin, end) of the stream."""
+
+    begin: int
+    end: int
+    num_scored: int  # the last tokens of the window, not scored by a window before
+
+
+def sliding_spans(num_tokens: int, window: int, stride: int) -> Iterator[Span]:
+    """Cut a token stream into overlapping windows that score each token but the first once.
+
+    Args:
+        num_tokens: of the stream, at least 2.
+        window: most tokens the model sees at once.
+        stride: tokens between the starts of two windows, fewer than `window`, so that every
+            scored token has context.
+    """
+    assert 1 <= stride < window
+    assert num_tokens >= 2
+    scored_to = 1
+    for begin in range(0, num_tokens, stride):
+        end = min(begin + window, num_tokens)
+        yield Span(begin, end, num_scored=end - scored_to)
+        scored_to = end
+        if end == num_tokens:
+            return
+
+
+@torch.inference_mode()
+def score_sliding(
+    model: PreTrainedModel, tokens: Int[Tensor, "T"], window: int, stride: int
+) -> Score:
+    """Score a stream in overlapping windows; memory starts empty in each (in-layer)."""
+    spans = list(sliding_spans(len(tokens), window, stride))
+    batches = [*_batches(spans[:-1], WINDOWS_PER_BATCH), spans[-1:]]
+    scores = []
+    for batch in tqdm(batches, desc="sliding", leave=False):
+        rows = torch.stack([tokens[span.begin : span.end] for span in batch]).to(model.device)
+        for span, row, hidden in zip(batch, rows, run_in_layer(model, rows), strict=True):
+            first = len(row) - span.num_scored
+            scores.append(_score(model, hidden[first - 1 : -1], row[first:]))
+    return total(scores)
+
+
+@torch.inference_mode()
+def score_segments(
+    model: PreTrainedModel, documents: Int[Tensor, "B T"], segment_length: int, read: Read = "own"
+) -> tuple[list[Score], list[Score]]:
+    """Score documents of which every layer sees one segment at a time (folded).
+
+    Returns:
+        A score for each document, and the seeds' doubly shifted one (t2): within a segment,
+        position t is scored against token t + 2. There the segment's last token was never fed
+        in; here it is, after everything that t2 scores.
+
+    Raises:
+        ValueError: if memories are to be swapped and there is only one document.
+    """
+    if read == "swapped" and len(documents) < 2:
+        raise ValueError("swapped memories need at least 2 documents, got 1")
+    scores, t2_scores = [], []
+    for batch in tqdm(_document_batches(documents), desc=f"segments, memory {read}", leave=False):
+        batch = batch.to(model.device)
+        for ids, hidden in zip(batch, run_folded(model, batch, segment_length, read), strict=True):
+            scores.append(_score(model, hidden[:-1], ids[1:]))
+            segments, targets = (
+                hidden.unflatten(0, (-1, segment_length)),
+                ids.view(-1, segment_length),
+            )
+            t2_scores.append(
+                _score(model, segments[:, :-2].flatten(0, 1), targets[:, 2:].flatten())
+            )
+    return scores, t2_scores
+
+
+@torch.inference_mode()
+def score_full(model: PreTrainedModel, documents: Int[Tensor, "B T"]) -> list[Score]:
+    """Score documents under full attention; an Infini layer sees one segment, memory empty."""
+    scores = []
+    for ids in tqdm(documents.to(model.device), desc="full attention", leave=False):
+        hidden = run_in_layer(model, ids[None], segment_length=len(ids))[0]
+        scores.append(_score(model, hidden[:-1], ids[1:]))
+    return scores
+
+
+@torch.inference_mode()
+def score_rows(model: PreTrainedModel, rows: Int[Tensor, "B T"]) -> list[Score]:
+    """Score rows that the base's layers see whole, memory empty at each start (in-layer)."""
+    scores = []
+    for ids in rows.to(model.device):
+        hidden = run_in_layer(model, ids[None])[0]
+        scores.append(_score(model, hidden[:-1], ids[1:]))
+    return scores
+
+
+def score_unigram(train: Int[Tensor, "Train"], test: Int[Tensor, "Test"], vocab_size: int) -> Score:
+    """Score a stream by how often each word stands in another, counts plus one."""
+    counts = torch.bincount(train, minlength=vocab_size).double() + 1
+    nlls = -(counts / counts.sum()).log()[test[1:]]
+    return Score(nlls.sum().item(), len(nlls))
+
+
+def _score(
+    model: PreTrainedModel, hidden_states: Float[Tensor, "T D"], targets: Int[Tensor, "T"]
+) -> Score:
+    """Sum the scores of targets, one for each hidden state."""
+    nlls = token_nlls(hidden_states, model.get_output_embeddings().weight, targets)
+    return Score(nlls.double().sum().item(), len(targets))
+
+
+def _batches(items: Sequence, size: int) -> list[Sequence]:
+    return [items[i : i + size] for i in range(0, len(items), size)]
+
+
+def _document_batches(documents: Int[Tensor, "B T"]) -> list[Tensor]:
+    """Batch documents so that none is alone: each needs another whose memory it can read."""
+    sizes = [DOCUMENTS_PER_BATCH] * (len(documents) // DOCUMENTS_PER_BATCH)
+    if not sizes:
+        return [documents]
+    sizes[-1] += len(documents) % DOCUMENTS_PER_BATCH
+    return list(documents.split(sizes))

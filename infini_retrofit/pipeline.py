@@ -1,0 +1,195 @@
+"""What DVC leaves to a stage: one sentence for an error, and the guard around a training run.
+
+DVC deletes a stage's outputs before it starts it, outlives or orphans it without noticing, and
+records the parameters it finds at the end. Knows no stage, section or file by name.
+"""
+
+import contextlib
+import ctypes
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import signal
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, is_dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from infini_retrofit.params import PARAMS_PATH, load_section
+from infini_retrofit.report import MANIFEST, sha256
+
+FREE_BYTES = 2 << 30  # a checkpoint with its optimizer state, the model, its copy in the cache
+_PR_SET_PDEATHSIG = 1
+
+
+class ChangedWhileRunningError(RuntimeError):
+    """Code or parameters are no longer what the run began with."""
+
+
+@dataclass(frozen=True)
+class TrainingFolder:
+    """Where a run keeps what it needs to go on after a kill."""
+
+    path: Path
+
+
+def run_stage(main: Callable[[], None]) -> None:
+    """Run a stage's `main`; a user's mistake ends in one sentence and exit code 1.
+
+    Other exceptions keep their traceback, because they are ours. Under DVC the stage dies with
+    its parent: a killed `dvc` would leave it running, and the next one would start a second.
+    """
+    if "DVC_ROOT" in os.environ:
+        _die_with_parent()
+    try:
+        main()
+    except (ValueError, OSError, FloatingPointError, ChangedWhileRunningError) as error:
+        sys.exit("error: " + " ".join(str(error).split()))
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+@contextlib.contextmanager
+def training_run(
+    stage: str,
+    inputs: Sequence[Path],
+    params: Mapping[str, Any],
+    code: Sequence[Path],
+    free_bytes: int = FREE_BYTES,
+) -> Iterator[TrainingFolder]:
+    """Guard a training run and lend it the checkpoint folder that is its own.
+
+    The folder's name is a hash of everything the result depends on, so that a restarted run
+    finds its checkpoints and a different run never does. It is removed when the block ends well
+    and kept otherwise. It stands in DVC's main root, because DVC deletes a stage's outputs, and
+    a temporary run's whole folder. Of several processes (torchrun) the first holds the lock.
+
+    Args:
+        stage: name of the stage.
+        inputs: files and folders that the run reads; a folder with a manifest stands by it.
+        params: the dataclasses or plain values that the run uses, by their names in params.yaml.
+        code: source files of the run (see `imports.first_party_files`).
+        free_bytes: what the disk must have free at the start.
+
+    Raises:
+        ChangedWhileRunningError: if `code` or `params` differ from the files, at start or end.
+        FileNotFoundError: if an input is missing.
+        OSError: if the disk is full or read-only, or an equal run is under way.
+    """
+    digests = {path: sha256(path) for path in code}
+    root = Path(os.environ.get("DVC_ROOT", "."))
+    folder = root / "checkpoints" / f"{stage}-{_fingerprint(inputs, params, digests)}"
+    is_first = os.environ.get("RANK", "0") == "0"
+    _check_unchanged(stage, digests, params)
+    _check_writable(folder, free_bytes)
+    with _end_on_sigterm(), _locked(folder) if is_first else contextlib.nullcontext():
+        yield TrainingFolder(folder)
+        _check_unchanged(stage, digests, params)
+        if is_first:
+            shutil.rmtree(folder)
+
+
+def _fingerprint(
+    inputs: Sequence[Path], params: Mapping[str, Any], code: Mapping[Path, str]
+) -> str:
+    """Hash inputs, parameters and code, wherever the project's folder lies."""
+    plain = {name: asdict(v) if is_dataclass(v) else v for name, v in params.items()}
+    files = {f"{path.parent.name}/{path.name}": digest for path, digest in code.items()}
+    everything = [{str(path): _input_digest(path) for path in inputs}, plain, files]
+    text = json.dumps(everything, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _input_digest(path: Path) -> str | dict[str, str]:
+    """Hash a file, a folder's manifest, or all files of a folder without one."""
+    if not path.exists():
+        raise FileNotFoundError(f"{path} is missing: run `dvc repro` to make it")
+    if path.is_file():
+        return sha256(path)
+    if (path / MANIFEST).is_file():
+        return sha256(path / MANIFEST)
+    return {str(p.relative_to(path)): sha256(p) for p in path.rglob("*") if p.is_file()}
+
+
+def _check_unchanged(stage: str, code: Mapping[Path, str], params: Mapping[str, Any]) -> None:
+    """Refuse to let DVC record code or parameters that did not make the result."""
+    changed = [str(path) for path, digest in code.items() if _sha256_or_none(path) != digest]
+    changed += [
+        f"{PARAMS_PATH}: {name}" for name, value in params.items() if not _is_still(name, value)
+    ]
+    if changed:
+        raise ChangedWhileRunningError(
+            f"{stage}: changed while it was running: {', '.join(changed)}; run it again"
+        )
+
+
+def _sha256_or_none(path: Path) -> str | None:
+    """Hash a file that may have been deleted."""
+    return sha256(path) if path.is_file() else None
+
+
+def _is_still(name: str, value: Any) -> bool:
+    """Tell whether params.yaml still holds `value`; an invalid new value is another one."""
+    try:
+        return load_section(type(value), name) == value
+    except (ValueError, FileNotFoundError):
+        return False
+
+
+def _check_writable(folder: Path, free_bytes: int) -> None:
+    """Make the folder, and find out now rather than after training that a disk is full."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for place in (folder, Path.cwd()):
+            probe = place / f".writable-{os.getpid()}"
+            probe.write_bytes(b"")
+            probe.unlink()
+    except OSError as error:
+        raise OSError(f"cannot write to {error.filename}: {error.strerror}") from error
+    for place in (folder, Path.cwd()):
+        if (free := shutil.disk_usage(place).free) < free_bytes:
+            raise OSError(
+                f"{place} must have {free_bytes / 2**30:.1f} GiB free for checkpoints and the "
+                f"model, got {free / 2**30:.1f} GiB"
+            )
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Hold the folder's lock; the system lets go of it however the process ends."""
+    with (folder / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise BlockingIOError(
+                f"the same training is under way in another process, which holds {lock.name}: "
+                "wait for it or end it"
+            ) from error
+        yield
+
+
+@contextlib.contextmanager
+def _end_on_sigterm() -> Iterator[None]:
+    """Turn SIGTERM into an exit that unwinds the stack, so that files close."""
+
+    def end(number: int, frame: FrameType | None) -> None:
+        sys.exit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _die_with_parent() -> None:
+    """Ask Linux for SIGTERM when the process that started this one ends, killed or not."""
+    if sys.platform == "linux":
+        parent = os.getppid()
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+        if os.getppid() != parent:
+            sys.exit(128 + signal.SIGTERM)

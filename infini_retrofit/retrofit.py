@@ -1,0 +1,225 @@
+"""Put Infini layers into a pretrained model.
+
+The only module that knows the insides of `transformers` models: where their layers are, how
+their attention keeps its weights. It knows nothing of training, files, texts or protocols.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from infini_retrofit.attention import AttentionShape, InfiniAttention, InfiniParams
+
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
+Part = Literal["infini", "attention", "all"]
+
+
+@dataclass(frozen=True)
+class Family:
+    """What differs between families of models.
+
+    Attributes:
+        attention: name of the attention module in a decoder layer.
+        split: its weights and biases as those of q_proj, k_proj, v_proj and o_proj.
+    """
+
+    attention: str
+    split: Callable[[nn.Module], dict[str, Tensor]]
+
+
+def _split_llama(attention: nn.Module) -> dict[str, Tensor]:
+    return {k: v for k, v in attention.state_dict().items() if k.split(".")[0] in PROJECTIONS}
+
+
+def _split_neox(attention: nn.Module) -> dict[str, Tensor]:
+    """Take apart GPT-NeoX's fused projection, whose rows run head by head, then q, k, v."""
+    parts = {}
+    for name, fused in attention.query_key_value.state_dict().items():
+        by_head = fused.unflatten(0, (-1, 3, attention.head_size))
+        for index, projection in enumerate(PROJECTIONS[:3]):
+            parts[f"{projection}.{name}"] = by_head[:, index].flatten(0, 1)
+    dense = attention.dense.state_dict()
+    return parts | {f"o_proj.{name}": value for name, value in dense.items()}
+
+
+FAMILIES = {
+    "gpt_neox": Family("attention", _split_neox),
+    "llama": Family("self_attn", _split_llama),
+}
+
+
+def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
+    """Return the model's decoder layers."""
+    return model.base_model.layers
+
+
+def attention_modules(model: PreTrainedModel) -> list[nn.Module]:
+    """Return each layer's attention module, the base's own or an Infini one."""
+    name = FAMILIES[model.config.model_type].attention
+    return [getattr(layer, name) for layer in decoder_layers(model)]
+
+
+def infini_modules(model: PreTrainedModel) -> dict[int, InfiniAttention]:
+    """Return the Infini attention modules by layer index; none for a base model."""
+    modules = enumerate(attention_modules(model))
+    return {i: module for i, module in modules if isinstance(module, InfiniAttention)}
+
+
+def attention_shape(model: PreTrainedModel) -> AttentionShape:
+    """Read the sizes of the base's attention from its config."""
+    config = model.config
+    head_dim = getattr(config, "head_dim", None)
+    return AttentionShape(
+        hidden_size=config.hidden_size,
+        num_heads=config.num_attention_heads,
+        num_kv_heads=getattr(config, "num_key_value_heads", config.num_attention_heads),
+        head_dim=head_dim or config.hidden_size // config.num_attention_heads,
+        qkv_bias=config.attention_bias,
+        o_bias=config.attention_bias,
+    )
+
+
+def resolve_layers(layers: list[int] | str, num_layers: int) -> list[int]:
+    """Turn `infini.layers` into sorted indices from 0.
+
+    Raises:
+        ValueError: if an index is out of range or named twice.
+    """
+    if layers == "all":
+        return list(range(num_layers))
+    for index in layers:
+        if not -num_layers <= index < num_layers:
+            raise ValueError(
+                f"infini.layers must be in {-num_layers}..{num_layers - 1} "
+                f"for a base of {num_layers} layers, got {index}"
+            )
+    resolved = sorted(index % num_layers for index in layers)
+    if len(set(resolved)) < len(resolved):
+        raise ValueError(f"infini.layers must name each layer once, got {list(layers)}")
+    return resolved
+
+
+def state_bytes(model: PreTrainedModel, params: InfiniParams) -> int:
+    """Count the bytes that cross a segment border in all layers, for one document."""
+    num_layers = len(resolve_layers(params.layers, len(decoder_layers(model))))
+    shape = attention_shape(model)
+    shape = shape.single_head() if params.heads == "single" else shape
+    return num_layers * shape.border_bytes(params.local_context, params.memory == "on")
+
+
+def insert_infini(model: PreTrainedModel, params: InfiniParams, seed: int = 0) -> None:
+    """Replace the attention of the chosen layers by `InfiniAttention`, in place.
+
+    Args:
+        model: a base model.
+        params: which layers, and in what form.
+        seed: of the weights that start at random.
+
+    Raises:
+        ValueError: if a layer index is out of range.
+    """
+    family = FAMILIES[model.config.model_type]
+    shape = attention_shape(model)
+    layers = decoder_layers(model)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        for index in resolve_layers(params.layers, len(layers)):
+            layer = layers[index]
+            base = getattr(layer, family.attention)
+            infini = InfiniAttention(shape, params, index)
+            if params.init == "base":
+                infini.load_state_dict(family.split(base), strict=False)
+            if params.init == "random_layer":
+                layer.apply(_randomise)
+            parameter = next(base.parameters())
+            infini.to(device=parameter.device)
+            for projection in (getattr(infini, name) for name in PROJECTIONS):
+                projection.to(dtype=parameter.dtype)
+            setattr(layer, family.attention, infini)
+            layer.train(model.training)
+
+
+def _randomise(module: nn.Module) -> None:
+    """Restart a module: torch's own initialisation; norms of either kind from ones."""
+    if hasattr(module, "reset_parameters"):
+        module.reset_parameters()
+    elif "weight" in module._parameters:
+        nn.init.ones_(module.weight)
+
+
+def without_memory(params: InfiniParams, local_context: int = 0) -> InfiniParams:
+    """Return the form in which the same layers are the base's own attention, confined."""
+    return replace(
+        params,
+        init="base",
+        local="softmax",
+        positions="rope",
+        heads="base",
+        memory="off",
+        local_context=local_context,
+    )
+
+
+def carried_tokens(model: PreTrainedModel, params: InfiniParams) -> int:
+    """Count the tokens whose keys and values, of all layers, fit into a retrofit's bytes.
+
+    At most a segment: what is carried comes from the segment before.
+    """
+    token_bytes = len(decoder_layers(model)) * attention_shape(model).carried_token_bytes()
+    return min(state_bytes(model, params) // token_bytes, params.segment_length)
+
+
+def make_rival(model: PreTrainedModel, params: InfiniParams) -> None:
+    """Turn a model into its equal-bytes rival, in place.
+
+    The rival has no memory. Every layer carries the keys and values of as many tokens into the
+    next segment as the retrofit's bytes hold; its own attention and weights stay what they are.
+
+    Args:
+        model: a base or retrofitted model.
+        params: the form of the retrofit whose bytes may be spent.
+    """
+    num_tokens = carried_tokens(model, params)
+    others = set(range(len(decoder_layers(model)))) - set(infini_modules(model))
+    if others:
+        insert_infini(model, replace(without_memory(params), layers=sorted(others)))
+    for module in infini_modules(model).values():
+        module.gate_logit = None
+        module.local_context = num_tokens
+
+
+def set_trainable(
+    model: PreTrainedModel, part: Part, whole_layers: bool = False
+) -> dict[str, list[nn.Parameter]]:
+    """Freeze all but one part of the model, whose parameters become float32.
+
+    Args:
+        model: a retrofitted model.
+        part: `infini`: the Infini attention; `attention`: the attention of every layer; `all`.
+        whole_layers: let `infini` mean the MLP and norms of the Infini layers as well.
+
+    Returns:
+        The trainable parameters in three groups: `gate`, `infini` and `rest`.
+    """
+    infini = infini_modules(model)
+    owners = [decoder_layers(model)[i] if whole_layers else infini[i] for i in infini]
+    of_infini = {id(p) for owner in owners for p in owner.parameters()}
+    chosen = {
+        "infini": owners,
+        "attention": attention_modules(model) + owners,
+        "all": [model],
+    }[part]
+    gates = {id(m.gate_logit) for m in infini.values() if m.gate_logit is not None}
+    groups: dict[str, list[nn.Parameter]] = {"gate": [], "infini": [], "rest": []}
+    model.requires_grad_(False)
+    parameters = {id(p): p for module in chosen for p in module.parameters()}
+    for key, parameter in parameters.items():
+        parameter.data = parameter.data.float()
+        parameter.requires_grad_(True)
+        name = "gate" if key in gates else "infini" if key in of_infini else "rest"
+        groups[name].append(parameter)
+    return groups

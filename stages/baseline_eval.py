@@ -1,0 +1,41 @@
+"""Stage `baseline_eval`: the base model under every protocol, and what it must at least beat.
+
+Reads:  params.yaml (eval, infini), models/base, data/wikitext, data/longdocs
+Writes: metrics/baseline_eval.json
+"""
+
+from pathlib import Path
+
+from infini_retrofit.attention import InfiniParams
+from infini_retrofit.base import load_base
+from infini_retrofit.evaluation import EvalParams, TestText, check_layers, evaluate
+from infini_retrofit.params import load_section
+from infini_retrofit.perplexity import score_unigram
+from infini_retrofit.pipeline import run_stage
+from infini_retrofit.report import write_metrics
+from infini_retrofit.runtime import start_run
+from infini_retrofit.texts import read_documents, read_stream
+
+BASE = Path("models/base")
+TRAIN_TEXT, TEST_TEXT = Path("data/wikitext/train.parquet"), Path("data/wikitext/test.parquet")
+TEST_DOCUMENTS = Path("data/longdocs/test.parquet")
+METRICS = Path("metrics/baseline_eval.json")
+
+
+def main() -> None:
+    """Run the stage."""
+    params, infini = load_section(EvalParams, "eval"), load_section(InfiniParams, "infini")
+    text = TestText(
+        read_stream(TEST_TEXT, params.sliding_tokens),
+        read_documents(TEST_DOCUMENTS, params.documents),
+    )
+    device, dtype = start_run()
+    model = load_base(BASE, dtype).to(device)
+    check_layers(model, infini)
+    metrics = evaluate(model, infini, params, text)
+    unigram = score_unigram(read_stream(TRAIN_TEXT), text.stream, model.config.vocab_size)
+    write_metrics(METRICS, metrics | {"unigram_test_ppl": unigram.ppl})
+
+
+if __name__ == "__main__":
+    run_stage(main)

@@ -1,0 +1,91 @@
+"""Stage `check_params`: refuse bad parameters before any other stage's outputs are touched.
+
+Reads:  params.yaml (all of it)
+Writes: data/params_ok
+"""
+
+from pathlib import Path
+from typing import NamedTuple
+
+from infini_retrofit.attention import InfiniParams
+from infini_retrofit.base import BASE_KINDS
+from infini_retrofit.corpus import CORPORA, LongdocsParams
+from infini_retrofit.distillation import DistillParams
+from infini_retrofit.evaluation import EvalParams
+from infini_retrofit.finetuning import FinetuneParams
+from infini_retrofit.params import load_choice, load_presets, load_section, read_params
+from infini_retrofit.pipeline import run_stage
+from infini_retrofit.report import write_text
+
+PARAMS_OK = Path("data/params_ok")
+PRESETS = {"model": ("models", BASE_KINDS), "corpus": ("corpora", CORPORA)}
+
+
+class Sections(NamedTuple):
+    """Every section that is no preset."""
+
+    longdocs: LongdocsParams
+    infini: InfiniParams
+    distill: DistillParams
+    finetune: FinetuneParams
+    eval: EvalParams
+
+
+def main() -> None:
+    """Run the stage."""
+    check_top_level()
+    check_launcher()
+    check_presets()
+    sections = Sections(
+        longdocs=load_section(LongdocsParams, "longdocs"),
+        infini=load_section(InfiniParams, "infini"),
+        distill=load_section(DistillParams, "distill"),
+        finetune=load_section(FinetuneParams, "finetune"),
+        eval=load_section(EvalParams, "eval"),
+    )
+    check_between(sections)
+    write_text(PARAMS_OK, "params.yaml was checked\n")
+
+
+def check_top_level() -> None:
+    """Refuse a section or a single value that nothing reads, or that is missing."""
+    known = {"launcher", *PRESETS, *(table for table, _ in PRESETS.values()), *Sections._fields}
+    given = set(read_params())
+    if given != known:
+        raise ValueError(
+            f"params.yaml must have exactly its own keys, "
+            f"got unknown {sorted(map(str, given - known))}, missing {sorted(known - given)}"
+        )
+
+
+def check_launcher() -> None:
+    """Refuse a launcher with which DVC would have nothing to start."""
+    launcher = load_section(str, "launcher")
+    if not launcher.strip():
+        raise ValueError(f"launcher must be a command such as python, got {launcher!r}")
+
+
+def check_presets() -> None:
+    """Check every preset, chosen or not, and that the chosen ones exist."""
+    for chooser, (table, kinds) in PRESETS.items():
+        load_presets(kinds, table)
+        load_choice(kinds, chooser, table)
+
+
+def check_between(sections: Sections) -> None:
+    """Check the rules between sections; those inside one stand with its dataclass."""
+    segment_length = sections.infini.segment_length
+    lengths = {
+        "longdocs.tokens_per_document": sections.longdocs.tokens_per_document,
+        "distill.tokens_per_sample": sections.distill.tokens_per_sample,
+    }
+    for name, length in lengths.items():
+        if length % segment_length:
+            raise ValueError(
+                f"{name} must be a multiple of infini.segment_length ({segment_length} tokens), "
+                f"got {length}"
+            )
+
+
+if __name__ == "__main__":
+    run_stage(main)

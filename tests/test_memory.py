@@ -1,0 +1,247 @@
+"""The memory against loops, and against the ways in which others got it wrong."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from jaxtyping import TypeCheckError
+from torch import Tensor
+
+from infini_retrofit.memory import (
+    MemoryState,
+    feature_map,
+    mix,
+    prefix_states,
+    recall,
+    state_bytes,
+    write_segments,
+)
+from tests.reference import Heads, largest, naive_infini, naive_recall
+
+BATCH, SEGMENTS, KV_HEADS, GROUP, TOKENS, KEY, VALUE = 2, 3, 2, 3, 5, 7, 4
+HEADS = KV_HEADS * GROUP
+
+
+def draw(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def draw_qkv(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:
+    grid = (BATCH, SEGMENTS)
+    return (
+        draw(*grid, HEADS, TOKENS, KEY, seed=1, dtype=dtype),
+        draw(*grid, KV_HEADS, TOKENS, KEY, seed=2, dtype=dtype),
+        draw(*grid, KV_HEADS, TOKENS, VALUE, seed=3, dtype=dtype),
+    )
+
+
+def run_memory(query: Tensor, key: Tensor, value: Tensor, local: Tensor, gate: Tensor) -> Tensor:
+    found, _ = prefix_states(write_segments(key, value))
+    return mix(local, query, found, gate)
+
+
+def run_loop(query: Tensor, key: Tensor, value: Tensor, local: Tensor, gate: Tensor) -> Tensor:
+    outputs = local.clone()
+    for b in range(BATCH):
+        for s in range(1, SEGMENTS):
+            for h in range(HEADS):
+                past_key, past_value = (x[b, :s, h // GROUP].flatten(0, 1) for x in (key, value))
+                share = torch.sigmoid(gate[h])
+                for t in range(TOKENS):
+                    recalled = naive_recall(query[b, s, h, t], past_key, past_value)
+                    outputs[b, s, h, t] = (1 - share) * local[b, s, h, t] + share * recalled
+    return outputs
+
+
+def test_value_and_gradient_equal_a_loop_over_tokens():
+    inputs = [*draw_qkv(), draw(BATCH, SEGMENTS, HEADS, TOKENS, VALUE, seed=4), draw(HEADS, seed=5)]
+    inputs = [x.requires_grad_() for x in inputs]
+    probe = draw(BATCH, SEGMENTS, HEADS, TOKENS, VALUE, seed=6)
+    got, want = run_memory(*inputs), run_loop(*inputs)
+    assert largest(got - want) < 1e-9
+    gradients = [torch.autograd.grad((x * probe).sum(), inputs) for x in (got, want)]
+    for a, b in zip(*gradients, strict=True):
+        assert largest(b) > 1e-3
+        assert largest(a - b) < 1e-9
+
+
+def test_the_reference_forgets_nothing_and_invents_nothing():
+    query, key, value = (x[0, :, 0].flatten(0, 1)[None] for x in draw_qkv())
+    heads = Heads(query, key, value)
+    out = naive_infini(heads, heads, torch.full((1,), 50.0), TOKENS)
+    for t in range(TOKENS, SEGMENTS * TOKENS):
+        begin = t // TOKENS * TOKENS
+        weights = (F.elu(query[0, t]) + 1) @ (F.elu(key[0, :begin]) + 1).T
+        torch.testing.assert_close(out[0, t], weights @ value[0, :begin] / weights.sum())
+
+
+@pytest.mark.parametrize("repeated", ["repeat_interleave", "repeat"])
+def test_grouped_heads_equal_repeated_heads(repeated):
+    query, key, value = draw_qkv()
+    grouped = recall(query, write_segments(key, value))
+    if repeated == "repeat_interleave":
+        key, value = (x.repeat_interleave(GROUP, dim=2) for x in (key, value))
+        assert largest(grouped - recall(query, write_segments(key, value))) < 1e-12
+    else:
+        key, value = (x.repeat(1, 1, GROUP, 1, 1) for x in (key, value))
+        assert largest(grouped - recall(query, write_segments(key, value))) > 0.1
+
+
+def broken_prefix(written: MemoryState, initial: MemoryState | None = None):
+    total = [x.cumsum(dim=1) for x in (written.matrix, written.normalizer)]
+    before = MemoryState(total[0] - written.matrix, total[1] - written.normalizer)
+    return before, MemoryState(total[0][:, -1], total[1][:, -1])
+
+
+def bits_that_own_tokens_move(prefix) -> float:
+    """Change the last token of every last segment; return how much what it finds moves."""
+    _, key, value = draw_qkv(torch.float32)
+    other_key, other_value = key.clone(), value.clone()
+    other_key[:, -1, :, -1] += 3
+    other_value[:, -1, :, -1] -= 5
+    found, _ = prefix(write_segments(key, value))
+    other, _ = prefix(write_segments(other_key, other_value))
+    parts = [found.matrix - other.matrix, found.normalizer - other.normalizer]
+    return max(map(largest, parts))
+
+
+def test_what_a_segment_finds_does_not_hold_a_bit_of_its_own_tokens():
+    assert bits_that_own_tokens_move(prefix_states) == 0
+    assert bits_that_own_tokens_move(broken_prefix) > 0
+
+
+def test_two_halves_equal_the_whole():
+    _, key, value = draw_qkv()
+    written = write_segments(key, value)
+    found, end = prefix_states(written)
+    first = MemoryState(written.matrix[:, :2], written.normalizer[:, :2])
+    second = MemoryState(written.matrix[:, 2:], written.normalizer[:, 2:])
+    middle = prefix_states(first)[1]
+    found_later, end_later = prefix_states(second, middle)
+    assert largest(found_later.matrix - found.matrix[:, 2:]) < 1e-12
+    assert largest(end_later.normalizer - end.normalizer) < 1e-12
+    forgotten, _ = prefix_states(second)
+    assert largest(forgotten.matrix - found.matrix[:, 2:]) > 0.1
+
+
+def test_an_empty_memory_gives_exactly_the_local_attention():
+    query, _, _ = draw_qkv(torch.float32)
+    empty = MemoryState(
+        torch.zeros(BATCH, SEGMENTS, KV_HEADS, KEY, VALUE),
+        torch.zeros(BATCH, SEGMENTS, KV_HEADS, KEY),
+    )
+    local = draw(BATCH, SEGMENTS, HEADS, TOKENS, VALUE, dtype=torch.float32)
+    gate = torch.linspace(-4, 4, HEADS)
+    assert recall(query, empty).count_nonzero() == 0
+    assert torch.equal(mix(local, query, empty, gate), local)
+    as_printed = local * (1 - torch.sigmoid(gate)[:, None, None]) + recall(query, empty)
+    assert not torch.allclose(as_printed, local, rtol=1e-2)
+
+
+def test_identical_values_are_recalled_exactly():
+    query, key, value = draw_qkv()
+    value[:] = value[:1, :1, :1, :1]
+    written = write_segments(key, value)
+    assert largest(recall(query, written) - value[:1, :1, :1, :1]) < 1e-12
+    averaged = MemoryState(written.matrix / (BATCH * TOKENS), written.normalizer / BATCH)
+    assert largest(recall(query, averaged) - value[:1, :1, :1, :1]) > 0.1
+
+
+def test_a_batch_of_two_documents_equals_two_batches_of_one():
+    query, key, value = draw_qkv()
+    together = recall(query, prefix_states(write_segments(key, value))[0])
+    for b in range(BATCH):
+        q, k, v = (x[b : b + 1] for x in (query, key, value))
+        alone = recall(q, prefix_states(write_segments(k, v))[0])
+        assert largest(together[b] - alone[0]) < 1e-12
+    found, _ = prefix_states(write_segments(key, value))
+    mean = MemoryState(
+        found.matrix.mean(0, keepdim=True).expand_as(found.matrix),
+        found.normalizer.mean(0, keepdim=True).expand_as(found.normalizer),
+    )
+    assert largest(recall(query, mean) - together) > 0.1
+
+
+def test_padding_is_not_written():
+    _, key, value = draw_qkv()
+    is_token = torch.ones(BATCH, SEGMENTS, TOKENS, dtype=torch.bool)
+    is_token[1, 2, 3:] = False
+    written = write_segments(key, value, is_token)
+    want = write_segments(key[1:, 2:, :, :3], value[1:, 2:, :, :3])
+    assert largest(written.matrix[1, 2] - want.matrix[0, 0]) < 1e-12
+    assert largest(written.normalizer[1, 2] - want.normalizer[0, 0]) < 1e-12
+    padded = write_segments(key, value)
+    assert largest(padded.normalizer[1, 2] - want.normalizer[0, 0]) > 0.1
+
+
+def error_after_many_segments(dtype: torch.dtype) -> float:
+    """Write 10,000 segments into a state of one dtype; return the relative error of z."""
+    num_segments, num_tokens = 10_000, 11
+    key = draw(1, num_segments, 1, num_tokens, 3, dtype=torch.float32)
+    written = write_segments(key, key)
+    exact = feature_map(key.double()).sum(dim=(1, 3))
+    if dtype is torch.float32:
+        normalizer = prefix_states(written)[1].normalizer
+    else:
+        normalizer = torch.zeros(1, 1, 3, dtype=dtype)
+        for segment in written.normalizer.unbind(1):
+            normalizer = normalizer + segment.to(dtype)
+    return largest(normalizer.double() / exact - 1)
+
+
+def test_the_state_still_grows_after_ten_thousand_segments():
+    assert error_after_many_segments(torch.float32) < 1e-4
+    assert error_after_many_segments(torch.bfloat16) > 0.5
+
+
+def test_keys_all_very_negative_are_still_recalled():
+    _, key, value = draw_qkv(torch.float32)
+    query, key = torch.full((BATCH, SEGMENTS, HEADS, 1, KEY), -20.0), key - 20
+    value[:] = 3.0
+    assert (F.elu(key) + 1).count_nonzero() < key.numel() // 2
+    assert largest(recall(query, write_segments(key, value)) - 3) < 1e-5
+
+
+def test_gradients_stay_finite_down_to_where_a_memory_counts_as_empty():
+    gate, local = torch.full((1,), 5.0), torch.zeros(1, 1, 1, 1)
+    for exponent in range(-60, -20):
+        query = torch.full((1, 1, 1, 1), float(exponent), requires_grad=True)
+        key = torch.zeros(1, 1, 1, 1, requires_grad=True)
+        state = write_segments(key, torch.ones(1, 1, 1, 1))
+        gradients = torch.autograd.grad(mix(local, query, state, gate).sum(), [query, key])
+        assert all(x.isfinite().all() for x in gradients), exponent
+
+
+def test_the_memory_stays_float32_under_autocast():
+    query, key, value = draw_qkv(torch.float32)
+    local, gate = draw(BATCH, SEGMENTS, HEADS, TOKENS, VALUE).float(), torch.zeros(HEADS)
+    want_state = write_segments(key, value)
+    want = run_memory(query, key, value, local, gate)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        state = write_segments(key, value)
+        got = run_memory(query, key, value, local, gate)
+        unguarded = feature_map(key).transpose(-1, -2) @ value
+    assert state.matrix.dtype == state.normalizer.dtype == got.dtype == torch.float32
+    assert torch.equal(state.matrix, want_state.matrix)
+    assert torch.equal(got, want)
+    assert unguarded.dtype is torch.bfloat16
+    assert largest(unguarded - want_state.matrix) > 1e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_state_of_a_16_bit_model_is_float32(dtype):
+    _, key, value = draw_qkv()
+    state = write_segments(key.to(dtype), value.to(dtype))
+    assert state.matrix.dtype == state.normalizer.dtype == torch.float32
+
+
+def test_the_bytes_of_a_state_are_those_of_its_tensors():
+    _, key, value = draw_qkv(torch.float32)
+    state = prefix_states(write_segments(key, value))[1]
+    num_bytes = sum(x[0].numel() * x.element_size() for x in (state.matrix, state.normalizer))
+    assert state_bytes(KV_HEADS, KEY, VALUE) == num_bytes == 4 * 2 * (7 * 4 + 7)
+
+
+def test_heads_and_tokens_swapped_are_refused():
+    _, key, value = draw_qkv()
+    with pytest.raises(TypeCheckError):
+        write_segments(key.transpose(2, 3), value)

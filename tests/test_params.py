@@ -1,0 +1,193 @@
+"""Bad parameters are refused by name, and values are read as DVC reads them."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import pytest
+
+from infini_retrofit.params import load_choice, load_presets, load_section, read_params
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scale:
+    """A nested section."""
+
+    new: float
+    rest: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """A section with one field of each kind."""
+
+    lr: float
+    epochs: int
+    memory: Literal["on", "off"]
+    layers: list[int] | Literal["all"]
+    heads: tuple[int, ...]
+    fast: bool
+    lr_scale: Scale
+
+
+@dataclass(frozen=True, kw_only=True)
+class Local:
+    """A preset."""
+
+    path: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hub:
+    """Another preset."""
+
+    repo_id: str
+    tokens: int
+
+
+KINDS = {"local": Local, "hub": Hub}
+GOOD = {
+    "lr": "1e-4",
+    "epochs": "50",
+    "memory": "on",
+    "layers": "[0, -1]",
+    "heads": "[3, 5]",
+    "fast": "true",
+    "lr_scale": "{new: 1, rest: 0.5}",
+}
+PRESETS = """
+model: small
+models:
+  small: {source: local, path: here}
+  large: {source: hub, repo_id: a/b, tokens: 7}
+"""
+
+
+def write_section(path: Path, **changes: str | None) -> Path:
+    lines = [f"  {key}: {text}" for key, text in (GOOD | changes).items() if text is not None]
+    path.write_text("training:\n" + "\n".join(lines) + "\n")
+    return path
+
+
+def write_presets(path: Path, old: str = "", new: str = "") -> Path:
+    assert old in PRESETS
+    path.write_text(PRESETS.replace(old, new))
+    return path
+
+
+def test_good_parameters_load(tmp_path):
+    params = load_section(Training, "training", write_section(tmp_path / "params.yaml"))
+    assert params == Training(
+        lr=1e-4,
+        epochs=50,
+        memory="on",
+        layers=[0, -1],
+        heads=(3, 5),
+        fast=True,
+        lr_scale=Scale(new=1.0, rest=0.5),
+    )
+    assert type(params.lr_scale.new) is float
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"lr": "fast"}, r"^training\.lr must be a finite number, got 'fast'$"),
+        ({"lr": ".nan"}, r"training\.lr must be a finite number, got nan"),
+        ({"lr": ".inf"}, r"training\.lr must be a finite number, got inf"),
+        ({"lr": "true"}, r"training\.lr must be a finite number, got True"),
+        ({"epochs": "1e1"}, r"training\.epochs must be an integer, got 10\.0"),
+        ({"epochs": "'5'"}, r"training\.epochs must be an integer, got '5'"),
+        ({"epochs": "true"}, r"training\.epochs must be an integer, got True"),
+        ({"epochs": ""}, r"training\.epochs must be an integer, got None"),
+        ({"memory": "maybe"}, r"training\.memory must be one of on, off, got 'maybe'"),
+        ({"memory": "true"}, r"training\.memory must be one of on, off, got True"),
+        ({"layers": "some"}, r"layers must be a list, each item an integer or one of all, got"),
+        ({"layers": "[0, x]"}, r"layers must be a list, .* got \[0, 'x'\]"),
+        ({"layers": "[0, false]"}, r"layers must be a list, .* got \[0, False\]"),
+        ({"heads": "3"}, r"training\.heads must be a list, each item an integer, got 3"),
+        ({"fast": "on"}, r"training\.fast must be true or false, got 'on'"),
+        ({"lr_scale": "{new: 1}"}, r"training\.lr_scale must .* unknown \[\], missing \['rest'\]"),
+        ({"lr_scale": "1"}, r"training\.lr_scale must be a mapping of keys to values, got 1"),
+        ({"lr_scale": "{new: a, rest: 1}"}, r"training\.lr_scale\.new must be a finite number"),
+        ({"lerning": "1"}, r"training must .* unknown \['lerning'\], missing \[\]"),
+        ({"lr": None}, r"training must .* unknown \[\], missing \['lr'\]"),
+    ],
+)
+def test_bad_parameters_are_refused_by_name(tmp_path, change, message):
+    path = write_section(tmp_path / "params.yaml", **change)
+    with pytest.raises(ValueError, match=message):
+        load_section(Training, "training", path)
+
+
+def test_single_values_are_read_by_dotted_names(tmp_path):
+    path = write_section(tmp_path / "params.yaml")
+    assert load_section(int, "training.epochs", path) == 50
+    assert load_section(Scale, "training.lr_scale", path) == Scale(new=1.0, rest=0.5)
+    with pytest.raises(ValueError, match=r"must have the key training\.epoch, which is missing"):
+        load_section(int, "training.epoch", path)
+    with pytest.raises(ValueError, match=r"must have the key training\.epochs\.x"):
+        load_section(int, "training.epochs.x", path)
+
+
+def test_the_chosen_preset_is_read_as_its_source_says(tmp_path):
+    path = write_presets(tmp_path / "params.yaml")
+    assert load_choice(KINDS, "model", "models", path) == Local(path="here")
+    other = write_presets(tmp_path / "other.yaml", "model: small", "model: large")
+    assert load_choice(KINDS, "model", "models", other) == Hub(repo_id="a/b", tokens=7)
+    assert load_presets(KINDS, "models", path).keys() == {"small", "large"}
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("model: small", "model: tiny", r"model must be one of large, small .* got 'tiny'"),
+        ("source: local", "source: zip", r"models\.small\.source must be one of hub, local, got"),
+        ("source: local, ", "", r"models\.small\.source must be one of hub, local, got None"),
+        ("path: here", "path: 3", r"models\.small\.path must be text, got 3"),
+        ("path: here", "path: a, x: b", r"models\.small must .* unknown \['x'\]"),
+    ],
+)
+def test_bad_presets_are_refused_by_name(tmp_path, old, new, message):
+    with pytest.raises(ValueError, match=message):
+        load_choice(KINDS, "model", "models", write_presets(tmp_path / "params.yaml", old, new))
+
+
+def test_a_bad_preset_that_is_not_chosen_is_refused_too(tmp_path):
+    path = write_presets(tmp_path / "params.yaml", "tokens: 7", "tokens: x")
+    load_choice(KINDS, "model", "models", path)
+    with pytest.raises(ValueError, match=r"models\.large\.tokens must be an integer"):
+        load_presets(KINDS, "models", path)
+
+
+def test_yaml_means_what_it_means_to_dvc(tmp_path):
+    from dvc.utils.serialize import load_yaml
+
+    path = tmp_path / "params.yaml"
+    path.write_text("a: 1e-4\nb: on\nc: yes\nd: 010\ne: 0o10\nf: ~\ng: 1:30\nh: '1'\ni: .5\n")
+    assert read_params(path) == load_yaml(str(path))
+    assert (read_params(path)["a"], read_params(path)["b"]) == (1e-4, "on")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (b"a: 1\nb: 2\na: 3\n", r"line 3, is not valid YAML: found duplicate key"),
+        (b"a: [1\n", r"is not valid YAML"),
+        (b"a: \x01\n", r"is not valid YAML"),
+        (b"- 1\n", r"must be a mapping of keys to values, got \[1\]"),
+        (b"", r"must be a mapping of keys to values, got None"),
+        (b"a: \xff\n", r"must be UTF-8 text"),
+    ],
+)
+def test_a_broken_file_is_refused_in_one_line(tmp_path, text, message):
+    path = tmp_path / "params.yaml"
+    path.write_bytes(text)
+    with pytest.raises(ValueError, match=message) as caught:
+        read_params(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_file_says_where_to_stand(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"params\.yaml is missing: run this in"):
+        read_params(tmp_path / "params.yaml")

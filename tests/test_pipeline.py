@@ -1,0 +1,252 @@
+"""The guard around a training run, mostly in processes of their own that are really killed."""
+
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from infini_retrofit.pipeline import ChangedWhileRunningError, training_run
+
+ROOT = Path(__file__).parent.parent
+STAGE = """
+import sys, time
+from pathlib import Path
+from infini_retrofit.pipeline import run_stage, training_run
+
+def main():
+    code = [Path("code.py")]
+    with training_run("train", [Path("data")], {"epochs": 3}, code, free_bytes=0) as run:
+        (run.path / "epoch").write_text("1")
+        Path("started").write_text(str(run.path))
+        limit = time.monotonic() + 60
+        while not Path("go").exists() and time.monotonic() < limit:
+            time.sleep(0.01)
+
+run_stage(main)
+"""
+PARENT = """
+import subprocess, sys
+child = subprocess.Popen([sys.executable, "stage.py"])
+print(child.pid, flush=True)
+child.wait()
+"""
+
+
+@dataclass(frozen=True)
+class Params:
+    """A section."""
+
+    lr: float
+
+
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with all that a run depends on, as the working folder."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.delenv("DVC_ROOT", raising=False)
+    monkeypatch.delenv("RANK", raising=False)
+    Path("data").mkdir()
+    Path("data/train.txt").write_text("text")
+    Path("code.py").write_text("x = 1\n")
+    Path("stage.py").write_text(STAGE)
+    Path("params.yaml").write_text("epochs: 3\ntraining: {lr: 0.1}\nother: 1\n")
+    return tmp_path
+
+
+def start() -> subprocess.Popen[str]:
+    """Start the stage and wait until it trains."""
+    Path("started").unlink(missing_ok=True)
+    process = subprocess.Popen([sys.executable, "stage.py"], stderr=subprocess.PIPE, text=True)
+    wait_for(Path("started").exists)
+    return process
+
+
+def finish(process: subprocess.Popen[str]) -> tuple[int, str]:
+    """Let the stage go on to its end."""
+    Path("go").touch()
+    _, errors = process.communicate(timeout=20)
+    Path("go").unlink()
+    return process.returncode, errors
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    limit = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < limit
+        time.sleep(0.01)
+
+
+def guarded(**changes: object) -> str:
+    """Return the name of the folder of a run in this process."""
+    arguments = {"inputs": [Path("data")], "params": {"epochs": 3}, "code": [Path("code.py")]}
+    with training_run("train", **(arguments | changes), free_bytes=0) as run:
+        return run.path.name
+
+
+def test_the_folder_goes_when_the_run_ends_well_and_stays_when_it_fails(project):
+    with (
+        contextlib.suppress(FloatingPointError),
+        training_run("train", [], {}, [], 0) as run,
+    ):
+        (run.path / "epoch").write_text("1")
+        raise FloatingPointError
+    with training_run("train", [], {}, [], 0) as again:
+        assert (again.path / "epoch").read_text() == "1"
+    assert not again.path.exists()
+
+
+def test_the_folder_lies_in_dvc_s_main_root(project, monkeypatch):
+    monkeypatch.setenv("DVC_ROOT", str(project / "main"))
+    with training_run("train", [], {}, [], 0) as run:
+        assert run.path.parent == project / "main" / "checkpoints"
+        assert run.path.is_dir()
+
+
+def test_the_folder_s_name_depends_on_all_that_the_result_depends_on(project):
+    names = [guarded(), guarded(params={"training": Params(lr=0.1)})]
+    Path("params.yaml").write_text("epochs: 4\ntraining: {lr: 0.2}\n")
+    names += [guarded(params={"epochs": 4}), guarded(params={"training": Params(lr=0.2)})]
+    Path("params.yaml").write_text("epochs: 3\n")
+    Path("code.py").write_text("x = 2\n")
+    names += [guarded()]
+    Path("data/train.txt").write_text("other text")
+    names += [guarded()]
+    Path("data/manifest.json").write_text('{"train.txt": "0"}')
+    names += [guarded()]
+    assert len(set(names)) == len(names)
+    Path("data/train.txt").write_text("a folder stands by its manifest")
+    assert guarded() == names[-1]
+
+
+def test_the_folder_s_name_does_not_depend_on_the_place(project, monkeypatch):
+    here = guarded(code=[Path("code.py").resolve()])
+    elsewhere = project / "elsewhere" / project.name
+    shutil.copytree(project, elsewhere, ignore=lambda *_: ["elsewhere", "checkpoints"])
+    monkeypatch.chdir(elsewhere)
+    assert guarded(code=[Path("code.py").resolve()]) == here
+
+
+def test_a_missing_input_is_named(project):
+    with pytest.raises(FileNotFoundError, match=r"models/base is missing: run `dvc repro`"):
+        guarded(inputs=[Path("models/base")])
+
+
+def test_parameters_that_changed_are_refused(project):
+    params = {"training": Params(lr=0.1)}
+    with training_run("train", [], params, [], 0):
+        Path("params.yaml").write_text("training: {lr: 0.1}\nother: 2\n")  # of no concern
+    message = r"^train: changed while it was running: params\.yaml: training; run it again$"
+    for new in ("lr: 0.2", "lr: wrong", "learning_rate: 0.1"):
+        Path("params.yaml").write_text("training: {lr: 0.1}\n")
+        with (
+            pytest.raises(ChangedWhileRunningError, match=message),
+            training_run("train", [], params, [], 0),
+        ):
+            Path("params.yaml").write_text(f"training: {{{new}}}\n")
+        with (
+            pytest.raises(ChangedWhileRunningError, match=message),
+            training_run("train", [], params, [], 0),
+        ):
+            pytest.fail("a run must not begin with other parameters than the file's")
+
+
+@pytest.mark.parametrize("change", [lambda p: p.write_text("x = 2\n"), Path.unlink])
+def test_code_that_changed_is_refused_and_the_checkpoints_stay(project, change):
+    code = [Path("code.py")]
+    with (
+        pytest.raises(ChangedWhileRunningError, match=r"running: code\.py; run it again"),
+        training_run("train", [], {}, code, 0) as run,
+    ):
+        change(code[0])
+    assert run.path.is_dir()
+
+
+def test_a_full_disk_is_refused_at_the_start(project):
+    with pytest.raises(OSError, match=r"must have 1048576\.0 GiB free .* got \d+\.\d GiB"):
+        training_run("train", [], {}, [], free_bytes=1 << 50).__enter__()
+
+
+def test_a_folder_that_cannot_be_written_is_refused_at_the_start(project):
+    Path("checkpoints").write_text("a file where the folder should be")
+    with pytest.raises(OSError, match=r"cannot write to checkpoints"):
+        training_run("train", [], {}, [], 0).__enter__()
+
+
+def test_only_the_first_of_several_processes_locks_and_removes(project, monkeypatch):
+    with training_run("train", [], {}, [], 0) as first:
+        monkeypatch.setenv("RANK", "1")
+        with training_run("train", [], {}, [], 0) as second:
+            assert second == first
+        assert first.path.is_dir()
+        monkeypatch.setenv("RANK", "0")
+        with pytest.raises(OSError, match="under way"):
+            training_run("train", [], {}, [], 0).__enter__()
+
+
+def test_a_second_starter_is_refused_and_the_first_ends_well(project):
+    first = start()
+    second = subprocess.run([sys.executable, "stage.py"], capture_output=True, text=True)
+    assert second.returncode == 1
+    assert second.stderr.startswith("error: the same training is under way in another process")
+    assert second.stderr.count("\n") == 1
+    assert finish(first) == (0, "")
+    assert not Path(Path("started").read_text()).exists()
+
+
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGKILL, -signal.SIGKILL)],
+)
+def test_a_killed_run_fails_and_can_go_on(project, number, code):
+    process = start()
+    process.send_signal(number)
+    process.communicate(timeout=20)
+    assert process.returncode == code
+    assert (Path(Path("started").read_text()) / "epoch").exists()
+    assert finish(start()) == (0, "")
+
+
+def test_parameters_that_changed_end_in_one_sentence(project):
+    process = start()
+    Path("params.yaml").write_text("epochs: 4\n")
+    assert finish(process) == (
+        1,
+        "error: train: changed while it was running: params.yaml: epochs; run it again\n",
+    )
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process of its parent")
+@pytest.mark.parametrize("under_dvc", [True, False])
+def test_under_dvc_a_run_dies_with_its_parent(project, monkeypatch, under_dvc):
+    if under_dvc:
+        monkeypatch.setenv("DVC_ROOT", str(project))
+    parent = subprocess.Popen([sys.executable, "-c", PARENT], stdout=subprocess.PIPE, text=True)
+    child = int(parent.stdout.readline())
+    wait_for(Path("started").exists)
+    parent.kill()
+    parent.wait(timeout=20)
+    parent.stdout.close()
+    if under_dvc:
+        wait_for(lambda: not is_running(child))
+    else:
+        time.sleep(0.5)
+        assert is_running(child)
+        os.kill(child, signal.SIGKILL)
+
+
+def is_running(pid: int) -> bool:
+    """Tell whether a process is there and no zombie, whoever its parent is by now."""
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return state != "Z"

@@ -1,0 +1,87 @@
+"""Files are written whole or not at all, and a changed file is found."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from infini_retrofit import report
+from infini_retrofit.report import verify_manifest, write_manifest, write_metrics, write_rows
+
+ROWS = [{"epoch": 1, "split": "val", "ppl": 2.5}, {"epoch": 2, "split": "val", "ppl": 0.1}]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "weights").mkdir()
+    (tmp_path / "weights" / "model.bin").write_bytes(b"1234567")
+    (tmp_path / "config.json").write_text("{}")
+    write_manifest(tmp_path)
+    return tmp_path
+
+
+def test_metrics_are_sorted_json(tmp_path):
+    path = tmp_path / "metrics" / "distill.json"
+    write_metrics(path, {"b": 1, "a": {"d_ppl": 2.5, "c_ppl": 0.1}})
+    assert json.loads(path.read_text()) == {"a": {"c_ppl": 0.1, "d_ppl": 2.5}, "b": 1}
+    assert path.read_text().index("c_ppl") < path.read_text().index("d_ppl")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_what_is_not_finite_is_refused_and_leaves_the_old_file(tmp_path, value):
+    metrics, rows = tmp_path / "a.json", tmp_path / "a.tsv"
+    write_metrics(metrics, {"val_ppl": 7.0})
+    write_rows(rows, ROWS)
+    before = metrics.read_bytes(), rows.read_bytes()
+    with pytest.raises(ValueError, match=r"a\.json: inner: val_ppl must be finite, got"):
+        write_metrics(metrics, {"inner": {"val_ppl": value}})
+    with pytest.raises(ValueError, match=r"a\.tsv: ppl must be finite, got"):
+        write_rows(rows, [*ROWS, {"epoch": 3, "split": "val", "ppl": value}])
+    assert (metrics.read_bytes(), rows.read_bytes()) == before
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "a.json"
+    write_metrics(path, {"val_ppl": 7.0})
+    monkeypatch.setattr(Path, "replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        write_metrics(path, {"val_ppl": 8.0})
+    assert json.loads(path.read_text()) == {"val_ppl": 7.0}
+
+
+def test_rows_are_tab_separated(tmp_path):
+    write_rows(tmp_path / "plots" / "a.tsv", ROWS)
+    text = (tmp_path / "plots" / "a.tsv").read_bytes()
+    assert text == b"epoch\tsplit\tppl\n1\tval\t2.5\n2\tval\t0.1\n"
+
+
+def test_an_untouched_folder_verifies(folder):
+    verify_manifest(folder)
+    write_manifest(folder)
+    verify_manifest(folder)
+    assert json.loads((folder / report.MANIFEST).read_text()).keys() == {
+        "config.json",
+        "weights/model.bin",
+    }
+
+
+def test_one_flipped_bit_is_found_and_named(folder):
+    (folder / "weights" / "model.bin").write_bytes(b"1234566")
+    with pytest.raises(ValueError, match=r"weights/model\.bin differs .* `dvc repro x`"):
+        verify_manifest(folder, "dvc repro x")
+
+
+def test_a_missing_and_an_added_file_are_named(folder):
+    (folder / "config.json").rename(folder / "settings.json")
+    with pytest.raises(ValueError, match=r"config\.json is missing: delete"):
+        verify_manifest(folder)
+    (folder / "settings.json").rename(folder / "config.json")
+    (folder / "extra").write_text("")
+    with pytest.raises(ValueError, match="extra is not in its manifest"):
+        verify_manifest(folder)
+
+
+def test_a_missing_folder_says_what_makes_it(tmp_path):
+    message = r"models/base/manifest\.json is missing: run `dvc repro prepare_base`"
+    with pytest.raises(FileNotFoundError, match=message):
+        verify_manifest(tmp_path / "models" / "base", "dvc repro prepare_base")

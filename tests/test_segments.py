@@ -1,0 +1,240 @@
+"""Documents folded into a batch against a plain loop over segments, on whole tiny models."""
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+
+from infini_retrofit import attention, segments
+from infini_retrofit.carrier import Carrier
+from infini_retrofit.memory import MemoryState, prefix_states
+from infini_retrofit.retrofit import (
+    FAMILIES,
+    attention_modules,
+    confine_with_context,
+    infini_modules,
+    insert_infini,
+)
+from infini_retrofit.segments import fold, run_folded, run_in_layer
+from tests.reference import infini_params, largest, segment_loop
+from tests.tiny import random_ids, tiny_model
+
+SEGMENT, DOCUMENT = 5, 15
+both_families = pytest.mark.parametrize("family", sorted(FAMILIES))
+FORMS = {
+    "published": {},
+    "local context": {"local_context": 3},
+    "linear": {"local": "linear", "positions": "none"},
+    "one layer": {"layers": [1]},
+}
+both_forms = pytest.mark.parametrize("form", sorted(FORMS))
+
+
+def retrofitted(family: str, dtype: torch.dtype, **over: object) -> PreTrainedModel:
+    model = tiny_model(family)
+    insert_infini(model, infini_params(**over))
+    if dtype is torch.bfloat16:
+        gates = {i: m.gate_logit.data for i, m in infini_modules(model).items()}
+        model.bfloat16()
+        for index, module in infini_modules(model).items():
+            module.gate_logit.data = gates[index]
+        return model
+    return model.to(dtype)
+
+
+def ids_for(model: PreTrainedModel, num_rows: int = 2, num_tokens: int = DOCUMENT) -> Tensor:
+    return random_ids(model.config.vocab_size, num_rows, num_tokens)
+
+
+TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-5, torch.bfloat16: 2e-2}
+
+
+@torch.no_grad()
+def loop_difference(family: str, form: str, dtype: torch.dtype) -> float:
+    model = retrofitted(family, dtype, **FORMS[form])
+    ids = ids_for(model)
+    return largest(run_folded(model, ids, SEGMENT) - segment_loop(model, ids, SEGMENT))
+
+
+@both_families
+@both_forms
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+def test_folded_equals_a_plain_loop_over_segments(family, form, dtype):
+    assert loop_difference(family, form, dtype) < TOLERANCES[dtype]
+
+
+def fold_segments_first(x: Tensor, segment_length: int) -> Tensor:
+    return x.unflatten(1, (-1, segment_length)).transpose(0, 1).flatten(0, 1)
+
+
+def inclusive_prefix(written: MemoryState, initial: MemoryState | None):
+    _, after = prefix_states(written, initial)
+    return MemoryState(written.matrix.cumsum(1), written.normalizer.cumsum(1)), after
+
+
+@both_families
+def test_a_wrong_fold_and_a_memory_of_the_segment_itself_are_noticed(family, monkeypatch):
+    model = retrofitted(family, torch.float32)
+    ids = ids_for(model)
+    want = segment_loop(model, ids, SEGMENT).detach()
+    with monkeypatch.context() as patch:
+        patch.setattr(segments, "fold", fold_segments_first)
+        assert largest(run_folded(model, ids, SEGMENT) - want) > 0.1
+    monkeypatch.setattr(attention, "prefix_states", inclusive_prefix)
+    assert largest(run_folded(model, ids, SEGMENT) - want) > 0.1
+
+
+@both_families
+def test_the_gradient_of_folded_equals_that_of_the_loop(family):
+    model = retrofitted(family, torch.float64)
+    ids, gradients = ids_for(model), []
+    for run in (run_folded, segment_loop):
+        model.zero_grad()
+        run(model, ids, SEGMENT)[..., 0].sin().sum().backward()
+        gradients.append({n: p.grad for n, p in model.base_model.named_parameters()})
+    for name, want in gradients[1].items():
+        assert largest(gradients[0][name] - want) < 1e-9, name
+        assert largest(want) > 1e-6 or name.endswith(("key.bias", "k_proj.bias")), name
+
+
+def rounded_prefix(written: MemoryState, initial: MemoryState | None):
+    """Keep the state in bfloat16, segment after segment."""
+    found = []
+    for x in (written.matrix, written.normalizer):
+        states = [torch.zeros_like(x[:, 0]).bfloat16()]
+        for added in x.unbind(1):
+            states.append(states[-1] + added.bfloat16())
+        found.append(torch.stack(states, dim=1).float())
+    return MemoryState(found[0][:, :-1], found[1][:, :-1]), None
+
+
+def test_a_bfloat16_model_is_closer_to_float32_than_one_with_a_bfloat16_state(monkeypatch):
+    form = {"layers": [0], "initial_memory_share": 0.9}
+    exact, model = (retrofitted("llama", d, **form) for d in (torch.float32, torch.bfloat16))
+    exact.load_state_dict(model.state_dict())
+    ids = ids_for(exact, 1, 400 * SEGMENT)
+    with torch.no_grad():
+        want = run_folded(exact, ids, SEGMENT)
+        error = (run_folded(model, ids, SEGMENT) - want).abs().mean()
+        monkeypatch.setattr(attention, "prefix_states", rounded_prefix)
+        rounded_error = (run_folded(model, ids, SEGMENT) - want).abs().mean()
+    assert error < TOLERANCES[torch.bfloat16]
+    assert error < 0.8 * rounded_error
+
+
+@both_families
+def test_one_infini_layer_alone_is_the_same_in_layer_and_folded(family):
+    model = retrofitted(family, torch.float64, local_context=2)
+    layer, width = attention_modules(model)[0], model.config.hidden_size
+    x = torch.randn(2, DOCUMENT, width, dtype=torch.float64)
+    positions = torch.arange(DOCUMENT)[None]
+    tables = model.base_model.rotary_emb(x, positions)
+    want = layer(x, tables)[0]
+    rows = x.view(-1, SEGMENT, width)
+    folded = [t.expand(2, -1, -1).reshape(len(rows), SEGMENT, -1) for t in tables]
+    got = layer(rows, tuple(folded), Carrier(num_segments=3))[0].view_as(x)
+    assert largest(got - want) < 1e-9
+
+
+@both_families
+def test_swapped_memories_equal_a_loop_that_swaps(family):
+    model = retrofitted(family, torch.float64, layers=[0])
+    ids = ids_for(model, num_rows=3)
+    with torch.no_grad():
+        got = run_folded(model, ids, SEGMENT, "swapped")
+        assert largest(got - segment_loop(model, ids, SEGMENT, "swapped")) < 1e-9
+        assert largest(got - run_folded(model, ids, SEGMENT)) > 0.01
+        same = ids[:1].expand(3, -1)
+        own, swapped = run_folded(model, same, SEGMENT), run_folded(model, same, SEGMENT, "swapped")
+        assert largest(own - swapped) < 1e-9
+
+
+def test_a_document_that_is_no_whole_number_of_segments_is_refused():
+    with pytest.raises(ValueError, match=r"whole number of segments of 5 tokens, got 13 tokens"):
+        fold(torch.zeros(2, 13, dtype=torch.long), SEGMENT)
+
+
+def spy_on_attention(model: PreTrainedModel) -> list[dict]:
+    calls: list[dict] = []
+    for module in attention_modules(model):
+        module.register_forward_pre_hook(
+            lambda _, args, kwargs: calls.append(kwargs), with_kwargs=True
+        )
+    return calls
+
+
+@both_families
+@pytest.mark.parametrize("over", [None, {"layers": [1]}])
+def test_the_carrier_reaches_every_attention_and_no_mask_is_made(family, over):
+    model = tiny_model(family) if over is None else retrofitted(family, torch.float32, **over)
+    calls, carrier = spy_on_attention(model), Carrier()
+    run_folded(model, ids_for(model, num_rows=1), SEGMENT, carrier=carrier)
+    run_in_layer(model, ids_for(model, num_rows=1))
+    assert len(calls) == 2 * 3
+    assert all(call["carrier"] is carrier for call in calls[:3])
+    assert all(isinstance(call["carrier"], Carrier) for call in calls[3:])
+    assert all(call["attention_mask"] is None for call in calls)
+
+
+@both_families
+def test_restarting_positions_would_have_made_a_mask_and_padding_would_not_have_arrived(family):
+    model = tiny_model(family)
+    calls, ids = spy_on_attention(model), ids_for(model, num_rows=1)
+    restarting = (torch.arange(DOCUMENT) % SEGMENT)[None]
+    model.base_model(input_ids=ids, position_ids=restarting, use_cache=False)
+    assert calls[0]["attention_mask"].shape == (1, 1, DOCUMENT, DOCUMENT)
+    padding = torch.ones_like(ids)
+    model.base_model(input_ids=ids, attention_mask=padding, use_cache=False)
+    assert calls[3]["attention_mask"] is None
+
+
+def loop_with_carried_keys(model: PreTrainedModel, ids: Tensor, num_context: int) -> Tensor:
+    """Run a base segment by segment on a transformers cache cropped to the last keys."""
+    outputs, cache = [], None
+    for begin in range(0, DOCUMENT, SEGMENT):
+        if cache is not None:
+            pairs = [(x.keys, x.values) for x in cache.layers]
+            cache = DynamicCache()
+            for i, pair in enumerate(pairs):
+                cache.update(*(x[:, :, -num_context:] for x in pair), i)
+        positions = torch.arange(begin, begin + SEGMENT).expand(len(ids), -1)
+        piece = ids[:, begin : begin + SEGMENT]
+        out = model.base_model(
+            input_ids=piece, position_ids=positions, past_key_values=cache, use_cache=True
+        )
+        cache = out.past_key_values
+        outputs.append(out.last_hidden_state)
+    return torch.cat(outputs, dim=1)
+
+
+@both_families
+@pytest.mark.parametrize("layers", ["all", [0], None])
+@pytest.mark.parametrize("num_context", [1, 4])
+def test_the_equal_bytes_rival_carries_keys_and_values_in_every_layer(family, layers, num_context):
+    base = tiny_model(family).double()
+    params = infini_params(layers=layers or "all")
+    model = tiny_model(family).double()
+    if layers:
+        insert_infini(model, params)
+    confine_with_context(model, params, num_context)
+    ids = ids_for(base)
+    with torch.no_grad():
+        got, want = run_folded(model, ids, SEGMENT), loop_with_carried_keys(base, ids, num_context)
+        confined = run_folded(base, ids, SEGMENT)
+    assert largest(got - want) < 1e-9
+    assert largest(confined - want) > 0.01
+
+
+def test_the_rival_keeps_a_layers_own_attention_and_weights():
+    form = {"local": "linear", "positions": "none", "heads": "single", "init": "random_layer"}
+    model, params = tiny_model("llama"), infini_params(layers=[0], **form)
+    insert_infini(model, params)
+    before = dict(infini_modules(model)[0].named_parameters())
+    attend = infini_modules(model)[0].attend
+    confine_with_context(model, params, 3)
+    after = dict(infini_modules(model)[0].named_parameters())
+    assert before.keys() - after.keys() == {"gate_logit"}
+    assert all(after[name] is before[name] for name in after)
+    assert infini_modules(model)[0].attend is attend
+    assert {m.local_context for m in infini_modules(model).values()} == {3}
+    assert all(m.gate_logit is None for m in infini_modules(model).values())
