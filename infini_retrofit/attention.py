@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from infini_retrofit.carrier import Carried, Carrier, SegmentCut
 from infini_retrofit.local_attention import linear_attention, softmax_attention
 from infini_retrofit.local_context import Keys, LocalContext, Place, carry_context
-from infini_retrofit.memory import mix, prefix_states, state_bytes, write_segments
+from infini_retrofit.memory import memory_bytes, mix, prefix_states, write_segments
 
 # A deployed model keeps carried keys and values in a 16-bit type.
 BYTES_PER_CARRIED_CHANNEL = 2
@@ -55,9 +55,10 @@ class InfiniParams:
         """Refuse values that no base model could make sense of."""
         if self.layers != "all" and not self.layers:
             raise ValueError("infini.layers must name at least one layer, got []")
-        if self.segment_length < 2:
+        if self.segment_length < 3:
             raise ValueError(
-                f"infini.segment_length must be at least 2 tokens, got {self.segment_length}"
+                "infini.segment_length must be at least 3 tokens, or the protocol t2 has none to "
+                f"score, got {self.segment_length}"
             )
         if not 0 <= self.local_context <= self.segment_length:
             raise ValueError(
@@ -106,7 +107,7 @@ class AttentionShape:
         """Count the bytes that cross a segment border, for one document."""
         num_bytes = local_context * self.carried_token_bytes()
         if has_memory:
-            num_bytes += state_bytes(self.num_kv_heads, self.head_dim, self.head_dim)
+            num_bytes += memory_bytes(self.num_kv_heads, self.head_dim, self.head_dim)
         return num_bytes
 
 

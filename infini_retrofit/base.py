@@ -20,6 +20,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from infini_retrofit import base_attention
 from infini_retrofit.gguf_file import GgufFile
 from infini_retrofit.hub import fetch_snapshot
 from infini_retrofit.report import sha256, verify_manifest, write_manifest, write_text
@@ -147,7 +148,7 @@ def load_base(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
     """Load what `bring_base` wrote, in evaluation mode, after comparing it with its manifest."""
     verify_manifest(folder, made_by="dvc repro prepare_base")
     model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=dtype, attn_implementation="sdpa", local_files_only=True
+        folder, dtype=dtype, attn_implementation=base_attention.NAME, local_files_only=True
     )
     return model.eval()
 

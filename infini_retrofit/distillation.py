@@ -11,6 +11,7 @@ Axes:
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -26,8 +27,9 @@ from infini_retrofit.retrofit import (
     resolve_layers,
     set_trainable,
 )
+from infini_retrofit.schedule import Schedule
 from infini_retrofit.teacher import LayerCall, LayerTeacher
-from infini_retrofit.training import Schedule, Trainee
+from infini_retrofit.training import Trainee
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,13 +57,26 @@ class Distillation(Trainee):
     another's input.
     """
 
-    def __init__(self, model: PreTrainedModel, infini: InfiniParams, params: DistillParams) -> None:
-        """Insert the Infini layers into a base model, keeping its own layers as teachers."""
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        infini: InfiniParams,
+        params: DistillParams,
+        dtype: torch.dtype,
+    ) -> None:
+        """Insert the Infini layers into a base model, keeping its own layers as teachers.
+
+        Args:
+            model: a base model in float32.
+            infini: the form of the retrofit.
+            params: section `distill`.
+            dtype: of the matrix products, and of what does not train.
+        """
         layers = resolve_layers(infini.layers, len(decoder_layers(model)))
         teacher = LayerTeacher(model, layers)
         insert_infini(model, infini, params.seed)
-        groups = set_trainable(model, "infini", whole_layers=infini.init == "random_layer")
-        super().__init__(model, groups, lr_scales={"infini": 1.0})
+        groups = set_trainable(model, "infini", infini.init == "random_layer", dtype)
+        super().__init__(model, groups, {"infini": 1.0}, dtype)
         self.teacher = teacher
         self.objective = params.objective
 

@@ -3,6 +3,7 @@
 The same code scores the base, retrofitted models and the control. Knows no files.
 """
 
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -18,7 +19,12 @@ from infini_retrofit.perplexity import (
     score_sliding,
     total,
 )
-from infini_retrofit.retrofit import infini_modules, make_rival, state_bytes
+from infini_retrofit.retrofit import (
+    decoder_layers,
+    infini_modules,
+    make_rival,
+    resolve_layers,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +58,7 @@ class TestText:
         documents: long documents of the test split.
     """
 
-    stream: Int[Tensor, "T"]
+    stream: Int[Tensor, "Stream"]
     documents: Int[Tensor, "B T"]
 
 
@@ -71,7 +77,7 @@ def evaluate(
 
     Returns:
         `<protocol>_test_ppl` for every protocol, `full_test_nll` and `segment_test_nll` in nats
-        a token, and `state_bytes` that this model carries across a segment border.
+        a token, `state_bytes` that this model carries across a segment border, `num_documents`.
     """
     has_memory = any(m.gate_logit is not None for m in infini_modules(model).values())
     num_bytes = sum(m.border_bytes for m in infini_modules(model).values())
@@ -79,7 +85,7 @@ def evaluate(
     metrics: dict[str, float | int] = {f"{k}_test_ppl": s.ppl for k, s in scores.items()}
     for name in ("full", "segment"):
         metrics[f"{name}_test_nll"] = scores[name].nll
-    return metrics | {"state_bytes": num_bytes}
+    return metrics | {"state_bytes": num_bytes, "num_documents": len(text.documents)}
 
 
 def _scores(
@@ -93,7 +99,8 @@ def _scores(
     length, documents = infini.segment_length, text.documents
     yield "sliding", score_sliding(model, text.stream, params.window, params.stride)
     yield "full", total(score_full(model, documents))
-    segment, t2 = (total(s) for s in score_segments(model, documents, length))
+    own_and_t2 = score_segments(model, documents, length, with_t2=True)
+    segment, t2 = (total(scores) for scores in own_and_t2)
     yield "segment", segment
     yield "t2", t2
     for read in ("off", "swapped"):
@@ -105,14 +112,34 @@ def _scores(
 
 
 def gap_recovered(model: dict[str, float], control: dict[str, float]) -> float:
-    """Return the share of the control's loss to segmentation that a model wins back."""
-    won = control["segment_test_nll"] - model["segment_test_nll"]
-    return won / (control["segment_test_nll"] - control["full_test_nll"])
+    """Return the share of the control's loss to segmentation that a model wins back.
+
+    Raises:
+        ValueError: if the control loses nothing to segmentation.
+    """
+    gap = control["segment_test_nll"] - control["full_test_nll"]
+    if gap <= 0:
+        raise ValueError(
+            "gap_recovered needs documents that full attention predicts better than segments do, "
+            f"got a gap of {gap:.4f} nats a token: are they longer than the base can attend to?"
+        )
+    return (control["segment_test_nll"] - model["segment_test_nll"]) / gap
 
 
-def check_layers(model: PreTrainedModel, infini: InfiniParams) -> None:
-    """Refuse layers that the base does not have, before anything slow starts."""
-    state_bytes(model, infini)
+def check_fit(model: PreTrainedModel, infini: InfiniParams, text: TestText) -> None:
+    """Refuse layers that the base does not have, and warn of documents beyond its positions.
+
+    Raises:
+        ValueError: if a layer index is out of range or named twice.
+    """
+    resolve_layers(infini.layers, len(decoder_layers(model)))
+    num_positions, num_tokens = model.config.max_position_embeddings, text.documents.shape[1]
+    if num_tokens > num_positions:
+        print(
+            f"warning: documents of {num_tokens} tokens exceed the {num_positions} positions that "
+            "the base was trained on: full_test_ppl and gap_recovered extrapolate",
+            file=sys.stderr,
+        )
 
 
 def rows_of_metrics(name: str, metrics: dict[str, float | int]) -> list[dict[str, float | str]]:

@@ -10,6 +10,7 @@ Axes:
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -18,8 +19,9 @@ from infini_retrofit.attention import InfiniParams
 from infini_retrofit.cross_entropy import token_nlls
 from infini_retrofit.perplexity import score_segments, total
 from infini_retrofit.retrofit import insert_infini, set_trainable, without_memory
+from infini_retrofit.schedule import Schedule
 from infini_retrofit.segments import run_folded
-from infini_retrofit.training import Schedule, Trainee
+from infini_retrofit.training import Trainee
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,18 +60,24 @@ class Finetuning(Trainee):
     """A retrofitted model that learns to predict documents it sees one segment at a time."""
 
     def __init__(
-        self, model: PreTrainedModel, infini: InfiniParams, params: FinetuneParams
+        self,
+        model: PreTrainedModel,
+        infini: InfiniParams,
+        params: FinetuneParams,
+        dtype: torch.dtype,
     ) -> None:
         """Choose what trains.
 
         Args:
-            model: a retrofitted model, or a control.
+            model: a retrofitted model, or a control, in float32.
             infini: the form of the retrofit, of which the control is a control.
             params: section `finetune`.
+            dtype: of the matrix products, and of what does not train.
         """
-        groups = set_trainable(model, params.trainable, whole_layers=infini.init == "random_layer")
+        whole_layers = infini.init == "random_layer"
+        groups = set_trainable(model, params.trainable, whole_layers, dtype)
         scales = {"infini": params.lr_scale.infini, "rest": params.lr_scale.rest}
-        super().__init__(model, groups, scales)
+        super().__init__(model, groups, scales, dtype)
         self.segment_length = infini.segment_length
 
     def forward(self, input_ids: Int[Tensor, "B T"]) -> dict[str, Tensor]:

@@ -53,7 +53,7 @@ def state_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def state_bytes(num_heads: int, key_dim: int, value_dim: int) -> int:
+def memory_bytes(num_heads: int, key_dim: int, value_dim: int) -> int:
     """Count the bytes of one layer's float32 memory, kept once for each key/value head."""
     return 4 * num_heads * (key_dim * value_dim + key_dim)
 
@@ -63,7 +63,23 @@ def feature_map(x: Float[Tensor, "*B"]) -> Float[Tensor, "*B"]:
 
     Written as exp(x) for negative x: `elu(x) + 1` rounds to 0 in float32 from about -17 on.
     """
-    return torch.where(x > 0, x + 1, x.clamp(max=0).exp())
+    return _FeatureMap.apply(x)
+
+
+class _FeatureMap(torch.autograd.Function):
+    """`feature_map` without `torch.where`, which takes most of the time on a CPU."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        feature = x.clamp(max=0).exp_().add_(x.clamp(min=0))
+        ctx.save_for_backward(feature)
+        return feature
+
+    @staticmethod
+    def backward(ctx, grad_feature: Tensor) -> Tensor:
+        (feature,) = ctx.saved_tensors
+        # The derivative is exp(x) where x is negative, as the feature itself, and 1 elsewhere.
+        return grad_feature * feature.clamp(max=1)
 
 
 def write_segments(
@@ -122,7 +138,8 @@ def retrieve(
     num_heads, num_tokens = query.shape[-3:-1]
     num_kv_heads = state.normalizer.shape[-2]
     with torch.autocast(query.device.type, enabled=False):
-        feature = feature_map(query.to(state.matrix.dtype))
+        query = query.to(state.matrix.dtype, memory_format=torch.contiguous_format)
+        feature = feature_map(query)
         # The query heads that share a key/value head become rows of one product.
         feature = feature.unflatten(-3, (num_kv_heads, num_heads // num_kv_heads)).flatten(-3, -2)
         shape = (num_heads, num_tokens)

@@ -97,7 +97,12 @@ def _preset(kinds: Mapping[str, type], preset: Any, name: str) -> Any:
     source = _mapping(preset, name).get("source")
     if source not in kinds:
         raise ValueError(f"{name}.source must be one of {', '.join(sorted(kinds))}, got {source!r}")
-    return _build({k: v for k, v in preset.items() if k != "source"}, kinds[source], name)
+    try:
+        return _build({k: v for k, v in preset.items() if k != "source"}, kinds[source], name)
+    except ValueError as error:
+        # A preset's dataclass does not know the name it was given.
+        message = str(error)
+        raise ValueError(message if name in message else f"{name}: {message}") from error
 
 
 def _build(section: Any, cls: type, name: str) -> Any:

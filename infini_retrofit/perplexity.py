@@ -106,14 +106,18 @@ def score_sliding(
 
 @torch.inference_mode()
 def score_segments(
-    model: PreTrainedModel, documents: Int[Tensor, "B T"], segment_length: int, read: Read = "own"
+    model: PreTrainedModel,
+    documents: Int[Tensor, "B T"],
+    segment_length: int,
+    read: Read = "own",
+    with_t2: bool = False,
 ) -> tuple[list[Score], list[Score]]:
     """Score documents of which every layer sees one segment at a time (folded).
 
     Returns:
-        A score for each document, and the seeds' doubly shifted one (t2): within a segment,
-        position t is scored against token t + 2. There the segment's last token was never fed
-        in; here it is, after everything that t2 scores.
+        A score for each document, and (`with_t2`, else none) the seeds' doubly shifted one: within
+        a segment, position t is scored against token t + 2. The seeds did not feed a segment's
+        last token in; here it is, so that a memory or context carried over holds it as well.
 
     Raises:
         ValueError: if memories are to be swapped and there is only one document.

@@ -22,7 +22,7 @@ from typing import Any
 from infini_retrofit.params import PARAMS_PATH, load_section
 from infini_retrofit.report import MANIFEST, sha256
 
-FREE_BYTES = 2 << 30  # a checkpoint with its optimizer state, the model, its copy in the cache
+FREE_BYTES = 4 << 30  # a checkpoint with its optimizer state, the model, its copy in the cache
 _PR_SET_PDEATHSIG = 1
 
 
@@ -32,9 +32,15 @@ class ChangedWhileRunningError(RuntimeError):
 
 @dataclass(frozen=True)
 class TrainingFolder:
-    """Where a run keeps what it needs to go on after a kill."""
+    """Where a run keeps what it needs to go on after a kill.
+
+    Attributes:
+        path: the folder.
+        is_first: whether this process is the one of several (torchrun) that writes results.
+    """
 
     path: Path
+    is_first: bool
 
 
 def run_stage(main: Callable[[], None]) -> None:
@@ -80,25 +86,36 @@ def training_run(
         FileNotFoundError: if an input is missing.
         OSError: if the disk is full or read-only, or an equal run is under way.
     """
-    digests = {path: sha256(path) for path in code}
     root = Path(os.environ.get("DVC_ROOT", "."))
-    folder = root / "checkpoints" / f"{stage}-{_fingerprint(inputs, params, digests)}"
+    folder = root / "checkpoints" / f"{stage}-{_fingerprint(inputs, params, code)}"
     is_first = os.environ.get("RANK", "0") == "0"
-    _check_unchanged(stage, digests, params)
     _check_writable(folder, free_bytes)
     with _end_on_sigterm(), _locked(folder) if is_first else contextlib.nullcontext():
-        yield TrainingFolder(folder)
-        _check_unchanged(stage, digests, params)
+        with unchanged(stage, params, code):
+            yield TrainingFolder(folder, is_first)
         if is_first:
             shutil.rmtree(folder)
 
 
-def _fingerprint(
-    inputs: Sequence[Path], params: Mapping[str, Any], code: Mapping[Path, str]
-) -> str:
+@contextlib.contextmanager
+def unchanged(stage: str, params: Mapping[str, Any], code: Sequence[Path]) -> Iterator[None]:
+    """Refuse to end well if code or parameters were edited since the block began.
+
+    DVC records what it finds at the end of a stage, as if that had made the result.
+
+    Raises:
+        ChangedWhileRunningError: naming what changed.
+    """
+    digests = {path: sha256(path) for path in code}
+    _check_unchanged(stage, digests, params)
+    yield
+    _check_unchanged(stage, digests, params)
+
+
+def _fingerprint(inputs: Sequence[Path], params: Mapping[str, Any], code: Sequence[Path]) -> str:
     """Hash inputs, parameters and code, wherever the project's folder lies."""
     plain = {name: asdict(v) if is_dataclass(v) else v for name, v in params.items()}
-    files = {f"{path.parent.name}/{path.name}": digest for path, digest in code.items()}
+    files = {f"{path.parent.name}/{path.name}": sha256(path) for path in code}
     everything = [{str(path): _input_digest(path) for path in inputs}, plain, files]
     text = json.dumps(everything, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]

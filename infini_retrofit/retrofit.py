@@ -169,7 +169,9 @@ def carried_tokens(model: PreTrainedModel, params: InfiniParams) -> int:
 
     At most a segment: what is carried comes from the segment before.
     """
-    token_bytes = len(decoder_layers(model)) * attention_shape(model).carried_token_bytes()
+    shapes = dict.fromkeys(range(len(decoder_layers(model))), attention_shape(model))
+    shapes |= {index: module.shape for index, module in infini_modules(model).items()}
+    token_bytes = sum(shape.carried_token_bytes() for shape in shapes.values())
     return min(state_bytes(model, params) // token_bytes, params.segment_length)
 
 
@@ -193,14 +195,21 @@ def make_rival(model: PreTrainedModel, params: InfiniParams) -> None:
 
 
 def set_trainable(
-    model: PreTrainedModel, part: Part, whole_layers: bool = False
+    model: PreTrainedModel,
+    part: Part,
+    whole_layers: bool = False,
+    frozen_dtype: torch.dtype | None = None,
 ) -> dict[str, list[nn.Parameter]]:
     """Freeze all but one part of the model, whose parameters become float32.
+
+    Load the model in float32 and name the dtype of the rest, so that what trains starts from
+    unrounded weights.
 
     Args:
         model: a retrofitted model.
         part: `infini`: the Infini attention; `attention`: the attention of every layer; `all`.
         whole_layers: let `infini` mean the MLP and norms of the Infini layers as well.
+        frozen_dtype: of what does not train; None: as it is.
 
     Returns:
         The trainable parameters in three groups: `gate`, `infini` and `rest`.
@@ -222,4 +231,7 @@ def set_trainable(
         parameter.requires_grad_(True)
         name = "gate" if key in gates else "infini" if key in of_infini else "rest"
         groups[name].append(parameter)
+    for parameter in model.parameters():
+        if frozen_dtype is not None and not parameter.requires_grad and id(parameter) not in gates:
+            parameter.data = parameter.data.to(frozen_dtype)
     return groups

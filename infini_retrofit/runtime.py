@@ -4,6 +4,7 @@ Knows no stage and no model.
 """
 
 import ctypes
+import os
 import sys
 
 import torch
@@ -14,8 +15,10 @@ _LARGEST_MMAP_THRESHOLD, _LARGEST_INT = 1 << 30, (1 << 31) - 1
 
 
 def pick_device() -> torch.device:
-    """Return the GPU where there is one, else the processor."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """Return this process's GPU where there is one, else the processor."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
 
 
 def pick_dtype(device: torch.device) -> torch.dtype:

@@ -1,16 +1,15 @@
 """Training on `transformers.Trainer`: what distilling and fine-tuning have in common.
 
 Mixed precision, accumulation, checkpoints, resume, early stopping and many processes come from
-the Trainer. Here stand the loss's frame, the parameter groups, the validation that divides by
-tokens once, and the history of a run. Knows no loss, no stage and no path by name.
+the Trainer. Here stand the loss's frame, the parameter groups and the validation that divides
+by tokens once. Knows no loss, no stage and no path by name.
 """
 
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from datasets import Dataset
@@ -24,39 +23,13 @@ from transformers import (
 )
 from transformers.trainer_utils import get_last_checkpoint
 
+from infini_retrofit.history import history, ppl_of_nll
 from infini_retrofit.report import write_rows
+from infini_retrofit.schedule import Schedule, rate_factor
 
-WARMUP_SHARE = 0.05  # of all steps
 # How far, in logits, a gate could move in a whole run if its gradient never changed sign: from
-# a memory share of 0.02 to one of 0.52. With the body's learning rate it cannot move at all.
+# a memory share of 0.02 to one of 0.53. With the body's learning rate it cannot move at all.
 GATE_TRAVEL = 4.0
-
-
-@dataclass(frozen=True, kw_only=True)
-class Schedule:
-    """How long and how fast to train: what the sections of all training stages share."""
-
-    section: ClassVar[str]  # the section's name in params.yaml
-
-    batch_size: int  # samples a step and process
-    epochs: int
-    lr: float  # peak, of the parameters whose scale is 1
-    patience: int  # epochs without a better val_loss before stopping
-    min_delta: float  # how much lower a val_loss must be to count as better
-    seed: int
-
-    def __post_init__(self) -> None:
-        """Refuse values that would only fail, or mislead, an hour later."""
-        self.require_at_least(1, "batch_size", "epochs", "patience")
-        self.require_at_least(0, "min_delta", "seed")
-        if self.lr <= 0:
-            raise ValueError(f"{self.section}.lr must be greater than 0, got {self.lr}")
-
-    def require_at_least(self, least: int, *names: str) -> None:
-        """Refuse fields that are too small, by name."""
-        for name in names:
-            if (value := getattr(self, name)) < least:
-                raise ValueError(f"{self.section}.{name} must be at least {least}, got {value}")
 
 
 class Trainee(nn.Module, ABC):
@@ -66,6 +39,7 @@ class Trainee(nn.Module, ABC):
         model: holds the parameters; those that train are float32.
         groups: the trainable parameters by group; `gate` gets a learning rate of its own.
         lr_scales: factors on the learning rate of the other groups.
+        dtype: of the matrix products.
     """
 
     def __init__(
@@ -73,9 +47,10 @@ class Trainee(nn.Module, ABC):
         model: PreTrainedModel,
         groups: dict[str, list[nn.Parameter]],
         lr_scales: dict[str, float],
+        dtype: torch.dtype,
     ) -> None:
         super().__init__()
-        self.dtype = model.dtype
+        self.dtype = dtype
         self.model = model
         self.groups = groups
         self.lr_scales = lr_scales
@@ -112,7 +87,7 @@ class _RetrofitTrainer(Trainer):
         """Give gates a rate that lets them move within this run, and nothing weight decay."""
         num_steps = self.schedule.epochs * len(self.get_train_dataloader())
         rates = {name: self.schedule.lr * s for name, s in self.model.lr_scales.items()}
-        rates["gate"] = GATE_TRAVEL / num_steps
+        rates["gate"] = GATE_TRAVEL / sum(rate_factor(i, num_steps) for i in range(num_steps))
         groups = [
             {"params": parameters, "lr": rates[name]}
             for name, parameters in self.model.groups.items()
@@ -120,6 +95,15 @@ class _RetrofitTrainer(Trainer):
         ]
         self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0)
         return self.optimizer
+
+    def create_scheduler(
+        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
+    ) -> torch.optim.lr_scheduler.LambdaLR:
+        """Ramp up from the first step on: the Trainer's own warm-up wastes that one at rate 0."""
+        self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
+            optimizer or self.optimizer, lambda step: rate_factor(step, num_training_steps)
+        )
+        return self.lr_scheduler
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """Stop at a loss that is not finite; the last checkpoint stays as it was."""
@@ -139,8 +123,9 @@ class _RetrofitTrainer(Trainer):
             metrics = self.model.validate(self.val.to(self.args.device))
         if not math.isfinite(metrics["val_loss"]):
             raise FloatingPointError(
-                f"training diverged by step {self.state.global_step}: "
-                f"the validation loss is {metrics['val_loss']}; nothing was written"
+                f"training diverged in epoch {round(self.state.epoch or 0)}, "
+                f"step {self.state.global_step}: the validation loss is {metrics['val_loss']}; "
+                "nothing was written, try a smaller lr"
             )
         metrics = {f"eval_{name}": value for name, value in metrics.items()}
         self.log(metrics)
@@ -168,32 +153,6 @@ class _HistoryWriter(TrainerCallback):
             write_rows(self.path, rows)
 
 
-def history(
-    log: list[dict[str, Any]], ppl_of_train_loss: Callable[[float], float | str]
-) -> list[dict[str, int | float | str]]:
-    """Turn the Trainer's log into one row for each epoch and split."""
-    rows = {}
-    for entry in log:
-        epoch = round(entry.get("epoch", 0))
-        if "eval_val_loss" in entry:
-            values = {"loss": entry["eval_val_loss"], "ppl": entry["eval_val_ppl"]}
-            rows[epoch, "val"] = {"epoch": epoch, "split": "val"} | values
-        elif "loss" in entry:
-            values = {"loss": entry["loss"], "ppl": ppl_of_train_loss(entry["loss"])}
-            rows[epoch, "train"] = {"epoch": epoch, "split": "train"} | values
-    return [rows[key] for key in sorted(rows)]
-
-
-def ppl_of_nll(nll: float) -> float:
-    """Return the perplexity of a training loss in nats a token."""
-    return math.exp(min(nll, 700))
-
-
-def no_ppl(loss: float) -> str:
-    """Return the empty cell of a training loss that is no likelihood."""
-    return ""
-
-
 def train(
     trainee: Trainee,
     train_samples: Tensor,
@@ -202,7 +161,7 @@ def train(
     checkpoints: Path,
     history_path: Path,
     ppl_of_train_loss: Callable[[float], float | str] = ppl_of_nll,
-) -> dict[str, float | int]:
+) -> dict[str, int | float | str]:
     """Train to the best epoch's weights and say how it went.
 
     Args:
@@ -234,7 +193,16 @@ def train(
         ],
     )
     trainer.train(resume_from_checkpoint=last_checkpoint)
+    trainer.accelerator.wait_for_everyone()
     rows = history(trainer.state.log_history, ppl_of_train_loss)
+    num_parameters = sum(p.numel() for group in trainee.groups.values() for p in group)
+    return _results(rows, train_samples.numel()) | {"num_trainable_parameters": num_parameters}
+
+
+def _results(
+    rows: list[dict[str, int | float | str]], num_tokens: int
+) -> dict[str, int | float | str]:
+    """Name the best epoch, its validation, and how much was trained on."""
     best = min((r for r in rows if r["split"] == "val" and r["epoch"]), key=lambda r: r["loss"])
     epochs_run = max(row["epoch"] for row in rows)
     return {
@@ -242,8 +210,7 @@ def train(
         "val_ppl": best["ppl"],
         "best_epoch": best["epoch"],
         "epochs_run": epochs_run,
-        "num_trained_tokens": epochs_run * train_samples.numel(),
-        "num_trainable_parameters": sum(p.numel() for g in trainee.groups.values() for p in g),
+        "num_trained_tokens": epochs_run * num_tokens,
     }
 
 
@@ -251,13 +218,11 @@ def _arguments(
     schedule: Schedule, checkpoints: Path, dtype: torch.dtype, resumed: bool
 ) -> TrainingArguments:
     on_gpu = torch.cuda.is_available()
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=str(checkpoints),
         per_device_train_batch_size=schedule.batch_size,
         num_train_epochs=schedule.epochs,
         learning_rate=schedule.lr,
-        lr_scheduler_type="cosine",
-        warmup_steps=WARMUP_SHARE,
         max_grad_norm=1.0,
         bf16=dtype is torch.bfloat16,
         use_cpu=not on_gpu,
@@ -278,3 +243,8 @@ def _arguments(
         dataloader_pin_memory=on_gpu,
         report_to="none",
     )
+    if arguments.n_gpu > 1:
+        # Many GPUs are torchrun's business; one process would split batches among replicas that
+        # the teacher's layers are no part of.
+        arguments._n_gpu = 1
+    return arguments

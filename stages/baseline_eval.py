@@ -8,10 +8,11 @@ from pathlib import Path
 
 from infini_retrofit.attention import InfiniParams
 from infini_retrofit.base import load_base
-from infini_retrofit.evaluation import EvalParams, TestText, check_layers, evaluate
+from infini_retrofit.evaluation import EvalParams, TestText, check_fit, evaluate
+from infini_retrofit.imports import first_party_files
 from infini_retrofit.params import load_section
 from infini_retrofit.perplexity import score_unigram
-from infini_retrofit.pipeline import run_stage
+from infini_retrofit.pipeline import run_stage, unchanged
 from infini_retrofit.report import write_metrics
 from infini_retrofit.runtime import start_run
 from infini_retrofit.texts import read_documents, read_stream
@@ -31,9 +32,11 @@ def main() -> None:
     )
     device, dtype = start_run()
     model = load_base(BASE, dtype).to(device)
-    check_layers(model, infini)
-    metrics = evaluate(model, infini, params, text)
+    check_fit(model, infini, text)
     unigram = score_unigram(read_stream(TRAIN_TEXT), text.stream, model.config.vocab_size)
+    sections = {"eval": params, "infini": infini}
+    with unchanged("baseline_eval", sections, first_party_files(Path(__file__))):
+        metrics = evaluate(model, infini, params, text)
     write_metrics(METRICS, metrics | {"unigram_test_ppl": unigram.ppl})
 
 

@@ -1,9 +1,10 @@
 """Stage `check_params`: refuse bad parameters before any other stage's outputs are touched.
 
-Reads:  params.yaml (all of it)
+Reads:  params.yaml (all of it), models/base if it is there
 Writes: data/params_ok
 """
 
+import json
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,8 +17,9 @@ from infini_retrofit.finetuning import FinetuneParams
 from infini_retrofit.params import load_choice, load_presets, load_section, read_params
 from infini_retrofit.pipeline import run_stage
 from infini_retrofit.report import write_text
+from infini_retrofit.retrofit import resolve_layers
 
-PARAMS_OK = Path("data/params_ok")
+PARAMS_OK, BASE = Path("data/params_ok"), Path("models/base")
 PRESETS = {"model": ("models", BASE_KINDS), "corpus": ("corpora", CORPORA)}
 
 
@@ -44,6 +46,7 @@ def main() -> None:
         eval=load_section(EvalParams, "eval"),
     )
     check_between(sections)
+    check_base(sections.infini)
     write_text(PARAMS_OK, "params.yaml was checked\n")
 
 
@@ -85,6 +88,25 @@ def check_between(sections: Sections) -> None:
                 f"{name} must be a multiple of infini.segment_length ({segment_length} tokens), "
                 f"got {length}"
             )
+    if sections.longdocs.tokens_per_document == segment_length:
+        raise ValueError(
+            "longdocs.tokens_per_document must be at least 2 segments (infini.segment_length = "
+            f"{segment_length} tokens), or nothing crosses a border, got {segment_length}"
+        )
+    if sections.infini.init == "random_layer" and sections.distill.objective != "layer_output":
+        raise ValueError(
+            "distill.objective must be layer_output when infini.init is random_layer, whose MLP "
+            f"would stay random, got {sections.distill.objective}"
+        )
+
+
+def check_base(infini: InfiniParams) -> None:
+    """Check the layers against the base, if the chosen one is on disk already."""
+    about, config = BASE / "base.json", BASE / "config.json"
+    if not (about.is_file() and config.is_file()):
+        return
+    if json.loads(about.read_text())["name"] == load_section(str, "model"):
+        resolve_layers(infini.layers, json.loads(config.read_text())["num_hidden_layers"])
 
 
 if __name__ == "__main__":

@@ -6,17 +6,20 @@ Writes: models/distilled, metrics/distill.json, plots/distill.tsv
 
 from pathlib import Path
 
+import torch
+
 from infini_retrofit.attention import InfiniParams
 from infini_retrofit.base import load_base
 from infini_retrofit.checkpoints import save_retrofit
 from infini_retrofit.distillation import Distillation, DistillParams
+from infini_retrofit.history import no_ppl
 from infini_retrofit.imports import first_party_files
 from infini_retrofit.params import load_section
 from infini_retrofit.pipeline import run_stage, training_run
 from infini_retrofit.report import write_metrics
 from infini_retrofit.runtime import start_run
 from infini_retrofit.texts import read_samples
-from infini_retrofit.training import no_ppl, train
+from infini_retrofit.training import train
 
 BASE, TEXT = Path("models/base"), Path("data/wikitext")
 DISTILLED = Path("models/distilled")
@@ -32,11 +35,12 @@ def main() -> None:
     val_samples = read_samples(TEXT / "val.parquet", length, params.val_samples)
     device, dtype = start_run()
     with training_run("distill", [BASE, TEXT], sections, first_party_files(Path(__file__))) as run:
-        model = load_base(BASE, dtype).to(device)
-        trainee = Distillation(model, infini, params)
+        model = load_base(BASE, torch.float32).to(device)
+        trainee = Distillation(model, infini, params, dtype)
         metrics = train(trainee, train_samples, val_samples, params, run.path, HISTORY, no_ppl)
-        save_retrofit(model, infini, BASE, DISTILLED)
-        write_metrics(METRICS, metrics)
+        if run.is_first:
+            save_retrofit(model, infini, BASE, DISTILLED)
+            write_metrics(METRICS, metrics)
 
 
 if __name__ == "__main__":

@@ -17,9 +17,10 @@ from infini_retrofit.evaluation import (
     gap_recovered,
     rows_of_metrics,
 )
+from infini_retrofit.imports import first_party_files
 from infini_retrofit.params import load_section
-from infini_retrofit.pipeline import run_stage
-from infini_retrofit.report import write_metrics, write_rows
+from infini_retrofit.pipeline import run_stage, unchanged
+from infini_retrofit.report import verify_manifest, write_metrics, write_rows
 from infini_retrofit.runtime import start_run
 from infini_retrofit.texts import read_documents, read_stream
 
@@ -37,15 +38,27 @@ def main() -> None:
         read_stream(TEST_TEXT, params.sliding_tokens),
         read_documents(TEST_DOCUMENTS, params.documents),
     )
+    baseline = read_baseline()
+    for folder in RETROFITS.values():
+        verify_manifest(folder)
     device, dtype = start_run()
-    metrics = {"base": json.loads(BASELINE.read_text())}
-    for name, folder in RETROFITS.items():
-        model, _ = load_retrofit(BASE, folder, dtype)
-        metrics[name] = evaluate(model.to(device), infini, params, text)
+    sections = {"eval": params, "infini": infini}
+    with unchanged("eval_sliding", sections, first_party_files(Path(__file__))):
+        metrics = {"base": baseline}
+        for name, folder in RETROFITS.items():
+            model, _ = load_retrofit(BASE, folder, dtype)
+            metrics[name] = evaluate(model.to(device), infini, params, text)
     for name in ("distilled", "finetuned"):
         metrics[name]["gap_recovered"] = gap_recovered(metrics[name], metrics["control"])
     write_metrics(METRICS, metrics)
     write_rows(ROWS, [r for name, m in metrics.items() for r in rows_of_metrics(name, m)])
+
+
+def read_baseline() -> dict[str, float | int]:
+    """Read the base's numbers, which are measured already."""
+    if not BASELINE.is_file():
+        raise FileNotFoundError(f"{BASELINE} is missing: run `dvc repro baseline_eval` to make it")
+    return json.loads(BASELINE.read_text())
 
 
 if __name__ == "__main__":

@@ -6,6 +6,8 @@ Writes: models/finetuned, metrics/finetune.json, plots/finetune.tsv
 
 from pathlib import Path
 
+import torch
+
 from infini_retrofit.checkpoints import load_retrofit, save_retrofit
 from infini_retrofit.finetuning import FinetuneParams, Finetuning
 from infini_retrofit.imports import first_party_files
@@ -29,11 +31,12 @@ def main() -> None:
     device, dtype = start_run()
     inputs, code = [BASE, DISTILLED, DOCUMENTS], first_party_files(Path(__file__))
     with training_run("finetune", inputs, {"finetune": params}, code) as run:
-        model, infini = load_retrofit(BASE, DISTILLED, dtype, "dvc repro distill")
-        trainee = Finetuning(model.to(device), infini, params)
+        model, infini = load_retrofit(BASE, DISTILLED, torch.float32, "dvc repro distill")
+        trainee = Finetuning(model.to(device), infini, params, dtype)
         metrics = train(trainee, train_documents, val_documents, params, run.path, HISTORY)
-        save_retrofit(model, infini, BASE, FINETUNED)
-        write_metrics(METRICS, metrics)
+        if run.is_first:
+            save_retrofit(model, infini, BASE, FINETUNED)
+            write_metrics(METRICS, metrics)
 
 
 if __name__ == "__main__":

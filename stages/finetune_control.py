@@ -6,6 +6,8 @@ Writes: models/control, metrics/finetune_control.json, plots/finetune_control.ts
 
 from pathlib import Path
 
+import torch
+
 from infini_retrofit.attention import InfiniParams
 from infini_retrofit.base import load_base
 from infini_retrofit.checkpoints import save_retrofit
@@ -31,12 +33,13 @@ def main() -> None:
     device, dtype = start_run()
     inputs, code = [BASE, DOCUMENTS], first_party_files(Path(__file__))
     with training_run("finetune_control", inputs, sections, code) as run:
-        model = load_base(BASE, dtype).to(device)
+        model = load_base(BASE, torch.float32).to(device)
         control = make_control(model, infini)
-        trainee = Finetuning(model, infini, params)
+        trainee = Finetuning(model, infini, params, dtype)
         metrics = train(trainee, train_documents, val_documents, params, run.path, HISTORY)
-        save_retrofit(model, control, BASE, CONTROL)
-        write_metrics(METRICS, metrics)
+        if run.is_first:
+            save_retrofit(model, control, BASE, CONTROL)
+            write_metrics(METRICS, metrics)
 
 
 if __name__ == "__main__":

@@ -40,6 +40,12 @@ def check_lengths(articles: dict[str, list[TokenizedArticle]], tokens_per_docume
                 f"longdocs.tokens_per_document must leave a document in each split, "
                 f"got {tokens_per_document}: the longest article of {split} has {longest} tokens"
             )
+    sources = sum(len(article.input_ids) >= tokens_per_document for article in articles["test"])
+    if sources < 2:
+        raise ValueError(
+            f"longdocs.tokens_per_document must leave documents of at least 2 articles in test, "
+            f"whose memories can be swapped, got {tokens_per_document}: {sources} is that long"
+        )
 
 
 if __name__ == "__main__":

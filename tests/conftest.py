@@ -2,14 +2,43 @@
 
 import os
 
-# Before anything imports huggingface_hub, which reads them once.
+# Before anything imports huggingface_hub and torch, which read them once.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+# On tiny tensors handing work to threads takes longer than the work.
+os.environ["OMP_NUM_THREADS"] = "1"
+
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
+
+from tests.tiny_project import PROJECTS, make_project, run_stages
+
+torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Tiny projects in which every stage has run; no test writes into them."""
+    folders = {name: tmp_path_factory.mktemp(name) for name in PROJECTS}
+    for name, folder in folders.items():
+        make_project(folder, **PROJECTS[name])
+        run_stages(folder)
+    return folders
+
+
+@pytest.fixture
+def project(finished: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of the project of the linear layer, as the working folder."""
+    folder = tmp_path / "project"
+    shutil.copytree(finished["linear"], folder)
+    monkeypatch.chdir(folder)
+    monkeypatch.delenv("DVC_ROOT", raising=False)
+    return folder

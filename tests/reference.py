@@ -62,19 +62,16 @@ def naive_attend(query: Tensor, key: Tensor, value: Tensor, kind: str) -> Tensor
     return weights @ value / weights.sum()
 
 
+Tables = tuple[Tensor, Tensor]
+
+
 @dataclass(frozen=True)
 class Heads:
-    """Queries (H T K), keys (N T K) and values (N T V) of one document."""
+    """Queries (H T K), keys (N T K) and values (N T V) of one document, not yet placed."""
 
     query: Tensor
     key: Tensor
     value: Tensor
-
-    def rotate(self, cos: Tensor, sin: Tensor) -> "Heads":
-        """Turn queries and keys by the tables (T P), channel pair by channel pair."""
-        return Heads(
-            naive_rotate(self.query, cos, sin), naive_rotate(self.key, cos, sin), self.value
-        )
 
 
 def naive_rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -88,9 +85,17 @@ def naive_rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.stack(channels, dim=-1)
 
 
+def place_at(x: Tensor, position: int, tables: Tables | None) -> Tensor:
+    """Give one vector (K) the position of a token of the document, if there are positions."""
+    if tables is None:
+        return x
+    cos, sin = tables
+    return naive_rotate(x[None], cos[position, None], sin[position, None])[0]
+
+
 def naive_infini(
-    raw: Heads,
-    placed: Heads,
+    heads: Heads,
+    tables: Tables | None,
     gate_logit: Tensor | None,
     segment_length: int,
     kind: str = "softmax",
@@ -100,29 +105,36 @@ def naive_infini(
     """Compute (H T V) token by token, from all keys and values there are, without a state.
 
     Args:
-        raw: before position encoding; what the memory works on.
-        placed: what the local attention works on.
+        heads: before position encoding; what the memory works on.
+        tables: cosines and sines, (T P) each; None: no positions.
         gate_logit: (H); None: no memory.
         segment_length: tokens.
         kind: softmax or linear local attention.
-        local_context: tokens of the segment before that are attended to as well.
+        local_context: tokens that a segment attends to besides itself: the last ones of the
+            segment before, but for one, and the document's first, placed next to them.
         memory_of: whose memory is read; None: the document's own.
     """
-    num_heads, num_tokens = raw.query.shape[:2]
-    group = num_heads // len(raw.key)
-    memory_of = raw if memory_of is None else memory_of
+    num_heads, num_tokens = heads.query.shape[:2]
+    group = num_heads // len(heads.key)
+    memory_of = heads if memory_of is None else memory_of
     rows = []
     for h in range(num_heads):
         n = h // group
         for t in range(num_tokens):
             begin = t // segment_length * segment_length
-            seen = slice(max(0, begin - local_context), t + 1)
-            key, value = placed.key[n, seen], placed.value[n, seen]
-            out = naive_attend(placed.query[h, t], key, value, kind)
+            seen = {s: s for s in range(begin, t + 1)}  # position: token
+            if begin and local_context:
+                seen[begin - local_context] = 0
+                seen |= {s: s for s in range(begin - local_context + 1, begin)}
+            key = [place_at(heads.key[n, token], at, tables) for at, token in seen.items()]
+            value = heads.value[n, list(seen.values())]
+            query = place_at(heads.query[h, t], t, tables)
+            out = naive_attend(query, torch.stack(key), value, kind)
             if gate_logit is not None and begin:
-                key, value = memory_of.key[n, :begin], memory_of.value[n, :begin]
+                past_key, past_value = memory_of.key[n, :begin], memory_of.value[n, :begin]
                 share = torch.sigmoid(gate_logit[h])
-                out = (1 - share) * out + share * naive_recall(raw.query[h, t], key, value)
+                recalled = naive_recall(heads.query[h, t], past_key, past_value)
+                out = (1 - share) * out + share * recalled
             rows.append(out)
     return torch.stack(rows).unflatten(0, (num_heads, num_tokens))
 
@@ -149,7 +161,7 @@ def naive_heads(layer: InfiniAttention, hidden_states: Tensor) -> Heads:
 def naive_layer(
     layer: InfiniAttention,
     hidden_states: Tensor,
-    tables: tuple[Tensor, Tensor] | None,
+    tables: Tables | None,
     kind: str,
     memory_of: Tensor | None = None,
 ) -> Tensor:
@@ -162,10 +174,9 @@ def naive_layer(
         kind: softmax or linear local attention.
         memory_of: the document whose memory is read, (T D); None: its own.
     """
-    raw = naive_heads(layer, hidden_states)
     out = naive_infini(
-        raw,
-        raw if tables is None else raw.rotate(*tables),
+        naive_heads(layer, hidden_states),
+        tables,
         layer.gate_logit,
         layer.segment_length,
         kind,

@@ -234,7 +234,7 @@ def test_gates_start_at_the_share_asked_for_and_are_float32(share):
     ("over", "message"),
     [
         ({"layers": []}, r"infini\.layers must name at least one layer, got \[\]"),
-        ({"segment_length": 1}, r"infini\.segment_length must be at least 2 tokens, got 1"),
+        ({"segment_length": 2}, r"infini\.segment_length must be at least 3 tokens, .* got 2"),
         ({"local_context": -1}, r"infini\.local_context must be in 0\.\..* tokens, got -1"),
         ({"local_context": 6}, r"infini\.local_context must be in .*=5 tokens, got 6"),
         ({"initial_memory_share": 0.0}, r"infini\.initial_memory_share must .*, got 0\.0"),

@@ -9,6 +9,7 @@ import torch
 from huggingface_hub import constants
 from tokenizers import Tokenizer
 
+from infini_retrofit import base_attention
 from infini_retrofit.base import (
     BASE_KINDS,
     HubBase,
@@ -32,11 +33,11 @@ FILE = "tiny_wheel/tiny.gguf"
 
 
 def assert_same_model(got_dir, want):
-    ids = random_ids(want.config.vocab_size, 2, 11)
-    got = load_base(got_dir, torch.float32)
+    got, ids = load_base(got_dir, torch.float32), random_ids(want.config.vocab_size, 2, 11)
     assert not got.training
-    assert got.config._attn_implementation == "sdpa"
-    assert torch.equal(got(ids).logits, want(ids).logits)
+    assert got.config._attn_implementation == base_attention.NAME
+    torch.testing.assert_close(got(ids).logits, want(ids).logits)
+    assert all(torch.equal(got.state_dict()[name], x) for name, x in want.state_dict().items())
 
 
 def edit_config(folder, **changes):

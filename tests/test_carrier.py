@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from infini_retrofit.carrier import Carrier, SegmentCut, last_tokens, put_context_before
+from infini_retrofit.carrier import Carrier, SegmentCut
 
 ROWS, TOKENS, HEADS, SIZE = 2, 11, 3, 5
 WIDTH = HEADS * SIZE
@@ -125,15 +125,3 @@ def test_positions_move_with_their_tokens():
         split = cut.split_positions(positions)
         assert torch.equal(split[0, 0, 0], positions[0, 3:7])
         assert torch.equal(split[1, 0, 0], positions[-1, :4])
-
-
-def test_context_is_the_end_of_the_segment_before():
-    x = SegmentCut(numbered(num_tokens=12), Carrier(), 4).split(numbered(num_tokens=12), HEADS)
-    longer = put_context_before(x, None, 3, axis=-2)
-    assert longer.shape == (ROWS, 3, HEADS, 7, SIZE)
-    assert longer[:, 0, :, :3].count_nonzero() == 0
-    assert torch.equal(longer[:, 1, :, :3], x[:, 0, :, 1:])
-    assert torch.equal(longer[:, 2, :, :3], x[:, 1, :, 1:])
-    assert torch.equal(longer[:, :, :, 3:], x)
-    first = last_tokens(x[:, 2], 3, axis=-2)
-    assert torch.equal(put_context_before(x, first, 3, axis=-2)[:, 0, :, :3], x[:, 2, :, 1:])

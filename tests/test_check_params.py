@@ -1,20 +1,19 @@
 """Whatever is wrong in params.yaml is said by the first stage, which changes nothing then."""
 
-import subprocess
-import sys
+import json
 from pathlib import Path
 
 import pytest
-from ruamel.yaml import YAML
 
 from stages import check_params
+from tests.tiny import tiny_base_folder
+from tests.tiny_project import write_params
 
-ROOT = Path(__file__).parent.parent
 OLD = "of an earlier run"
 
 
 @pytest.fixture
-def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def earlier(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A working folder with an earlier result."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "data").mkdir()
@@ -23,23 +22,11 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def write(**changes: object) -> None:
-    """Write the project's own parameters with some changed, or removed where the value is None.
-
-    Keys have `__` for the dot between a section and a key.
-    """
-    params = YAML(typ="safe").load(ROOT / "params.yaml")
-    for name, value in changes.items():
-        *sections, key = name.split("__")
-        table = params
-        for section in sections:
-            table = table[section]
-        table.pop(key, None)
-        if value is not None:
-            table[key] = value
-    YAML(typ="safe").dump(params, Path("params.yaml"))
+    """Write the project's own parameters with some changed; `__` stands for a dot."""
+    write_params(Path.cwd(), {name.replace("__", "."): value for name, value in changes.items()})
 
 
-def test_the_project_s_own_parameters_pass_and_the_output_is_constant(project):
+def test_the_project_s_own_parameters_pass_and_the_output_is_constant(earlier):
     write()
     check_params.main()
     first = check_params.PARAMS_OK.read_bytes()
@@ -81,20 +68,33 @@ def test_the_project_s_own_parameters_pass_and_the_output_is_constant(project):
             r"^distill\.tokens_per_sample must be a multiple of infini\.segment_length "
             r"\(256 tokens\), got 1000$",
         ),
+        (
+            {"longdocs__tokens_per_document": 256},
+            r"^longdocs\.tokens_per_document must be at least 2 segments .* got 256$",
+        ),
+        (
+            {"infini__init": "random_layer", "distill__objective": "attention_output"},
+            r"^distill\.objective must be layer_output when .* got attention_output$",
+        ),
         ({"infini__segment_length": 384}, r"must be a multiple of infini\.segment_length \(384"),
     ],
 )
-def test_each_mistake_is_named_and_the_earlier_result_stays(project, changes, message):
+def test_each_mistake_is_named_and_the_earlier_result_stays(earlier, changes, message):
     write(**changes)
     with pytest.raises(ValueError, match=message):
         check_params.main()
     assert check_params.PARAMS_OK.read_text() == OLD
 
 
-def test_on_the_command_line_it_is_one_sentence_without_a_traceback(project, monkeypatch):
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    write(distill__epochs=0)
-    command = [sys.executable, "-m", "stages.check_params"]
-    run = subprocess.run(command, capture_output=True, text=True)
-    assert run.returncode == 1
-    assert run.stderr == "error: distill.epochs must be at least 1, got 0\n"
+@pytest.mark.parametrize("model", ["my-model", "pythia-70m"])
+def test_layers_are_compared_with_the_base_only_if_it_is_the_chosen_one(earlier, model):
+    tiny_base_folder(check_params.BASE)
+    about = json.loads((check_params.BASE / "base.json").read_text())
+    (check_params.BASE / "base.json").write_text(json.dumps(about | {"name": "my-model"}))
+    write(model=model, infini__layers=[3])
+    if model != "my-model":
+        check_params.main()
+        return
+    with pytest.raises(ValueError, match=r"infini\.layers must be in -3\.\.2 .* got 3"):
+        check_params.main()
+    assert check_params.PARAMS_OK.read_text() == OLD

@@ -72,6 +72,25 @@ def test_only_what_differs_from_the_base_is_saved(family, tmp_path):
     assert json.loads((tmp_path / "out" / CONFIG).read_text())["infini"]["layers"] == [1]
 
 
+@both_families
+@pytest.mark.parametrize("tied", [False, True])
+def test_frozen_weights_rounded_for_the_run_do_not_count_as_different(family, tied, tmp_path):
+    base_dir = tiny_base_folder(tmp_path / "base", family, tie_word_embeddings=tied)
+    model, params = load_base(base_dir, torch.bfloat16), infini_params(layers=[1])
+    insert_infini(model, params)
+    trained = [p for group in set_trainable(model, "infini").values() for p in group]
+    rounded = {n for n, p in model.named_parameters() if not p.requires_grad}
+    assert any(not torch.equal(p.float(), load_base(base_dir, torch.float32).state_dict()[n])
+               for n, p in model.named_parameters() if n in rounded)  # fmt: skip
+    with torch.no_grad():
+        for parameter in trained:
+            parameter += 1.0
+    save_retrofit(model, params, base_dir, tmp_path / "out")
+    names = load_file(tmp_path / "out" / WEIGHTS)
+    assert set(names) == {n for n, p in model.named_parameters() if p.requires_grad}
+    assert len(names) == len(trained)
+
+
 def test_gates_stay_float32_whatever_the_weights_are_loaded_as(tmp_path):
     base_dir = tiny_base_folder(tmp_path / "base")
     model, _ = save_trained(base_dir, tmp_path / "out")

@@ -65,6 +65,17 @@ def test_without_gradients_nothing_is_kept():
     assert not token_nlls(hidden, weight, targets).requires_grad
 
 
+def test_where_no_gradient_is_recorded_none_is_computed(monkeypatch):
+    hidden, weight, targets = (x.requires_grad_(x.is_floating_point()) for x in draw())
+    products = []
+    monkeypatch.setattr(cross_entropy.torch, "mm", lambda *_, **__: products.append(1))
+    with torch.no_grad():
+        token_nlls(hidden, weight, targets)
+    assert products == []
+    token_nlls(hidden, weight, targets)
+    assert products
+
+
 def test_no_more_logits_than_a_chunk_exist_at_once(monkeypatch):
     rows, softmax = [], torch.log_softmax
 

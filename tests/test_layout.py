@@ -24,9 +24,9 @@ LEVELS = [
     {
         *("memory", "params", "report", "runtime", "corpus", "pipeline", "wikimarkup"),
         *("wikitemplates", "wikitext", "articles", "texts", "hub", "gguf_file", "cross_entropy"),
-        *("imports", "offline_plots"),
+        *("imports", "offline_plots", "schedule", "history"),
     },
-    {"attention", "base", "local_attention", "local_context", "carrier"},
+    {"attention", "base", "base_attention", "local_attention", "local_context", "carrier"},
     {"retrofit", "segments", "cache", "checkpoints", "teacher"},
     {"training", "distillation", "finetuning", "perplexity", "evaluation", "recall"},
 ]
@@ -65,7 +65,7 @@ def test_dvc_lists_every_file_the_stage_imports(stage):
 
 def test_the_listed_files_are_those_that_python_loads():
     program = (
-        "import sys, stages.prepare_base\n"
+        "import sys, stages.prepare_wikitext\n"
         "for name, module in list(sys.modules.items()):\n"
         "    if name.split('.')[0] in ('infini_retrofit', 'stages'): print(module.__file__)"
     )
@@ -73,8 +73,8 @@ def test_the_listed_files_are_those_that_python_loads():
         [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True
     )
     loaded = {Path(line).relative_to(ROOT).as_posix() for line in run.stdout.split()}
-    assert "infini_retrofit/base.py" in loaded
-    assert loaded <= set(STAGES["prepare_base"]["deps"])
+    assert "infini_retrofit/articles.py" in loaded
+    assert loaded <= set(STAGES["prepare_wikitext"]["deps"])
 
 
 @pytest.mark.parametrize(

@@ -13,12 +13,14 @@ HEADS = KV_HEADS * GROUP
 ATTENTIONS = {"softmax": softmax_attention, "linear": linear_attention}
 
 
-@pytest.fixture(params=["softmax", "fused softmax", "linear"])
+@pytest.fixture(params=["softmax", "fused softmax", "softmax in blocks", "linear"])
 def kind(request, monkeypatch) -> str:
     """Name each attention; `fused` sends softmax through the kernel used for long segments."""
     if request.param == "fused softmax":
         monkeypatch.setattr(local_attention, "LONGEST_EXPLICIT", 0)
-    return request.param.split()[-1]
+    if request.param == "softmax in blocks":
+        monkeypatch.setattr(local_attention, "QUERIES_PER_BLOCK", 2)
+    return "linear" if request.param == "linear" else "softmax"
 
 
 def draw_qkv(context: int = 0, dtype: torch.dtype = torch.float64) -> list[Tensor]:

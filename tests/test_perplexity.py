@@ -150,7 +150,7 @@ def test_a_memory_that_lives_on_between_windows_lets_future_tokens_in(monkeypatc
 def test_segments_equal_a_loop_with_border_tokens_scored(family, read, monkeypatch):
     model = retrofitted(family)
     documents = ids_for(model, 2, DOCUMENT)
-    scores, t2_scores = score_segments(model, documents, SEGMENT, read)
+    scores, t2_scores = score_segments(model, documents, SEGMENT, read, with_t2=True)
     with torch.no_grad():
         logits = model.get_output_embeddings()(segment_loop(model, documents, SEGMENT, read))
     for score, t2, ids, row in zip(scores, t2_scores, documents, logits, strict=True):
@@ -230,7 +230,10 @@ def test_a_base_that_knows_its_text_is_below_the_unigram_on_every_path_but_the_d
     base = rote_model()
     documents = torch.stack([(torch.arange(DOCUMENT) * 7 + i) % 23 for i in range(3)])
     unigram = score_unigram(documents.flatten(), documents.flatten(), 23).nll
-    reads = [score_segments(base, documents, SEGMENT, read) for read in ("own", "off", "swapped")]
+    reads = [
+        score_segments(base, documents, SEGMENT, read, with_t2=True)
+        for read in ("own", "off", "swapped")
+    ]
     scores = [total(s) for s, _ in reads]
     scores += [total(score_full(base, documents)), total(score_rows(base, documents))]
     scores += [score_sliding(base, documents[0], 11, 4)]

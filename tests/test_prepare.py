@@ -165,6 +165,27 @@ def test_documents_longer_than_every_article_are_refused_before_anything_is_writ
     assert not Path("data/longdocs").exists()
 
 
+def test_documents_of_one_test_article_are_refused_because_none_could_be_swapped(folder):
+    prepare_wikitext.main()
+    lengths = {
+        split: sorted(len(a.input_ids) for a in read_articles(Path("data/wikitext"), split))
+        for split in SPLITS
+    }
+    longest = sorted(lengths["test"])[-1]
+    only = Path("texts", next(iter(titles("wikitext")["test"])))
+    only.write_text(only.read_text() * 40)
+    for split in ("train", "val"):
+        other = Path("texts", next(iter(titles("wikitext")[split])))
+        other.write_text(other.read_text() * 40)
+    prepare_wikitext.main()
+    write_params(tokens_per_document=longest + 1)
+    with pytest.raises(ValueError, match=rf"2 articles in test, .* got {longest + 1}: 1 is that"):
+        prepare_longdocs.main()
+    assert not Path("data/longdocs").exists()
+    write_params(tokens_per_document=lengths["test"][-2])
+    prepare_longdocs.main()
+
+
 def test_what_is_missing_names_the_stage_that_makes_it(folder):
     with pytest.raises(FileNotFoundError, match="run `dvc repro prepare_wikitext`"):
         prepare_longdocs.main()

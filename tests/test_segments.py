@@ -3,7 +3,7 @@
 import pytest
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 
 from infini_retrofit import attention, segments
 from infini_retrofit.carrier import Carrier
@@ -11,7 +11,6 @@ from infini_retrofit.memory import MemoryState, prefix_states
 from infini_retrofit.retrofit import (
     FAMILIES,
     attention_modules,
-    confine_with_context,
     infini_modules,
     insert_infini,
 )
@@ -188,53 +187,27 @@ def test_restarting_positions_would_have_made_a_mask_and_padding_would_not_have_
     assert calls[3]["attention_mask"] is None
 
 
-def loop_with_carried_keys(model: PreTrainedModel, ids: Tensor, num_context: int) -> Tensor:
-    """Run a base segment by segment on a transformers cache cropped to the last keys."""
-    outputs, cache = [], None
-    for begin in range(0, DOCUMENT, SEGMENT):
-        if cache is not None:
-            pairs = [(x.keys, x.values) for x in cache.layers]
-            cache = DynamicCache()
-            for i, pair in enumerate(pairs):
-                cache.update(*(x[:, :, -num_context:] for x in pair), i)
-        positions = torch.arange(begin, begin + SEGMENT).expand(len(ids), -1)
-        piece = ids[:, begin : begin + SEGMENT]
-        out = model.base_model(
-            input_ids=piece, position_ids=positions, past_key_values=cache, use_cache=True
-        )
-        cache = out.past_key_values
-        outputs.append(out.last_hidden_state)
-    return torch.cat(outputs, dim=1)
-
-
 @both_families
-@pytest.mark.parametrize("layers", ["all", [0], None])
-@pytest.mark.parametrize("num_context", [1, 4])
-def test_the_equal_bytes_rival_carries_keys_and_values_in_every_layer(family, layers, num_context):
-    base = tiny_model(family).double()
-    params = infini_params(layers=layers or "all")
-    model = tiny_model(family).double()
-    if layers:
-        insert_infini(model, params)
-    confine_with_context(model, params, num_context)
-    ids = ids_for(base)
+@pytest.mark.parametrize("form", ["published", "local context"])
+def test_two_calls_that_hand_over_equal_one(family, form):
+    model, cut = retrofitted(family, torch.float64, **FORMS[form]), 2 * SEGMENT
+    ids, first = ids_for(model), Carrier()
+    whole, end = Carrier(), Carrier()
     with torch.no_grad():
-        got, want = run_folded(model, ids, SEGMENT), loop_with_carried_keys(base, ids, num_context)
-        confined = run_folded(base, ids, SEGMENT)
-    assert largest(got - want) < 1e-9
-    assert largest(confined - want) > 0.01
+        want = run_folded(model, ids, SEGMENT, carrier=whole)[:, cut:]
+        run_folded(model, ids[:, :cut], SEGMENT, carrier=first)
 
+        def go_on(carrier: Carrier, first_position: int = cut) -> float:
+            rest = (model, ids[:, cut:], SEGMENT)
+            got = run_folded(*rest, carrier=carrier, first_position=first_position)
+            return largest(got - want)
 
-def test_the_rival_keeps_a_layers_own_attention_and_weights():
-    form = {"local": "linear", "positions": "none", "heads": "single", "init": "random_layer"}
-    model, params = tiny_model("llama"), infini_params(layers=[0], **form)
-    insert_infini(model, params)
-    before = dict(infini_modules(model)[0].named_parameters())
-    attend = infini_modules(model)[0].attend
-    confine_with_context(model, params, 3)
-    after = dict(infini_modules(model)[0].named_parameters())
-    assert before.keys() - after.keys() == {"gate_logit"}
-    assert all(after[name] is before[name] for name in after)
-    assert infini_modules(model)[0].attend is attend
-    assert {m.local_context for m in infini_modules(model).values()} == {3}
-    assert all(m.gate_logit is None for m in infini_modules(model).values())
+        end.before = first.after
+        assert go_on(end) < 1e-9
+        assert go_on(Carrier()) > 0.01
+        restarted = go_on(Carrier(before=first.after), first_position=0)
+        assert restarted > 0.01 if form == "local context" else restarted < 1e-5
+    for index, carried in whole.after.items():
+        assert largest(end.after[index].memory.matrix - carried.memory.matrix) < 1e-9
+        if form == "local context":
+            assert largest(end.after[index].context.key - carried.context.key) < 1e-9

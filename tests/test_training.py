@@ -1,45 +1,29 @@
 """The Trainer under our frame: what it trains, how it stops, how it resumes."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 
-from infini_retrofit.attention import InfiniParams
-from infini_retrofit.distillation import Distillation, DistillParams
 from infini_retrofit.finetuning import FinetuneParams, Finetuning, LrScale, make_control
 from infini_retrofit.perplexity import score_segments, total
 from infini_retrofit.retrofit import infini_modules, insert_infini
-from infini_retrofit.training import history, no_ppl, ppl_of_nll, train
+from infini_retrofit.schedule import rate_factor
+from infini_retrofit.training import train
+from tests.reference import infini_params
 from tests.tiny import FAMILIES, random_ids, tiny_llama, tiny_model
 
 SEGMENT = 8
-INFINI = {
-    "layers": [0],
-    "insertion": "replace",
-    "init": "random_attention",
-    "local": "linear",
-    "positions": "none",
-    "heads": "base",
-    "memory": "on",
-    "segment_length": SEGMENT,
-    "local_context": 0,
-    "initial_memory_share": 0.02,
-}
-DISTILL = {
-    "objective": "layer_output",
-    "samples": 6,
-    "val_samples": 2,
-    "tokens_per_sample": 32,
-    "batch_size": 2,
-    "epochs": 3,
-    "lr": 1e-2,
-    "patience": 3,
-    "min_delta": 0.0,
-    "seed": 0,
-}
+INFINI = infini_params(
+    layers=[0],
+    init="random_attention",
+    local="linear",
+    positions="none",
+    segment_length=SEGMENT,
+    initial_memory_share=0.02,
+)
 FINETUNE = {
     "trainable": "infini",
     "train_documents": 4,
@@ -55,9 +39,9 @@ FINETUNE = {
 
 
 def finetuning(family: str = "llama", **over: object) -> Finetuning:
-    model, infini = tiny_model(family), InfiniParams(**INFINI)
-    insert_infini(model, infini)
-    return Finetuning(model, infini, FinetuneParams(**FINETUNE | over))
+    model = tiny_model(family)
+    insert_infini(model, INFINI)
+    return Finetuning(model, INFINI, FinetuneParams(**FINETUNE | over), torch.float32)
 
 
 def run(trainee: Finetuning, folder: Path, epochs: int = 3, **over: object) -> dict:
@@ -102,6 +86,18 @@ def test_the_gate_has_a_rate_that_can_move_it(tmp_path):
     assert moved > 0.1
 
 
+@pytest.mark.parametrize("num_steps", [1, 8, 100])
+def test_the_rate_ramps_up_from_the_first_step_on_and_falls_in_a_cosine(num_steps):
+    factors = [rate_factor(step, num_steps) for step in range(num_steps)]
+    peak = factors.index(max(factors))
+    assert factors[: peak + 1] == sorted(factors[: peak + 1])
+    assert factors[peak:] == sorted(factors[peak:], reverse=True)
+    assert factors[peak] > 0.95
+    assert peak <= 0.05 * num_steps
+    assert min(factors) > 0
+    assert num_steps == 1 or factors[-1] < 0.1
+
+
 def test_the_reported_validation_is_the_protocol_s_own_number(tmp_path):
     trainee = finetuning()
     metrics = run(trainee, tmp_path)
@@ -133,6 +129,45 @@ def test_a_killed_run_resumes_to_the_same_weights_and_history(tmp_path, monkeypa
         torch.testing.assert_close(resumed.state_dict()[name], tensor, rtol=0, atol=0)
     histories = [(tmp_path / name / "history.tsv").read_text() for name in ("whole", "killed")]
     assert histories[0] == histories[1]
+
+
+def test_patience_goes_on_counting_after_a_kill(tmp_path, monkeypatch):
+    def start(losses: list[float], steps_to_live: int) -> dict:
+        trainee, steps = finetuning(), iter(range(steps_to_live))
+        forward, values = trainee.forward, iter(losses)
+
+        def mortal(input_ids: torch.Tensor) -> dict[str, torch.Tensor]:
+            if next(steps, None) is None:
+                raise KeyboardInterrupt
+            return forward(input_ids)
+
+        monkeypatch.setattr(trainee, "forward", mortal)
+        monkeypatch.setattr(
+            trainee, "validate", lambda val: {"val_loss": next(values), "val_ppl": 2.0}
+        )
+        return run(trainee, tmp_path, epochs=9, patience=2)
+
+    with pytest.raises(KeyboardInterrupt):
+        start([9.0, 5.0, 6.0], steps_to_live=2 * 4 + 1)
+    metrics = start([7.0, 8.0, 9.0], steps_to_live=99)
+    assert metrics["epochs_run"] == 3
+    assert metrics["best_epoch"] == 1
+
+
+def test_a_bfloat16_model_trains_float32_weights_like_a_float32_one(tmp_path):
+    metrics = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        model = tiny_llama()
+        insert_infini(model, INFINI)
+        start = infini_modules(model)[0].q_proj.weight.clone()
+        trainee = Finetuning(model, INFINI, FinetuneParams(**FINETUNE), dtype)
+        assert torch.equal(infini_modules(model)[0].q_proj.weight, start)
+        metrics[dtype] = run(trainee, tmp_path / str(dtype), epochs=1)
+        for parameter in trainee.parameters():
+            assert parameter.dtype is (torch.float32 if parameter.requires_grad else dtype)
+    losses = [m["val_loss"] for m in metrics.values()]
+    assert losses[0] == pytest.approx(losses[1], rel=0.02)
+    assert losses[0] != losses[1]
 
 
 def test_the_best_epoch_s_weights_are_kept_and_patience_ends_the_run(tmp_path, monkeypatch):
@@ -175,94 +210,22 @@ def test_a_loss_that_is_not_finite_stops_with_epoch_and_step(tmp_path):
     assert (tmp_path / "run" / "checkpoint-4").is_dir()
 
 
-def test_distilling_lowers_the_loss_and_needs_no_teacher_in_its_checkpoint(tmp_path):
-    for objective in ("layer_output", "attention_output"):
-        params = DistillParams(**DISTILL | {"objective": objective, "epochs": 8})
-        trainee = Distillation(tiny_llama(), InfiniParams(**INFINI), params)
-        assert set(trainee.state_dict()) == {
-            name for name, p in trainee.named_parameters() if p.requires_grad
-        }
-        samples = random_ids(67, 6, 32), random_ids(67, 2, 32, seed=1)
-        before = trainee.validate(samples[1])["val_loss"]
-        folder = tmp_path / objective
-        metrics = train(trainee, *samples, params, folder / "run", folder / "history.tsv", no_ppl)
-        assert metrics["val_loss"] < 0.9 * before
-        assert "\t\n" in (folder / "history.tsv").read_text()  # no perplexity of an MSE
-
-
-def test_distilling_targets_are_the_base_s_own_outputs():
-    base, infini = tiny_llama(), InfiniParams(**INFINI | {"layers": "all"})
-    exact = InfiniParams(
-        **INFINI
-        | {"layers": "all", "init": "base", "local": "softmax", "positions": "rope"}
-        | {"memory": "off", "segment_length": 32}
-    )
-    ids = random_ids(67, 2, 32)
-    for objective in ("layer_output", "attention_output"):
-        params = DistillParams(**DISTILL | {"objective": objective})
-        assert Distillation(base, exact, params)(ids)["loss"] < 1e-12
-        base = tiny_llama()
-        assert Distillation(base, infini, params)(ids)["loss"] > 1e-3
-        base = tiny_llama()
-
-
 def test_the_control_is_the_base_confined_to_segments():
-    infini = InfiniParams(**INFINI)
     model, ids = tiny_llama(), random_ids(67, 2, 32)
     want = total(score_segments(tiny_llama(), ids, SEGMENT)[0])
-    control = make_control(model, infini)
+    control = make_control(model, INFINI)
     assert control.memory == "off"
     assert total(score_segments(model, ids, SEGMENT)[0]).nll == pytest.approx(want.nll, rel=1e-6)
-    groups = Finetuning(model, infini, FinetuneParams(**FINETUNE)).groups
+    groups = Finetuning(model, INFINI, FinetuneParams(**FINETUNE), torch.float32).groups
     assert not groups["gate"]
     assert len(groups["infini"]) == 4
 
 
 def test_the_control_trains_the_same_layers_as_a_retrofit_of_whole_layers():
-    infini = InfiniParams(**INFINI | {"init": "random_layer"})
+    infini = replace(INFINI, init="random_layer")
     model = tiny_llama()
     make_control(model, infini)
-    names = {n for n, p in Finetuning(model, infini, FinetuneParams(**FINETUNE)).named_parameters()
-             if p.requires_grad}  # fmt: skip
+    trainee = Finetuning(model, infini, FinetuneParams(**FINETUNE), torch.float32)
+    names = {name for name, p in trainee.named_parameters() if p.requires_grad}
     assert any("mlp" in name for name in names)
     assert all(".layers.0." in name for name in names)
-
-
-def test_history_is_one_row_an_epoch_and_split():
-    log = [
-        {"epoch": 0, "eval_val_loss": 3.0, "eval_val_ppl": 20.0},
-        {"epoch": 1.0, "loss": 2.0, "learning_rate": 0.1},
-        {"epoch": 1.0, "eval_val_loss": 2.5, "eval_val_ppl": 12.0},
-        {"epoch": 1.0, "train_runtime": 3.0},
-    ]
-    assert history(log, ppl_of_nll) == [
-        {"epoch": 0, "split": "val", "loss": 3.0, "ppl": 20.0},
-        {"epoch": 1, "split": "train", "loss": 2.0, "ppl": pytest.approx(math.exp(2))},
-        {"epoch": 1, "split": "val", "loss": 2.5, "ppl": 12.0},
-    ]
-
-
-@pytest.mark.parametrize(
-    ("section", "change", "message"),
-    [
-        ("distill", {"epochs": 0}, "distill.epochs must be at least 1, got 0"),
-        ("distill", {"lr": 0.0}, "distill.lr must be greater than 0, got 0.0"),
-        ("distill", {"samples": 0}, "distill.samples must be at least 1, got 0"),
-        ("distill", {"tokens_per_sample": 1}, "distill.tokens_per_sample must be at least 2"),
-        ("finetune", {"patience": 0}, "finetune.patience must be at least 1, got 0"),
-        ("finetune", {"min_delta": -1.0}, "finetune.min_delta must be at least 0, got -1.0"),
-        ("finetune", {"val_documents": 0}, "finetune.val_documents must be at least 1, got 0"),
-    ],
-)
-def test_bad_parameters_are_refused_by_name(section, change, message):
-    cls, good = {"distill": (DistillParams, DISTILL), "finetune": (FinetuneParams, FINETUNE)}[
-        section
-    ]
-    assert SimpleNamespace(**vars(cls(**good)))
-    with pytest.raises(ValueError, match=message):
-        cls(**good | change)
-
-
-def test_a_negative_learning_rate_scale_is_refused():
-    with pytest.raises(ValueError, match=r"finetune\.lr_scale\.rest must be at least 0, got -1"):
-        LrScale(infini=1.0, rest=-1.0)

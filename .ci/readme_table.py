@@ -1,0 +1,58 @@
+"""Write the results' table into README.md, from the committed metrics.
+
+Run `python .ci/readme_table.py` in the top folder after the metrics have changed.
+"""
+
+import json
+from pathlib import Path
+
+BEGIN, END = "<!-- results -->", "<!-- /results -->"
+MODELS = ("base", "control", "distilled", "finetuned")
+PROTOCOLS = (
+    "sliding_test_ppl",
+    "full_test_ppl",
+    "segment_test_ppl",
+    "segment_off_test_ppl",
+    "segment_swapped_test_ppl",
+    "segment_kv_test_ppl",
+    "t2_test_ppl",
+)
+OTHERS = ("unigram_test_ppl", "gap_recovered", "state_bytes", "num_documents")
+
+
+def table(metrics: dict[str, dict[str, float]]) -> str:
+    """Lay out the numbers of eval_sliding.json: a column a model, a row a metric."""
+    lines = ["| metric | " + " | ".join(MODELS) + " |", "| --- " * (len(MODELS) + 1) + "|"]
+    for key in PROTOCOLS + OTHERS:
+        cells = (shown(metrics[model].get(key)) for model in MODELS)
+        lines.append(f"| `{key}` | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def shown(value: float | None) -> str:
+    """Write a number with the digits that two machines agree on."""
+    if value is None:
+        return ""
+    if isinstance(value, int):
+        return f"{value:,}"
+    if value >= 1000:
+        return f"{value:,.0f}"
+    return f"{value:.4f}" if abs(value) < 1 else f"{value:.2f}"
+
+
+def fill(text: str, metrics: dict[str, dict[str, float]]) -> str:
+    """Replace what stands between the markers."""
+    before, _, rest = text.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    return f"{before}{BEGIN}\n{table(metrics)}\n{END}{after}"
+
+
+def main() -> None:
+    """Rewrite README.md in place."""
+    readme = Path("README.md")
+    metrics = json.loads(Path("metrics/eval_sliding.json").read_text())
+    readme.write_text(fill(readme.read_text(), metrics))
+
+
+if __name__ == "__main__":
+    main()

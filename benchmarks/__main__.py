@@ -1,0 +1,67 @@
+"""Measure speed and memory and print one table; writes nothing else.
+
+Reads: models/base
+"""
+
+import argparse
+import statistics
+import sys
+from pathlib import Path
+
+from benchmarks.cases import GROUPS, Sizes
+from benchmarks.measuring import Measured, ProductRate, measure_group
+from benchmarks.table import render, rows_of
+from infini_retrofit.pipeline import run_stage
+from infini_retrofit.report import verify_manifest
+from infini_retrofit.runtime import start_run
+
+BASE = Path("models/base")
+ROUNDS = 3
+QUICK = Sizes(document=1024, stream=1280)
+# Of two scores, as a share of one: bfloat16 rounds differently where the order is another.
+LARGEST_DIFFERENCE = 1e-3
+
+
+def main() -> None:
+    """Measure the chosen groups."""
+    options = _options()
+    verify_manifest(BASE, made_by="dvc repro prepare_base")
+    rate = ProductRate(*start_run())
+    sizes = QUICK if options.quick else Sizes()
+    rounds = 1 if options.quick else ROUNDS
+    groups = {}
+    for name in options.groups:
+        print(f"measuring: {', '.join(GROUPS[name])}", file=sys.stderr)
+        groups[name] = measure_group(name, BASE, sizes, rounds, rate)
+    rates = [operations / 1e9 for operations in rate.measured]
+    print(f"Matrix products of 4096^3: {statistics.median(rates):.0f} GFLOP/s, ", end="")
+    print(f"{min(rates):.0f} to {max(rates):.0f} in this run.\n")
+    print(render([row for group in groups.values() for row in rows_of(group)]))
+    if "sliding" in groups:
+        _compare_scores(*groups["sliding"])
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("groups", nargs="*", help=f"of {', '.join(GROUPS)}; all if none is named")
+    parser.add_argument("--quick", action="store_true", help="a quarter of the text, once")
+    options = parser.parse_args()
+    if unknown := sorted(set(options.groups) - set(GROUPS)):
+        parser.error(f"unknown group {unknown[0]!r}, choose from {', '.join(sorted(GROUPS))}")
+    options.groups = options.groups or list(GROUPS)
+    return options
+
+
+def _compare_scores(ours: Measured, reference: Measured) -> None:
+    """Say that both evaluations found the same, or fail."""
+    difference = abs(ours.found / reference.found - 1)
+    print(f"\nSliding evaluation and reference loop score {ours.found:.4f} and ", end="")
+    print(f"{reference.found:.4f} nats a token.")
+    if difference > LARGEST_DIFFERENCE:
+        raise ValueError(
+            f"both scores must agree to {LARGEST_DIFFERENCE:.1%}, got {difference:.2%}"
+        )
+
+
+if __name__ == "__main__":
+    run_stage(main)

@@ -1,0 +1,250 @@
+"""What is measured: each case is one computation, built from a base model.
+
+Axes:
+    B  document
+    T  token
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from benchmarks.operations import count_operations
+from benchmarks.reference_loop import score_by_reference_loop
+from infini_retrofit.attention import InfiniParams
+from infini_retrofit.base import load_base
+from infini_retrofit.carrier import Carrier
+from infini_retrofit.cross_entropy import token_nlls
+from infini_retrofit.distillation import Distillation, DistillParams
+from infini_retrofit.finetuning import FinetuneParams, Finetuning, LrScale, make_control
+from infini_retrofit.perplexity import score_sliding
+from infini_retrofit.retrofit import insert_infini
+from infini_retrofit.segments import run_folded
+from infini_retrofit.training import Trainee
+
+# Infini-attention as published, on the base's weights.
+PUBLISHED = InfiniParams(
+    layers=[0],
+    insertion="replace",
+    init="base",
+    local="softmax",
+    positions="rope",
+    heads="base",
+    memory="on",
+    segment_length=256,
+    local_context=0,
+    initial_memory_share=0.02,
+)
+# The form of the pipeline's default layer.
+DEFAULT_LAYER = replace(PUBLISHED, init="random_attention", local="linear", positions="none")
+SCHEDULE = {"batch_size": 1, "epochs": 1, "lr": 1e-3, "patience": 1, "min_delta": 0.0, "seed": 0}
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How much text a case computes on, in tokens."""
+
+    document: int = 4096  # of forward passes, training steps and distilling
+    stream: int = 4096  # of sliding evaluation
+    window: int = 512
+    stride: int = 256
+    segment: int = 256
+    sample: int = 1024  # of distilling
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Where, on what and in which number type a case computes."""
+
+    base_dir: Path
+    device: torch.device
+    dtype: torch.dtype
+    sizes: Sizes
+
+    def load_base(self, dtype: torch.dtype) -> PreTrainedModel:
+        """Load the base to the device."""
+        return load_base(self.base_dir, dtype).to(self.device)
+
+    def draw_ids(self, model: PreTrainedModel, *shape: int) -> Tensor:
+        """Draw token ids: which they are makes no difference to the time."""
+        generator = torch.Generator().manual_seed(0)
+        ids = torch.randint(model.config.vocab_size, shape, generator=generator)
+        return ids.to(self.device)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One computation that can be repeated.
+
+    Attributes:
+        run: computes, and returns what it found in nats (0 if it looks for nothing).
+        num_tokens: that it works on.
+        head_operations: what it needs for scoring, where that calls no module of the model.
+    """
+
+    run: Callable[[], float]
+    num_tokens: int
+    head_operations: int = 0
+
+    def count(self) -> tuple[float, int]:
+        """Run once; return what was found and the operations that it needs."""
+        with count_operations() as count:
+            found = self.run()
+        return found, count.total + self.head_operations
+
+
+def base_body(setting: Setting) -> Job:
+    """Run a document through the base's body, folded."""
+    model, sizes = setting.load_base(setting.dtype), setting.sizes
+    ids = setting.draw_ids(model, 1, sizes.document)
+
+    @torch.inference_mode()
+    def run() -> float:
+        run_folded(model, ids, sizes.segment)
+        return 0.0
+
+    return Job(run, sizes.document)
+
+
+def base_with_head(setting: Setting) -> Job:
+    """Run a document through the base and score its tokens."""
+    model, sizes = setting.load_base(setting.dtype), setting.sizes
+    ids = setting.draw_ids(model, 1, sizes.document)
+
+    @torch.inference_mode()
+    def run() -> float:
+        hidden_states = run_folded(model, ids, sizes.segment)[0, :-1]
+        weight = model.get_output_embeddings().weight
+        return token_nlls(hidden_states, weight, ids[0, 1:]).mean().item()
+
+    return Job(run, sizes.document, _head_operations(model, sizes.document, products=1))
+
+
+def sliding(setting: Setting) -> Job:
+    """Score a stream in overlapping windows."""
+    model, sizes = setting.load_base(setting.dtype), setting.sizes
+    stream = setting.draw_ids(model, sizes.stream)
+
+    def run() -> float:
+        return score_sliding(model, stream, sizes.window, sizes.stride).nll
+
+    return Job(run, sizes.stream, _head_operations(model, sizes.stream, products=1))
+
+
+def reference_sliding(setting: Setting) -> Job:
+    """Score the same windows by the reference loop, with the attention it would have."""
+    model, sizes = setting.load_base(setting.dtype), setting.sizes
+    model.set_attn_implementation("sdpa")
+    stream = setting.draw_ids(model, sizes.stream)
+
+    def run() -> float:
+        return score_by_reference_loop(model, stream, sizes.window, sizes.stride).nll
+
+    return Job(run, sizes.stream)
+
+
+class LoopedFinetuning(Finetuning):
+    """Fine-tuning with one segment after another, as memory would have it without folding."""
+
+    def forward(self, input_ids: Int[Tensor, "B T"]) -> dict[str, Tensor]:
+        """Return the mean loss in nats a token; gradients reach through all segments."""
+        carrier, parts = Carrier(), []
+        for segment in input_ids.split(self.segment_length, dim=1):
+            carrier = Carrier(before=carrier.after)
+            begin = len(parts) * self.segment_length
+            part = run_folded(self.model, segment, self.segment_length, "own", carrier, begin)
+            parts.append(part)
+        nlls = token_nlls(
+            torch.cat(parts, dim=1)[:, :-1].flatten(0, 1),
+            self.model.get_output_embeddings().weight,
+            input_ids[:, 1:].flatten(),
+        )
+        return {"loss": nlls.mean()}
+
+
+def _training(
+    layers: list[int] | str, memory: bool, kind: type[Finetuning] = Finetuning
+) -> Callable[[Setting], Job]:
+    """Return a case in which the attention of some layers trains on a document.
+
+    Args:
+        layers: whose attention trains; the rest of the base is frozen.
+        memory: give these layers a memory; without it they are the base's own attention.
+        kind: folded or looped.
+    """
+
+    def make(setting: Setting) -> Job:
+        model, sizes = setting.load_base(torch.float32), setting.sizes
+        infini = replace(PUBLISHED, layers=layers, segment_length=sizes.segment)
+        if memory:
+            insert_infini(model, infini)
+        else:
+            infini = make_control(model, infini)
+        params = FinetuneParams(
+            trainable="infini",
+            train_documents=1,
+            val_documents=1,
+            lr_scale=LrScale(infini=1.0, rest=1.0),
+            **SCHEDULE,
+        )
+        head = _head_operations(model, sizes.document, products=2)
+        ids = setting.draw_ids(model, 1, sizes.document)
+        return _step(kind(model, infini, params, setting.dtype), ids, head)
+
+    return make
+
+
+def distilling(setting: Setting) -> Job:
+    """Distil layer 0 in the pipeline's default form."""
+    model, sizes = setting.load_base(torch.float32), setting.sizes
+    params = DistillParams(
+        objective="layer_output",
+        samples=1,
+        val_samples=1,
+        tokens_per_sample=sizes.sample,
+        **SCHEDULE,
+    )
+    infini = replace(DEFAULT_LAYER, segment_length=sizes.segment)
+    samples = setting.draw_ids(model, sizes.document // sizes.sample, sizes.sample)
+    return _step(Distillation(model, infini, params, setting.dtype), samples)
+
+
+def _step(trainee: Trainee, input_ids: Int[Tensor, "B T"], head_operations: int = 0) -> Job:
+    """Return a training step as the Trainer makes it, the optimiser's part apart."""
+    trainee.train()
+
+    def run() -> float:
+        trainee.zero_grad()
+        with trainee.mixed_precision():
+            loss = trainee(input_ids)["loss"]
+        loss.backward()
+        return loss.item()
+
+    return Job(run, input_ids.numel(), head_operations)
+
+
+def _head_operations(model: PreTrainedModel, num_tokens: int, products: int) -> int:
+    """Count what scoring all tokens but the first takes."""
+    return 2 * (num_tokens - 1) * model.get_output_embeddings().weight.numel() * products
+
+
+# Cases of a group are measured in turns; the first is what the others are compared with.
+GROUPS: dict[str, dict[str, Callable[[Setting], Job]]] = {
+    "forward": {"base forward, body": base_body, "base forward with head": base_with_head},
+    "sliding": {"sliding evaluation": sliding, "reference loop": reference_sliding},
+    "layer0": {
+        "step, layer 0 plain": _training([0], memory=False),
+        "step, layer 0 plain, looped": _training([0], memory=False, kind=LoopedFinetuning),
+        "step, layer 0 Infini": _training([0], memory=True),
+    },
+    "all": {
+        "step, all layers plain": _training("all", memory=False),
+        "step, all layers Infini": _training("all", memory=True),
+    },
+    "distill": {"step, distilling layer 0": distilling},
+}

@@ -1,0 +1,145 @@
+"""Articles from every source: dumps, WikiText, the user's files, the Hub."""
+
+import bz2
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from infini_retrofit import hub
+from infini_retrofit.articles import check_sha256, read_corpus, read_dump, read_files
+from infini_retrofit.corpus import Article, FilesCorpus, HubCorpus
+from infini_retrofit.wikitext import join_tokens, split_wikitext
+
+SHARES = {"val_share": 0.2, "test_share": 0.3}
+COMMIT = "b08601e04326c79dfdd32d625aee71d232d685c3"
+
+
+def test_a_dump_gives_articles_without_redirects_homonyms_and_other_namespaces(tmp_path):
+    pages = [
+        ("A", 0, "'''A''' is [[b]]."),
+        ("B", 0, "#REDIRECT [[A]]"),
+        ("C", 0, "C may be:\n* c\n{{disambiguation}}"),
+        ("Talk:A", 1, "talk"),
+        ("D", 0, "{{only a box}}"),
+    ]
+    page = "<page><title>{}</title><ns>{}</ns><id>1</id><revision><text>{}</text></revision></page>"
+    xml = "".join(page.format(*row) for row in pages)
+    space = "http://www.mediawiki.org/xml/export-0.10/"
+    path = tmp_path / "dump.bz2"
+    path.write_bytes(bz2.compress(f'<mediawiki xmlns="{space}"><info/>{xml}</mediawiki>'.encode()))
+    assert list(read_dump(path)) == [Article("A", "A\n\nA is b.")]
+
+
+def test_a_changed_sample_is_refused_by_name(tmp_path):
+    path = tmp_path / "sample.bz2"
+    path.write_bytes(b"other")
+    with pytest.raises(ValueError, match=r"sample\.bz2 must have the sha256 0000"):
+        check_sha256(path, "0" * 64)
+
+
+WIKITEXT = [
+    " \n",
+    " = Homarus gammarus = \n",
+    " \n",
+    " The so @-@ called \" lobster \" ( 1 @,@ 000 \u2013 2 @.@ 5 kg ) isn 't the boys ' pet . \n",
+    " = = Empty = = \n",
+    " = = = Emptier = = = \n",
+    " = = Life = = \n",
+    " = = = Birth = = = \n",
+    " Born at 10 : 30 , it 's told . \n",
+    " = Next = \n",
+    " Text ; end \n",
+    " = = Nothing follows = = \n",
+]
+LOBSTER = (
+    "Homarus gammarus\n\nThe so-called \"lobster\" (1,000\u2013 2.5 kg) isn't the boys' pet.\n\n"
+    "Life\n\nBirth\n\nBorn at 10: 30, it's told."
+).replace("\u2013 2", "\u20132")
+
+
+def test_wikitext_is_cut_at_titles_and_reads_as_it_was_written():
+    articles = list(split_wikitext(WIKITEXT))
+    assert articles == [Article("Homarus gammarus", LOBSTER), Article("Next", "Next\n\nText; end")]
+
+
+def test_joined_tokens_are_stable():
+    assert join_tokens(join_tokens(WIKITEXT[3])) == join_tokens(WIKITEXT[3])
+
+
+def test_files_are_articles_and_rows_are_articles(tmp_path):
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "deep" / "a.txt").write_bytes("\ufeffOne \r\n\r\n\r\n\r\ntwo\u00e9\n".encode())
+    (tmp_path / "w.txt").write_text("".join(WIKITEXT), encoding="utf-8")
+    (tmp_path / "ignored.md").write_text("no")
+    table = pa.table({"text": ["x", None, "z"], "title": ["X", "Y", None], "other": [1, 2, 3]})
+    pq.write_table(table, tmp_path / "rows.parquet")
+    assert read_files(tmp_path) == [
+        Article("deep/a.txt", "One\n\ntwo\u00e9"),
+        Article("X", "x"),
+        Article("rows.parquet row 2", "z"),
+        Article("Homarus gammarus", LOBSTER),
+        Article("Next", "Next\n\nText; end"),
+    ]
+    corpus = FilesCorpus(path=str(tmp_path / "deep" / "a.txt"), **SHARES)
+    assert read_corpus(corpus) == [Article("a.txt", "One\n\ntwo\u00e9")]
+
+
+def test_a_title_further_down_does_not_make_a_text_wikitext(tmp_path):
+    (tmp_path / "a.txt").write_text("Mine.\n = 1 = \n")
+    assert read_files(tmp_path) == [Article("a.txt", "Mine.\n = 1 =")]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.txt", b" \n\n", r"a\.txt must hold text, got an empty file"),
+        ("a.txt", b"caf\xe9 au lait", r"a\.txt must be UTF-8 text, got byte 0xe9 at position 3"),
+        ("a.parquet", b"none", r"a\.parquet must be a parquet file"),
+        ("a.parquet", {"words": ["x"]}, r"a\.parquet must have a column text .* got words"),
+        ("a.parquet", {"text": [1]}, r"a\.parquet must have a column text .* of strings"),
+        ("a.parquet", {"text": ["", None]}, r"a\.parquet must hold text, got an empty file"),
+        ("a.csv", b"x", r"path must hold \*\.txt or \*\.parquet files"),
+    ],
+)
+def test_a_bad_file_is_refused_by_name(name, content, message, tmp_path):
+    if isinstance(content, dict):
+        pq.write_table(pa.table(content), tmp_path / name)
+    else:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        read_files(tmp_path)
+
+
+def test_a_missing_path_is_refused_by_name(tmp_path):
+    with pytest.raises(FileNotFoundError, match="nowhere is missing"):
+        read_files(tmp_path / "nowhere")
+
+
+def hub_corpus(name: str = "raw") -> HubCorpus:
+    return HubCorpus(repo_id="nobody/nothing", revision=COMMIT, name=name, **SHARES)
+
+
+def test_the_hub_is_read_by_file_name_and_joined_across_files(monkeypatch, tmp_path):
+    asked = {}
+
+    def fetch(repo_id, revision, patterns, **options):
+        asked.update(repo_id=repo_id, revision=revision, patterns=patterns, **options)
+        return tmp_path
+
+    (tmp_path / "raw").mkdir()
+    for number, lines in enumerate((WIKITEXT[:6], WIKITEXT[6:])):
+        pq.write_table(pa.table({"text": lines}), tmp_path / "raw" / f"train-{number}.parquet")
+    monkeypatch.setattr(hub, "fetch_snapshot", fetch)
+    assert [article.title for article in read_corpus(hub_corpus())] == ["Homarus gammarus", "Next"]
+    assert read_corpus(hub_corpus())[0].text == LOBSTER
+    assert asked["revision"] == COMMIT
+    assert asked["patterns"] == ["raw/*.parquet"]
+    assert asked["repo_type"] == "dataset"
+    with pytest.raises(ValueError, match=r"name must be a folder of parquet files .* 'cooked'"):
+        read_corpus(hub_corpus("cooked"))
+
+
+def test_without_network_the_hub_points_to_the_embedded_default():
+    with pytest.raises(ConnectionError, match=r"`corpus: wikipedia-sample`.* needs no network"):
+        read_corpus(hub_corpus())

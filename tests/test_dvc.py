@@ -1,0 +1,78 @@
+"""The pipeline under DVC, in a git repository of its own with a tiny project."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.tiny_project import ROOT, STAGES, contents
+
+CODE = ("infini_retrofit", "stages", ".dvc/plots", ".dvc/config", "dvc.yaml")
+CODE += (".dvcignore", ".gitignore", "data/.gitignore", "models/.gitignore")
+
+
+@pytest.fixture
+def repository(project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A finished project with the code that made it, its results committed to git and DVC."""
+    for name in CODE:
+        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copyfile
+        (project / name).parent.mkdir(parents=True, exist_ok=True)
+        copy(ROOT / name, project / name)
+    monkeypatch.setenv("PATH", str(Path(sys.executable).parent), prepend=os.pathsep)
+    monkeypatch.setenv("GIT_CONFIG_GLOBAL", os.devnull)
+    for role in ("AUTHOR", "COMMITTER"):
+        monkeypatch.setenv(f"GIT_{role}_NAME", "a test")
+        monkeypatch.setenv(f"GIT_{role}_EMAIL", "test@example.org")
+    for kind in ("SITE_CACHE", "GLOBAL_CONFIG", "SYSTEM_CONFIG"):
+        monkeypatch.setenv(f"DVC_{kind}_DIR", str(tmp_path / kind))
+    run("git", "init", "--quiet")
+    run("dvc", "commit", "--force")
+    run("git", "add", "--all")
+    run("git", "commit", "--quiet", "--message", "A finished project")
+    return project
+
+
+def run(*command: str, succeeds: bool = True) -> str:
+    process = subprocess.run(command, capture_output=True, text=True)
+    assert (process.returncode == 0) is succeeds, process.stdout + process.stderr
+    return process.stdout + (process.stderr if not succeeds else "")
+
+
+def stages_run(output: str) -> list[str]:
+    return re.findall(r"^Running stage '(\w+)':$", output, re.M)
+
+
+def test_an_experiment_runs_what_it_must_and_shows_what_it_changed(repository):
+    assert json.loads(run("dvc", "status", "--json")) == {}
+    before = contents(repository / "models")
+    output = run("dvc", "exp", "run", "--set-param", "distill.epochs=2", "--name", "short")
+    assert stages_run(output) == ["check_params", "distill", "finetune", "eval_sliding"]
+    skipped = re.findall(r"^Stage '(\w+)' didn't change, skipping$", output, re.M)
+    assert set(skipped) == set(STAGES) - set(stages_run(output))
+    after = contents(repository / "models")
+    assert {Path(name).parts[0] for name, _ in before.items() ^ after.items()} == {
+        *("distilled", "finetuned"),
+    }
+    params = json.loads(run("dvc", "params", "diff", "--json"))
+    assert params == {"params.yaml": {"distill.epochs": {"old": 3, "new": 2, "diff": -1}}}
+    metrics = json.loads(run("dvc", "metrics", "diff", "--json"))
+    names = {f"metrics/{stage}.json" for stage in ("distill", "finetune", "eval_sliding")}
+    assert set(metrics) == names
+    of_models = {name.split(".")[0] for name in metrics["metrics/eval_sliding.json"]}
+    assert of_models == {"distilled", "finetuned"}
+    assert "short" in run("dvc", "exp", "list", "--name-only")
+
+    before = contents(repository)
+    output = run("dvc", "exp", "run", "-S", "distill.epochs=0", succeeds=False)
+    assert stages_run(output) == ["check_params"]
+    assert "error: distill.epochs must be at least 1, got 0\n" in output
+    after = contents(repository)
+    for folder in ("models", "metrics", "plots", "data/wikitext", "data/longdocs"):
+        kept = {name for name in before if name.startswith(folder + "/")}
+        assert kept, folder
+        assert all(after.get(name) == before[name] for name in kept)

@@ -1,0 +1,50 @@
+"""Where and in which number type a run computes, and that it says so."""
+
+import pytest
+import torch
+
+from infini_retrofit import runtime
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "dtype"),
+    [
+        ({}, torch.float32),
+        ({"avx512_bf16": False, "avx2": True}, torch.float32),
+        ({"avx512_bf16": True}, torch.bfloat16),
+        ({"amx_bf16": True}, torch.bfloat16),
+    ],
+)
+def test_a_processor_computes_in_bfloat16_only_where_it_has_such_products(
+    capabilities, dtype, monkeypatch, capsys
+):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    monkeypatch.setattr(runtime, "_keep_freed_memory", lambda: None)
+    assert runtime.start_run() == (torch.device("cpu"), dtype)
+    said = capsys.readouterr().err
+    assert said.startswith(f"computing on cpu in {str(dtype).removeprefix('torch.')}\n")
+    assert ("about five times the time" in said) == (dtype is torch.float32)
+
+
+@pytest.mark.parametrize(("has_bfloat16", "name"), [(True, "bfloat16"), (False, "float32")])
+def test_a_gpu_is_used_without_being_told(has_bfloat16, name, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: has_bfloat16)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert runtime.start_run() == (torch.device("cuda", 1), getattr(torch, name))
+    monkeypatch.delenv("LOCAL_RANK")
+    assert runtime.pick_device() == torch.device("cuda", 0)
+    assert capsys.readouterr().err.endswith(f"in {name}\n")
+
+
+def test_without_glibc_the_allocator_is_left_alone(monkeypatch):
+    asked = []
+
+    def no_library(name: str) -> None:
+        asked.append(name)
+        raise OSError(name)
+
+    monkeypatch.setattr(runtime.ctypes, "CDLL", no_library)
+    runtime._keep_freed_memory()
+    assert asked == ["libc.so.6"]

@@ -1,0 +1,220 @@
+"""Every stage's `main` on tiny projects, in the order of the pipeline: what it leaves and says."""
+
+import csv
+import json
+import math
+import shutil
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+import torch.nn.functional as F
+import yaml
+from safetensors.torch import load_file
+from torch import Tensor
+
+from infini_retrofit.base import load_base
+from infini_retrofit.checkpoints import load_retrofit
+from infini_retrofit.perplexity import (
+    score_rows,
+    score_segments,
+    score_sliding,
+    score_unigram,
+    total,
+)
+from infini_retrofit.runtime import pick_device, pick_dtype
+from infini_retrofit.texts import read_documents, read_samples, read_stream
+from tests.reference import largest
+from tests.tiny_project import PROJECTS, ROOT, SEGMENT, SMALL, STAGES, contents, run_stage
+
+PIPELINE = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
+TRAINED = {"distill": "distilled", "finetune": "finetuned", "finetune_control": "control"}
+MODELS = ("base", "control", "distilled", "finetuned")
+PROTOCOLS = {
+    *("sliding", "full", "segment", "segment_off", "segment_swapped", "segment_kv", "t2"),
+}
+RESULTS = {f"{name}_test_ppl" for name in PROTOCOLS} | {
+    *("full_test_nll", "segment_test_nll", "state_bytes", "num_documents"),
+}
+both_projects = pytest.mark.parametrize("name", PROJECTS)
+
+
+def metrics_of(folder: Path, stage: str) -> dict:
+    return json.loads((folder / "metrics" / f"{stage}.json").read_text())
+
+
+def rows_of(folder: Path, stage: str) -> list[dict[str, str]]:
+    with (folder / "plots" / f"{stage}.tsv").open() as file:
+        return list(csv.DictReader(file, delimiter="\t"))
+
+
+def outputs_of(stage: str) -> set[str]:
+    """Return what dvc.yaml says that a stage writes."""
+    entries = [e for kind in ("outs", "metrics", "plots") for e in PIPELINE[stage].get(kind, [])]
+    return {e if isinstance(e, str) else next(iter(e)) for e in entries}
+
+
+@both_projects
+def test_the_stages_write_what_dvc_expects_and_leave_no_checkpoints(name, finished):
+    expected = set().union(*(outputs_of(stage) for stage in PIPELINE))
+    assert set(STAGES) == set(PIPELINE)
+    written = {f for f in contents(finished[name]) if not f.startswith(("own-", "params.yaml"))}
+    assert all((finished[name] / output).exists() for output in expected)
+    assert {
+        f for f in written if not any(f == e or f.startswith(e + "/") for e in expected)
+    } == set()
+
+
+@both_projects
+def test_every_model_has_a_finite_number_under_every_protocol(name, finished):
+    metrics = metrics_of(finished[name], "eval_sliding")
+    extra = {"base": {"unigram_test_ppl"}, "control": set()}
+    assert set(metrics) == set(MODELS)
+    for model, numbers in metrics.items():
+        assert set(numbers) == RESULTS | extra.get(model, {"gap_recovered"}), model
+        assert all(math.isfinite(value) for value in numbers.values()), model
+        for protocol in ("full", "segment"):
+            nll = numbers[f"{protocol}_test_nll"]
+            assert numbers[f"{protocol}_test_ppl"] == pytest.approx(math.exp(nll))
+    assert metrics["base"] == metrics_of(finished[name], "baseline_eval")
+
+
+@both_projects
+def test_an_untouched_base_is_below_the_unigram_on_every_path_but_the_doubly_shifted(
+    name, finished
+):
+    metrics = metrics_of(finished[name], "baseline_eval")
+    unigram = metrics.pop("unigram_test_ppl")
+    doubly_shifted = metrics.pop("t2_test_ppl")
+    scores = {key: value for key, value in metrics.items() if key.endswith("_ppl")}
+    assert len(scores) == len(PROTOCOLS) - 1
+    assert all(1 < value < 0.5 * unigram for value in scores.values())
+    assert doubly_shifted > unigram
+
+
+@both_projects
+def test_the_base_s_numbers_are_of_the_test_split_and_of_its_logits(name, finished):
+    metrics, data = metrics_of(finished[name], "baseline_eval"), finished[name] / "data"
+    model = load_base(finished[name] / "models" / "base", pick_dtype(pick_device()))
+    documents = read_documents(data / "longdocs" / "test.parquet", SMALL["eval.documents"])
+    with torch.no_grad():
+        logits = model(input_ids=documents, use_cache=False).logits.float()
+    nll = F.cross_entropy(logits[:, :-1].flatten(0, 1), documents[:, 1:].flatten()).item()
+    assert metrics["full_test_nll"] == pytest.approx(nll, rel=0.01)
+    stream = read_stream(data / "wikitext" / "test.parquet", SMALL["eval.sliding_tokens"])
+    window, stride = SMALL["eval.window"], SMALL["eval.stride"]
+    sliding = score_sliding(model, stream, window, stride)
+    assert metrics["sliding_test_ppl"] == pytest.approx(sliding.ppl)
+    train = read_stream(data / "wikitext" / "train.parquet")
+    unigram = score_unigram(train, stream, model.config.vocab_size)
+    assert metrics["unigram_test_ppl"] == pytest.approx(unigram.ppl)
+
+
+@both_projects
+@pytest.mark.parametrize("stage", TRAINED)
+def test_what_was_validated_is_the_saved_model_on_the_val_split(name, stage, finished):
+    folder, dtype = finished[name], pick_dtype(pick_device())
+    model, _ = load_retrofit(folder / "models/base", folder / "models" / TRAINED[stage], dtype)
+    if stage == "distill":
+        length, number = SMALL["distill.tokens_per_sample"], SMALL["distill.val_samples"]
+        rows = read_samples(folder / "data/wikitext/val.parquet", length, number)
+        score = total(score_rows(model, rows))
+    else:
+        path, number = folder / "data/longdocs/val.parquet", SMALL["finetune.val_documents"]
+        score = total(score_segments(model, read_documents(path, number), SEGMENT)[0])
+    assert metrics_of(folder, stage)["val_ppl"] == pytest.approx(score.ppl, rel=0.02)
+
+
+@both_projects
+def test_memory_and_context_count_in_the_models_that_have_them(name, finished):
+    metrics = metrics_of(finished[name], "eval_sliding")
+    num_bytes = [metrics[model]["state_bytes"] for model in MODELS]
+    without = 0 if name == "linear" else 3 * 4 * 2 * 3 * 10 * 2
+    memory = 4 * 2 * (6 * 6 + 6) if name == "linear" else 3 * 4 * 3 * (10 * 10 + 10)
+    assert num_bytes == [0, without, without + memory, without + memory]
+    for model in MODELS:
+        values = {metrics[model][f"{key}_test_ppl"] for key in PROTOCOLS if "segment" in key}
+        assert len(values) == (2 if model in ("base", "control") else 4), model
+    assert len({metrics[model]["segment_test_nll"] for model in MODELS}) == len(MODELS)
+
+
+@both_projects
+def test_the_gap_is_counted_from_the_control(name, finished):
+    metrics = metrics_of(finished[name], "eval_sliding")
+    control = metrics["control"]
+    for model in ("distilled", "finetuned"):
+        won = control["segment_test_nll"] - metrics[model]["segment_test_nll"]
+        gap = control["segment_test_nll"] - control["full_test_nll"]
+        assert metrics[model]["gap_recovered"] == pytest.approx(won / gap)
+
+
+@both_projects
+def test_the_plots_hold_the_metrics(name, finished):
+    metrics = metrics_of(finished[name], "eval_sliding")
+    drawn = {(r["model"], r["protocol"]): r["ppl"] for r in rows_of(finished[name], "eval_sliding")}
+    assert drawn == {
+        (model, key.removesuffix("_test_ppl")): str(value)
+        for model, numbers in metrics.items()
+        for key, value in numbers.items()
+        if key.endswith("_test_ppl")
+    }
+    for stage in TRAINED:
+        result, rows = metrics_of(finished[name], stage), rows_of(finished[name], stage)
+        epochs = [str(epoch) for epoch in range(result["epochs_run"] + 1)]
+        assert [r["epoch"] for r in rows if r["split"] == "val"] == epochs
+        assert [r["epoch"] for r in rows if r["split"] == "train"] == epochs[1:]
+        best = rows.index(next(r for r in rows if r["loss"] == str(result["val_loss"])))
+        assert rows[best] == {
+            "epoch": str(result["best_epoch"]),
+            "split": "val",
+            "loss": str(result["val_loss"]),
+            "ppl": str(result["val_ppl"]),
+        }
+
+
+@both_projects
+def test_no_title_stands_in_two_splits(name, finished):
+    of_split = [
+        {
+            title
+            for output in ("wikitext", "longdocs")
+            for title in pq.read_table(
+                finished[name] / "data" / output / f"{split}.parquet", columns=["title"]
+            )["title"].to_pylist()
+        }
+        for split in ("train", "val", "test")
+    ]
+    assert min(map(len, of_split)) > 1
+    assert sum(map(len, of_split)) == len(set().union(*of_split))
+
+
+def layer_weights(folder: Path, model: str) -> Tensor:
+    """Return what layer 0 projects to queries with."""
+    file = "model" if model == "base" else "retrofit"
+    weights = load_file(folder / "models" / model / f"{file}.safetensors")
+    return weights["model.layers.0.self_attn.q_proj.weight"].float()
+
+
+def test_the_control_starts_from_the_base_and_the_finetuned_from_the_distilled(finished):
+    weights = {model: layer_weights(finished["linear"], model) for model in MODELS}
+    assert 0 < largest(weights["control"] - weights["base"]) < 0.01
+    assert 0 < largest(weights["finetuned"] - weights["distilled"]) < 0.01
+    assert largest(weights["distilled"] - weights["base"]) > 0.1
+    forms = {
+        model: json.loads(
+            (finished["linear"] / "models" / model / "infini_config.json").read_text()
+        )["infini"]
+        for model in MODELS[1:]
+    }
+    assert forms["distilled"] == forms["finetuned"]
+    changed = {"init": "base", "local": "softmax", "positions": "rope", "memory": "off"}
+    assert forms["control"] == forms["distilled"] | changed != forms["distilled"]
+
+
+def test_the_control_needs_no_distilled_model_and_comes_out_the_same(project):
+    before = contents(project / "models" / "control")
+    for model in ("control", "distilled", "finetuned"):
+        shutil.rmtree(project / "models" / model)
+    run_stage("finetune_control")
+    assert contents(project / "models" / "control") == before

@@ -1,0 +1,45 @@
+"""Prepared tokens as tensors: in which order, and how many."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from infini_retrofit.corpus import TokenizedArticle, write_articles
+from infini_retrofit.texts import read_documents, read_samples, read_stream
+
+LENGTHS = (7, 3, 12)
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    """Articles a, b and c of different lengths, numbered through."""
+    ids = np.split(np.arange(sum(LENGTHS), dtype=np.int32), np.cumsum(LENGTHS)[:-1])
+    articles = [TokenizedArticle(t, t, i) for t, i in zip("abc", ids, strict=True)]
+    write_articles(tmp_path, "train", articles)
+    return tmp_path / "train.parquet"
+
+
+def test_a_stream_is_the_articles_one_after_another(path):
+    assert read_stream(path).tolist() == list(range(22))
+    assert read_stream(path, 9).tolist() == list(range(9))
+
+
+def test_samples_come_from_as_many_articles_as_possible_and_are_whole(path):
+    whole = [[0, 1, 2], [7, 8, 9], [10, 11, 12], [3, 4, 5], [13, 14, 15], [16, 17, 18]]
+    whole += [[19, 20, 21]]
+    assert read_samples(path, 3, 99).tolist() == whole
+    assert read_samples(path, 3, 4).tolist() == whole[:4]
+
+
+def test_samples_longer_than_every_article_are_refused(path):
+    message = r"distill\.tokens_per_sample must be at most .*, 12 tokens, got 13"
+    assert read_samples(path, 12, 9).shape == (1, 12)
+    with pytest.raises(ValueError, match=message):
+        read_samples(path, 13, 9)
+
+
+def test_documents_are_the_first_rows(tmp_path):
+    rows = np.arange(12, dtype=np.int32).reshape(4, 3)
+    write_articles(tmp_path, "test", [TokenizedArticle(str(i), "", r) for i, r in enumerate(rows)])
+    assert read_documents(tmp_path / "test.parquet", 3).tolist() == rows[:3].tolist()

@@ -1,0 +1,137 @@
+"""Wiki markup becomes the text of an encyclopedia."""
+
+import re
+
+import pytest
+
+from infini_retrofit.articles import read_gensim_sample
+from infini_retrofit.corpus import Article
+from infini_retrofit.wikimarkup import clean_article
+from infini_retrofit.wikitemplates import render_template
+
+LEFTOVERS = {
+    "emphasis": ("a ''b'' c", "''"),
+    "links and templates": ("a [[b]]", r"\[\[|\]\]|\{\{|\}\}"),
+    "tables": ("a\n|- b", r"^\s*[|!]|\{\||\|\}"),
+    "tags": ("a <ref>b", r"</?(?:ref|br|sup|sub|div|span|small|math|code)\b"),
+    "comments": ("a <!-- b", "<!--|-->"),
+    "entities": ("a&nbsp;b", r"&(?:[a-z]+|#\d+);"),
+    "categories and languages": ("a\nCategory:B", r"^(?:Category|File|Image|[a-z]{2,3}):"),
+    "captions": ("thumb|b", r"\b(?:thumb|left|right|upright)\||\d+px\b|\.(?:jpg|svg|png)\b"),
+    "source sections": ("a\n\nReferences\n\nb", r"^(?:References|External links|See also)$"),
+    "empty parentheses": ("a ( , ) b", r"\([\s,;:]*\)|\(\s*[,;]|[,;]\s*\)"),
+    "space before punctuation": ("a , b", r"(?<=\w) [,;](?:\s|$)|(?<=\w) \.(?:\s|$)"),
+    "runs of spaces": ("a  b", "[ \t]{2}|[ \t]$|\u00a0"),
+    "runs of empty lines": ("a\n\n\nb", "\n\n\n"),
+    "headings": ("a\n== b ==", r"^==|==$"),
+    "marks of our own": ("a \ue0000\ue001", "[\ue000-\uf8ff]"),
+}
+
+
+@pytest.fixture(scope="module")
+def sample() -> list[Article]:
+    return read_gensim_sample()
+
+
+@pytest.mark.parametrize("name", LEFTOVERS)
+def test_no_article_of_the_sample_holds_leftovers_of_its_markup(name, sample):
+    dirty, pattern = LEFTOVERS[name]
+    assert re.search(pattern, dirty, re.M), "the pattern must be able to find something"
+    found = {article.title: re.search(pattern, article.text, re.M) for article in sample}
+    assert {title: match[0] for title, match in found.items() if match} == {}
+
+
+def test_the_sample_is_as_large_as_the_numbers_say(sample):
+    assert len(sample) == 98
+    assert 2_700_000 < sum(len(article.text) for article in sample) < 3_000_000
+    assert sum(len(article.text) < 1000 for article in sample) <= 5
+    assert all(article.text.startswith(article.title + "\n\n") for article in sample)
+
+
+def test_markup_becomes_an_encyclopedia():
+    markup = """{{Infobox|name=''X''|map={{small|[[a|b]]}}}}
+[[File:Map.png|thumb|A [[map]] of {{lang|la|X}}]]
+'''X''' ({{IPA-el|x|pron}}; {{lang-el|\u03c7}}, ''khi'')<ref name="a">Not {{cite|x}}.</ref> is the
+[[letter (alphabet)|letter]]s' friend ( {{respell|EKS}} , ) &mdash; 10<sup>6</sup>&nbsp;
+km<sup>2</sup> .
+<!-- no one
+sees this -->
+{| class="wikitable"
+|-
+| cell || {{flag|Y}}
+{| nested
+| x
+|}
+|}
+== ''Uses'' ==
+{{Main|Uses of X}}
+* as in <math>x^{{2}}</math>
+* [http://example.org the site], H<sub>2</sub>O
+** {{cite book|title=Gone}}
+
+: one line<br />next line
+=== Empty ===
+== Table only ==
+The numbers are:
+{| x
+|}
+== References ==
+{{Reflist}}
+=== Books ===
+* A book
+== After ==
+''Iliad'''s hero.
+[[Category:Letters]]
+[[de:X]]"""
+    assert clean_article(markup) == (
+        "X (\u03c7, khi) is the letters' friend \u2014 10^6 km\u00b2.\n\n"
+        "Uses\n\n"
+        "- as in $x^{ {2} }$\n- the site, H2O\n\n"
+        "one line\nnext line\n\n"
+        "After\n\n"
+        "Iliad's hero."
+    )
+
+
+@pytest.mark.parametrize(
+    ("markup", "text"),
+    [
+        ("a<ref>b</ref><ref name=c/> d", "a d"),
+        ("[[wikt:word]], [[:Category:B|b]], [[Paris (Texas)|]], [[A: B]]", "word, b, Paris, A: B"),
+        ("lost [[link and {{template", "lost link and template"),
+        ("<nowiki>[[a]]</nowiki> and <nowiki/>b", "[[a]] and b"),
+        ("Na<sup>+</sup>, 1<sup>st</sup>, e<sup>&minus;x</sup>", "Na+, 1st, e\u2212x"),
+        ("one\ntwo\n\nthree", "one two\n\nthree"),
+        ("<poem>one\ntwo</poem>", "one\ntwo"),
+        ("* {{cite|x}}. Gone\n* kept", "- kept"),
+        ("{{nowrap|a {{=}} 1}} {{small|b{{!}}c}}", "a = 1 b|c"),
+        ("a (e.g. <ref>x</ref>) b", "a b"),
+    ],
+)
+def test_markup_in_small(markup, text):
+    assert clean_article(markup) == text
+
+
+@pytest.mark.parametrize(
+    ("body", "text"),
+    [
+        ("convert|1300|mi|km", "1,300 miles"),
+        ("convert|5|to|10.5|km2|sqmi|0|abbr=on", "5 to 10.5 km\u00b2"),
+        ("convert|5|ft|11|in|cm", "5 ft 11 in"),
+        ("convert|4|mi|adj=on", "4-mile"),
+        ("val|6.24|e=18|u=C", "6.24\u00d710^18 C"),
+        ("frac|3|2", "3/2"),
+        ("As of|2015|6|30", "As of 30 June 2015"),
+        ("as of|2014|lc=y", "as of 2014"),
+        ("nihongo|'''Aikido'''|\u5408|Aikid\u014d", "'''Aikido''' (\u5408, Aikid\u014d)"),
+        ("coord|13|19|N|169|9|W|type:event", "13\u00b019'N 169\u00b09'W"),
+        ("coord|32.7|-86.7|display=title", ""),
+        ("lang-ru|link=no|text", "text"),
+        ("transl|ar|ALA|Allah", "Allah"),
+        ("quote|text=Words = deeds.", "\n\nWords = deeds.\n\n"),
+        ("nowrap", ""),
+        ("Infobox country|name=X|text", ""),
+    ],
+)
+def test_a_template_shows_what_a_reader_sees(body, text):
+    assert render_template(body) == text
