@@ -33,6 +33,7 @@ def main() -> None:
     for name in options.groups:
         print(f"measuring: {', '.join(GROUPS[name])}", file=sys.stderr)
         groups[name] = measure_group(name, BASE, sizes, rounds, rate)
+        print(render(rows_of(groups[name])), file=sys.stderr)
     rates = [operations / 1e9 for operations in rate.measured]
     print(f"Matrix products of 4096^3: {statistics.median(rates):.0f} GFLOP/s, ", end="")
     print(f"{min(rates):.0f} to {max(rates):.0f} in this run.\n")
