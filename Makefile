@@ -41,7 +41,7 @@ benchmark: setup  ## measure speed, as ratios to this machine's matrix products
 
 clean:  ## delete checkpoints of unfinished runs, drawn pages and caches; no results
 	rm -rf checkpoints build .pytest_cache .ruff_cache
-	find infini_retrofit stages tests benchmarks -name __pycache__ -prune -exec rm -rf {} + 2> /dev/null || true
+	find infini_retrofit stages recipes tests benchmarks -name __pycache__ -prune -exec rm -rf {} + 2> /dev/null || true
 
 $(CREATED):
 	@for python in python3.11 python3 python; do \

@@ -17,6 +17,7 @@ from ruamel.yaml import YAML
 PPL_RATIO = 1.02
 T2_RATIO = 1.5  # the doubly shifted score is large and unsteady
 GAP_DIFFERENCE = 0.02
+GAIN_DIFFERENCE = 0.02  # nats a token
 UNTRAINED = ("check_params", "prepare_")  # stages whose outputs are equal on every machine
 
 
@@ -68,6 +69,8 @@ def agree(key: str, before: Any, now: Any) -> bool:
     if leaf.endswith("_ppl"):
         ratio = T2_RATIO if leaf.startswith("t2_") else PPL_RATIO
         return 0 < before <= now * ratio and 0 < now <= before * ratio
+    if leaf.startswith("gain_over_"):
+        return abs(now - before) <= GAIN_DIFFERENCE
     return leaf != "gap_recovered" or abs(now - before) <= GAP_DIFFERENCE
 
 

@@ -16,30 +16,21 @@ from transformers import PreTrainedModel
 
 from benchmarks.operations import count_operations
 from benchmarks.reference_loop import score_by_reference_loop
-from infini_retrofit.attention import InfiniParams
 from infini_retrofit.base import load_base
 from infini_retrofit.carrier import Carrier
 from infini_retrofit.cross_entropy import token_nlls
 from infini_retrofit.distillation import Distillation, DistillParams
-from infini_retrofit.finetuning import FinetuneParams, Finetuning, LrScale, make_control
+from infini_retrofit.finetuning import FinetuneParams, Finetuning, make_control
+from infini_retrofit.infini_params import InfiniParams
+from infini_retrofit.lora import LoraParams
 from infini_retrofit.perplexity import score_sliding
 from infini_retrofit.retrofit import insert_infini
+from infini_retrofit.schedule import FullLrScale, LrScale
 from infini_retrofit.segments import run_folded
 from infini_retrofit.training import Trainee
 
 # Infini-attention as published, on the base's weights.
-PUBLISHED = InfiniParams(
-    layers=[0],
-    insertion="replace",
-    init="base",
-    local="softmax",
-    positions="rope",
-    heads="base",
-    memory="on",
-    segment_length=256,
-    local_context=0,
-    initial_memory_share=0.02,
-)
+PUBLISHED = InfiniParams(layers=[0])
 # The form of the pipeline's default layer.
 DEFAULT_LAYER = replace(PUBLISHED, init="random_attention", local="linear", positions="none")
 SCHEDULE = {"batch_size": 1, "epochs": 1, "lr": 1e-3, "patience": 1, "min_delta": 0.0, "seed": 0}
@@ -189,7 +180,11 @@ def _training(
             trainable="infini",
             train_documents=1,
             val_documents=1,
-            lr_scale=LrScale(infini=1.0, rest=1.0),
+            lora=LoraParams(rank=8, alpha=16.0),
+            kl_weight=0.0,
+            kl_context="segment",
+            num_segments="all",
+            lr_scale=FullLrScale(memory=1.0, infini=1.0, rest=1.0),
             **SCHEDULE,
         )
         head = _head_operations(model, sizes.document, products=2)
@@ -204,6 +199,8 @@ def distilling(setting: Setting) -> Job:
     model, sizes = setting.load_base(torch.float32), setting.sizes
     params = DistillParams(
         objective="layer_output",
+        trainable="infini",
+        lr_scale=LrScale(memory=1.0, infini=1.0),
         samples=1,
         val_samples=1,
         tokens_per_sample=sizes.sample,

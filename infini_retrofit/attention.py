@@ -16,115 +16,58 @@ Axes:
     N  key/value head
     K  key channel
     V  value channel
+    F  feature of a query or key
     P  rotated channel, the first P of K
 """
 
 import math
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from infini_retrofit.carrier import Carried, Carrier, SegmentCut
-from infini_retrofit.local_attention import linear_attention, softmax_attention
+from infini_retrofit.carrier import Carried, Carrier, MemoryReading, SegmentCut
+from infini_retrofit.compressive_memory import CompressiveMemory, Recalled
+from infini_retrofit.feature_maps import FeatureMaps
+from infini_retrofit.infini_params import AttentionShape, InfiniParams
+from infini_retrofit.local_attention import alibi_slopes, linear_attention, softmax_attention
 from infini_retrofit.local_context import Keys, LocalContext, Place, carry_context
-from infini_retrofit.memory import memory_bytes, mix, prefix_states, write_segments
-
-# A deployed model keeps carried keys and values in a 16-bit type.
-BYTES_PER_CARRIED_CHANNEL = 2
+from infini_retrofit.memory import SMALLEST_DENOMINATOR, memory_share, mix
+from infini_retrofit.window_attention import older_sums, window_attention
 
 
-@dataclass(frozen=True, kw_only=True)
-class InfiniParams:
-    """Section `infini` of params.yaml: where the memory goes, and in what form."""
+@dataclass(frozen=True)
+class Local:
+    """What a segment's own tokens give to each query.
 
-    layers: list[int] | Literal["all"]  # decoder layers, negative from the end
-    insertion: Literal["replace"]
-    init: Literal["base", "random_attention", "random_layer"]  # what starts from random weights
-    local: Literal["softmax", "linear"]  # attention inside a segment
-    positions: Literal["rope", "none"]  # position encoding of the local attention
-    heads: Literal["base", "single"]  # as many as the base has, or one of the full width
-    memory: Literal["on", "off"]
-    segment_length: int  # tokens
-    local_context: int  # tokens of keys and values carried over, the document's first included
-    initial_memory_share: float  # sigmoid(gate_logit) at the start
+    Attributes:
+        out: the attention's output.
+        log_mass: log of its denominator, where others share it.
+    """
 
-    def __post_init__(self) -> None:
-        """Refuse values that no base model could make sense of."""
-        if self.layers != "all" and not self.layers:
-            raise ValueError("infini.layers must name at least one layer, got []")
-        if self.segment_length < 3:
-            raise ValueError(
-                "infini.segment_length must be at least 3 tokens, or the protocol t2 has none to "
-                f"score, got {self.segment_length}"
-            )
-        if not 0 <= self.local_context <= self.segment_length:
-            raise ValueError(
-                f"infini.local_context must be in 0..segment_length={self.segment_length} "
-                f"tokens, got {self.local_context}"
-            )
-        if not 0 < self.initial_memory_share < 1:
-            raise ValueError(
-                "infini.initial_memory_share must lie between 0 and 1, "
-                f"got {self.initial_memory_share}"
-            )
-        if self.heads == "single" and (self.init == "base" or self.positions == "rope"):
-            raise ValueError(
-                "infini.heads must be base when infini.init is base or infini.positions is rope "
-                "(neither the base's weights nor its rotations fit a single head), got single"
-            )
-
-
-@dataclass(frozen=True, kw_only=True)
-class AttentionShape:
-    """Sizes of one attention module."""
-
-    hidden_size: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    qkv_bias: bool
-    o_bias: bool
-
-    def single_head(self) -> "AttentionShape":
-        """Return the seeds' form: one head of the model's full width, no biases."""
-        return AttentionShape(
-            hidden_size=self.hidden_size,
-            num_heads=1,
-            num_kv_heads=1,
-            head_dim=self.hidden_size,
-            qkv_bias=False,
-            o_bias=False,
-        )
-
-    def carried_token_bytes(self) -> int:
-        """Count the bytes of one token's keys and values."""
-        return 2 * self.num_kv_heads * self.head_dim * BYTES_PER_CARRIED_CHANNEL
-
-    def border_bytes(self, local_context: int, has_memory: bool) -> int:
-        """Count the bytes that cross a segment border, for one document."""
-        num_bytes = local_context * self.carried_token_bytes()
-        if has_memory:
-            num_bytes += memory_bytes(self.num_kv_heads, self.head_dim, self.head_dim)
-        return num_bytes
+    out: Float[Tensor, "B S H L V"]
+    log_mass: Float[Tensor, "B S H L 1"] | None = None
 
 
 class InfiniAttention(nn.Module):
     """Attention whose reach is one segment, plus a memory of every segment before.
 
     Attributes:
+        memory: None: neither read nor written.
         gate_logit: one for each query head, float32; `sigmoid(gate_logit)` is the share of the
-            memory. None: no memory, neither read nor written.
+            memory, before queries and decay move it. With the local attention `window_linear`
+            it weighs all linear sums against the window. None: there is nothing to weigh.
+        alpha: factor on the output of a parallel branch, which starts at zero; None: no branch.
     """
 
     def __init__(self, shape: AttentionShape, params: InfiniParams, layer_index: int) -> None:
         super().__init__()
-        shape = shape.single_head() if params.heads == "single" else shape
+        shape = shape.of_heads(params.heads)
         self.shape = shape
         self.layer_index = layer_index
-        self.attend = softmax_attention if params.local == "softmax" else linear_attention
+        self.local = params.local
+        self.window = params.window
         self.uses_rope = params.positions == "rope"
         self.segment_length = params.segment_length
         self.local_context = params.local_context
@@ -133,16 +76,49 @@ class InfiniAttention(nn.Module):
         self.k_proj = nn.Linear(shape.hidden_size, kv_size, bias=shape.qkv_bias)
         self.v_proj = nn.Linear(shape.hidden_size, kv_size, bias=shape.qkv_bias)
         self.o_proj = nn.Linear(q_size, shape.hidden_size, bias=shape.o_bias)
-        self.gate_logit = None
+        heads, num_features = shape.num_heads, params.count_features(shape.head_dim)
+        self.feature_maps = FeatureMaps(
+            params.feature_map, heads, shape.num_kv_heads, shape.head_dim, num_features
+        )
+        slopes = alibi_slopes(shape.num_heads) if params.positions == "alibi" else None
+        self.register_buffer("slopes", slopes, persistent=False)
+        self.memory = self.gate_logit = self.alpha = None
         if params.memory == "on":
+            self.memory = CompressiveMemory(shape, params, num_features)
+        if params.memory == "on" or params.local == "window_linear":
             share = params.initial_memory_share
             logits = torch.full((shape.num_heads,), math.log(share / (1 - share)))
             self.gate_logit = nn.Parameter(logits)
+        if params.insertion == "parallel":
+            self.alpha = nn.Parameter(torch.zeros(1))
 
     @property
     def border_bytes(self) -> int:
         """Bytes that cross a segment border in this layer, for one document."""
-        return self.shape.border_bytes(self.local_context, self.gate_logit is not None)
+        num_features = 0 if self.memory is None else self.feature_maps.num_features
+        return self.shape.border_bytes(self.local_context, num_features)
+
+    def memory_parameters(self) -> dict[str, list[nn.Parameter]]:
+        """Return what a base's attention has no counterpart of, in groups of a learning rate."""
+        memory = [] if self.memory is None else list(self.memory.parameters())
+        gates = [] if self.memory is None else self.memory.gates()
+        others = [p for p in memory if not any(p is g for g in gates)]
+        return {
+            "gate": gates + ([] if self.gate_logit is None else [self.gate_logit]),
+            "alpha": [] if self.alpha is None else [self.alpha],
+            "memory": others + list(self.feature_maps.parameters()),
+        }
+
+    def start_memory(self) -> None:
+        """Finish the start of what depends on the projections, once these have theirs."""
+        if self.memory is not None:
+            self.memory.start_from(self.v_proj)
+
+    def drop_memory(self) -> None:
+        """Remember nothing from here on, beside the keys and values of `local_context`."""
+        self.memory = None
+        if self.local != "window_linear":
+            self.gate_logit = None
 
     def forward(
         self,
@@ -171,15 +147,23 @@ class InfiniAttention(nn.Module):
         # paper): what was stored far away is found by content, not by distance.
         place = self._place(cut, position_embeddings)
         own = Keys(place(key), value, cut.mask(key.device))
-        out, context = self._attend_locally(place(query), own, key, place, before.context)
-        memory = None
-        if self.gate_logit is not None and carrier.read != "off":
-            written = write_segments(key, value, cut.is_token)
-            found, memory = prefix_states(written, before.memory)
+        local, context = self._attend_locally(place(query), own, key, place, before.context)
+        reads = self.memory is not None and carrier.read != "off"
+        sums, memory = [], None
+        if reads or self.local == "window_linear":
+            query_feature = self.feature_maps.of_query(query)
+            key_feature = self.feature_maps.of_key(key)
+        if self.local == "window_linear":
+            sums.append(self._older(query_feature, key_feature, value))
+        if reads:
+            states = self.memory.states(key, key_feature, value, cut.is_token, before.memory)
+            found, memory = states
             found = found.roll_batch() if carrier.read == "swapped" else found
-            out = mix(out, query, found, self.gate_logit)
+            sums.append(self.memory.read(query, query_feature, found))
+        out = self._mix(local, sums, carrier) if sums else local.out
         carrier.after[self.layer_index] = Carried(memory, context)
-        return self.o_proj(cut.join(out).to(hidden_states.dtype)), None
+        out = self.o_proj(cut.join(out).to(hidden_states.dtype))
+        return out if self.alpha is None else self.alpha.to(out.dtype) * out, None
 
     def _place(self, cut: SegmentCut, position_embeddings: tuple[Tensor, Tensor] | None) -> Place:
         """Return the function that gives queries and keys their positions, if they have any."""
@@ -200,7 +184,7 @@ class InfiniAttention(nn.Module):
         key: Float[Tensor, "B S N L K"],
         place: Place,
         before: LocalContext | None,
-    ) -> tuple[Float[Tensor, "B S H L V"], LocalContext | None]:
+    ) -> tuple[Local, LocalContext | None]:
         """Attend inside each segment, and to what is carried over from the one before."""
         # Padding stands at a document's end, where causality hides it: only what is carried
         # over needs a mask, because before the first segment there is nothing.
@@ -209,8 +193,47 @@ class InfiniAttention(nn.Module):
             first_key = key[:, 0, :, :1]
             keys, after = carry_context(own, first_key, place, self.local_context, before)
             is_key = keys.is_key.flatten(0, 1)
-        flat = (query.flatten(0, 1), keys.key.flatten(0, 1), keys.value.flatten(0, 1))
-        return self.attend(*flat, is_key).unflatten(0, query.shape[:2]), after
+        flat = (query.flatten(0, 1), keys.key.flatten(0, 1), keys.value.flatten(0, 1), is_key)
+        grid = query.shape[:2]
+        if self.local == "window_linear":
+            out, log_mass = window_attention(*flat, self.window, self.slopes)
+            return Local(out.unflatten(0, grid), log_mass.unflatten(0, grid)), after
+        if self.local == "linear":
+            out = linear_attention(*flat, self.feature_maps)
+        else:
+            out = softmax_attention(*flat, slopes=self.slopes)
+        return Local(out.unflatten(0, grid)), after
+
+    def _older(
+        self,
+        query_feature: Float[Tensor, "B S H L F"],
+        key_feature: Float[Tensor, "B S N L F"],
+        value: Float[Tensor, "B S N L V"],
+    ) -> Recalled:
+        """Sum over the segment's own tokens that a query's window has left behind."""
+        flat = (x.flatten(0, 1) for x in (query_feature, key_feature, value))
+        sums = [x.unflatten(0, value.shape[:2]) for x in older_sums(*flat, self.window)]
+        return Recalled(*sums, logit=query_feature.new_zeros(1, 1, 1))
+
+    def _mix(
+        self, local: Local, recalled: list[Recalled], carrier: Carrier
+    ) -> Float[Tensor, "B S H L V"]:
+        """Blend the local attention with what linear sums there are."""
+        numerator = sum(r.numerator for r in recalled)
+        denominator = sum(r.denominator for r in recalled)
+        logit = self.gate_logit.to(denominator.dtype)[:, None, None]
+        logit = logit + sum(r.logit for r in recalled)
+        if local.log_mass is not None:
+            # Of the order of 1 while the linear sums hold no more tokens than the window.
+            mass = denominator / (self.feature_maps.num_features * self.window)
+            logit = logit + mass.clamp_min(SMALLEST_DENOMINATOR).log() - local.log_mass
+        share = memory_share(denominator, logit)
+        if carrier.readings is not None:
+            found = numerator / denominator.clamp_min(SMALLEST_DENOMINATOR)
+            norms = (x.detach().float().norm(dim=-1) for x in (found, local.out))
+            reading = MemoryReading(share.detach()[..., 0].float(), *norms)
+            carrier.readings[self.layer_index] = reading
+        return mix(local.out, numerator, denominator, share)
 
 
 def rotate(

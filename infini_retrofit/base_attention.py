@@ -34,6 +34,8 @@ def attend(
     **kwargs: object,
 ) -> tuple[Float[Tensor, "B L H K"], None]:
     """Attend like `sdpa`, whose mask this shares: None means plainly causal."""
+    # Rotations are float32 where weights are: under autocast only the values are not.
+    query, key = query.to(value.dtype), key.to(value.dtype)
     plain = attention_mask is None and dropout == 0 and query.shape[2] == key.shape[2]
     if plain and prefers_products(query, key, value):
         return softmax_attention(query, key, value, scaling=scaling).transpose(1, 2), None

@@ -35,6 +35,21 @@ class Carried:
     context: LocalContext | None = None
 
 
+@dataclass(frozen=True)
+class MemoryReading:
+    """How much one layer made of its memory, for diagnostics.
+
+    Attributes:
+        share: of the memory in each query's output.
+        recalled_norm: length of what was recalled, before its share.
+        local_norm: length of the local attention's output.
+    """
+
+    share: Float[Tensor, "B S H L"]
+    recalled_norm: Float[Tensor, "B S H L"]
+    local_norm: Float[Tensor, "B S H L"]
+
+
 @dataclass
 class Carrier:
     """How one forward pass is cut, and what its layers carry in and out.
@@ -53,6 +68,7 @@ class Carrier:
         before: what each layer starts with, by layer index; a layer not named starts empty.
         after: what each layer ends with, written by the layers. It continues the document
             only where that ended with a whole segment.
+        readings: a dictionary to have each layer note its use of the memory there; None: don't.
     """
 
     num_segments: int | None = None
@@ -61,6 +77,7 @@ class Carrier:
     is_token: Bool[Tensor, "R T"] | None = None
     before: dict[int, Carried] = field(default_factory=dict)
     after: dict[int, Carried] = field(default_factory=dict)
+    readings: dict[int, MemoryReading] | None = None
 
 
 class SegmentCut:

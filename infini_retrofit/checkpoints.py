@@ -11,10 +11,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
-from infini_retrofit.attention import InfiniParams
 from infini_retrofit.base import load_base
+from infini_retrofit.infini_params import InfiniParams
 from infini_retrofit.report import verify_manifest, write_manifest, write_text
-from infini_retrofit.retrofit import insert_infini
+from infini_retrofit.retrofit import insert_infini, resolve_layers
 
 WEIGHTS, CONFIG = "retrofit.safetensors", "infini_config.json"
 
@@ -52,3 +52,14 @@ def load_retrofit(
     result = model.load_state_dict(load_file(folder / WEIGHTS), strict=False)
     assert not result.unexpected_keys, result.unexpected_keys
     return model.eval(), params
+
+
+def check_layers(params: InfiniParams, base_dir: Path) -> None:
+    """Refuse layers that the base does not have, without loading it.
+
+    Raises:
+        ValueError: if there are any; a base that is missing is for others to notice.
+    """
+    config = base_dir / "config.json"
+    if config.is_file():
+        resolve_layers(params.layers, json.loads(config.read_text())["num_hidden_layers"])

@@ -1,22 +1,34 @@
-"""One model under every protocol: the numbers that models are compared by.
+"""One model under every protocol, and how sure it is that a memory helps.
 
 The same code scores the base, retrofitted models and the control. Knows no files.
+
+Axes:
+    B  document
+    T  token of a document
+    Stream  token of the stream
 """
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from jaxtyping import Int
+import numpy as np
+import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from infini_retrofit.attention import InfiniParams
+from infini_retrofit.bootstrap import paired_bootstrap
+from infini_retrofit.infini_params import InfiniParams
 from infini_retrofit.perplexity import (
+    Run,
     Score,
-    score_full,
-    score_segments,
+    full_runs,
+    next_token_nlls,
+    score_positions,
     score_sliding,
+    segment_runs,
+    t2_nlls,
     total,
 )
 from infini_retrofit.retrofit import (
@@ -24,6 +36,7 @@ from infini_retrofit.retrofit import (
     infini_modules,
     make_rival,
     resolve_layers,
+    state_bytes,
 )
 
 
@@ -62,10 +75,29 @@ class TestText:
     documents: Int[Tensor, "B T"]
 
 
+@dataclass(frozen=True)
+class Evaluation:
+    """What one model scores.
+
+    Attributes:
+        metrics: `<protocol>_test_ppl` for every protocol, `full_test_nll` and `segment_test_nll`
+            in nats a token, `state_bytes` that the model carries across a segment border,
+            `num_documents`.
+        nlls: of every scored token of the documents in nats, by protocol.
+    """
+
+    metrics: dict[str, float | int]
+    nlls: dict[str, Float[Tensor, "B _"]]
+
+    def of_documents(self, protocol: str) -> np.ndarray:
+        """Return the mean of each document in nats a token."""
+        return self.nlls[protocol].double().mean(dim=1).numpy()
+
+
 def evaluate(
     model: PreTrainedModel, infini: InfiniParams, params: EvalParams, text: TestText
-) -> dict[str, float | int]:
-    """Score a model under every protocol, one number each.
+) -> Evaluation:
+    """Score a model under every protocol.
 
     The model is changed at the end: it becomes its own equal-bytes rival.
 
@@ -74,41 +106,67 @@ def evaluate(
         infini: the form of the retrofit that is compared, whose bytes the rival may spend.
         params: section `eval`.
         text: the test split.
-
-    Returns:
-        `<protocol>_test_ppl` for every protocol, `full_test_nll` and `segment_test_nll` in nats
-        a token, `state_bytes` that this model carries across a segment border, `num_documents`.
     """
-    has_memory = any(m.gate_logit is not None for m in infini_modules(model).values())
     num_bytes = sum(m.border_bytes for m in infini_modules(model).values())
-    scores = dict(_scores(model, infini, params, text, has_memory))
+    scores = {"sliding": score_sliding(model, text.stream, params.window, params.stride)}
+    nlls = _document_nlls(model, infini, text.documents)
+    scores |= {name: total(map(Score.of, rows)) for name, rows in nlls.items()}
     metrics: dict[str, float | int] = {f"{k}_test_ppl": s.ppl for k, s in scores.items()}
     for name in ("full", "segment"):
         metrics[f"{name}_test_nll"] = scores[name].nll
-    return metrics | {"state_bytes": num_bytes, "num_documents": len(text.documents)}
+    metrics |= {"state_bytes": num_bytes, "num_documents": len(text.documents)}
+    return Evaluation(metrics, nlls)
 
 
-def _scores(
-    model: PreTrainedModel,
-    infini: InfiniParams,
-    params: EvalParams,
-    text: TestText,
-    has_memory: bool,
-) -> Iterator[tuple[str, Score]]:
-    """Yield each protocol's name and score."""
-    length, documents = infini.segment_length, text.documents
-    yield "sliding", score_sliding(model, text.stream, params.window, params.stride)
-    yield "full", total(score_full(model, documents))
-    own_and_t2 = score_segments(model, documents, length, with_t2=True)
-    segment, t2 = (total(scores) for scores in own_and_t2)
-    yield "segment", segment
-    yield "t2", t2
-    for read in ("off", "swapped"):
-        # Where nothing crosses a border there is nothing to switch off or to swap.
-        scores = score_segments(model, documents, length, read)[0] if has_memory else [segment]
-        yield f"segment_{read}", total(scores)
-    make_rival(model, infini)
-    yield "segment_kv", total(score_segments(model, documents, length)[0])
+def _document_nlls(
+    model: PreTrainedModel, infini: InfiniParams, documents: Int[Tensor, "B T"]
+) -> dict[str, Tensor]:
+    """Run the model once for each protocol that can differ from another."""
+    length = infini.segment_length
+
+    def scored(runs: Iterable[Run]) -> Tensor:
+        return torch.stack([next_token_nlls(model, *run).cpu() for run in runs])
+
+    nlls = {"full": scored(full_runs(model, documents))}
+    pairs = [
+        (next_token_nlls(model, *run).cpu(), t2_nlls(model, *run, length).cpu())
+        for run in segment_runs(model, documents, length)
+    ]
+    nlls["segment"], nlls["t2"] = (torch.stack(rows) for rows in zip(*pairs, strict=True))
+    # Where nothing crosses a border there is nothing to switch off, to swap or to spend.
+    same = {f"segment_{name}": nlls["segment"] for name in ("off", "swapped", "kv")}
+    nlls |= same
+    if any(m.memory is not None for m in infini_modules(model).values()):
+        for read in ("off", "swapped"):
+            nlls[f"segment_{read}"] = scored(segment_runs(model, documents, length, read))
+    if state_bytes(model, infini):
+        make_rival(model, infini)
+        nlls["segment_kv"] = scored(segment_runs(model, documents, length))
+    return nlls
+
+
+def gains(model: Evaluation, control: Evaluation) -> dict[str, float]:
+    """Compare a model with what it must beat, document by document.
+
+    Its rival at equal bytes is its own or the control's, whichever is better over all documents.
+
+    Returns:
+        `gain_over_<other>`, the nats a token by which the model is better, and the ends of its
+        95% paired bootstrap interval, `_low` and `_high`.
+    """
+    rivals = [evaluation.of_documents("segment_kv") for evaluation in (model, control)]
+    others = {
+        "off": model.of_documents("segment_off"),
+        "swapped": model.of_documents("segment_swapped"),
+        "control": control.of_documents("segment"),
+        "kv": min(rivals, key=np.mean),
+    }
+    metrics = {}
+    for name, other in others.items():
+        gain = paired_bootstrap(other - model.of_documents("segment"))
+        ends = {"": gain.mean, "_low": gain.low, "_high": gain.high}
+        metrics |= {f"gain_over_{name}{end}": value for end, value in ends.items()}
+    return metrics
 
 
 def gap_recovered(model: dict[str, float], control: dict[str, float]) -> float:
@@ -149,4 +207,33 @@ def rows_of_metrics(name: str, metrics: dict[str, float | int]) -> list[dict[str
         {"model": name, "protocol": key.removesuffix(suffix), "ppl": value}
         for key, value in metrics.items()
         if key.endswith(suffix)
+    ]
+
+
+def rows_of_documents(name: str, evaluation: Evaluation) -> list[dict[str, float | str]]:
+    """Turn one model's scores of documents into rows: model, protocol, document, nll."""
+    return [
+        {"model": name, "protocol": protocol, "document": document, "nll": float(nll)}
+        for protocol in evaluation.nlls
+        for document, nll in enumerate(evaluation.of_documents(protocol))
+    ]
+
+
+def rows_of_positions(
+    name: str, evaluation: Evaluation, segment_length: int, protocols: Sequence[str] = ("segment",)
+) -> list[dict[str, float | str]]:
+    """Turn one model's scores into rows of a plot: model, protocol, position, nll, num_scored.
+
+    A position counts tokens of a segment and stands for a range, see `score_positions`.
+    """
+    return [
+        {
+            "model": name,
+            "protocol": protocol,
+            "position": begin,
+            "nll": score.nll,
+            "num_scored": score.num_scored,
+        }
+        for protocol in protocols
+        for begin, score in score_positions(evaluation.nlls[protocol], segment_length).items()
     ]

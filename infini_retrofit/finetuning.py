@@ -4,39 +4,33 @@ Knows nothing of files and stages.
 
 Axes:
     B  document
-    T  token
+    P  piece of a document, which is a document of its own in a step
+    T  token of a document
+    L  token of a piece
 """
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Literal
 
 import torch
 from jaxtyping import Int
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from infini_retrofit.attention import InfiniParams
-from infini_retrofit.cross_entropy import token_nlls
+from infini_retrofit.cross_entropy import Prediction, token_losses, token_nlls
+from infini_retrofit.curriculum import NumSegments, choose_length, recut
+from infini_retrofit.diagnostics import memory_use
+from infini_retrofit.history import no_ppl, ppl_of_nll
+from infini_retrofit.infini_params import InfiniParams
+from infini_retrofit.lora import Adapters, LoraParams, add_lora
 from infini_retrofit.perplexity import score_segments, total
 from infini_retrofit.retrofit import insert_infini, set_trainable, without_memory
-from infini_retrofit.schedule import Schedule
+from infini_retrofit.schedule import FullLrScale, Schedule
 from infini_retrofit.segments import run_folded
-from infini_retrofit.training import Trainee
+from infini_retrofit.teacher import DocumentTeacher
+from infini_retrofit.trainee import Trainee
 
-
-@dataclass(frozen=True, kw_only=True)
-class LrScale:
-    """Factors on `finetune.lr`."""
-
-    infini: float  # of the Infini layers, gates apart
-    rest: float  # of everything else that trains
-
-    def __post_init__(self) -> None:
-        """Refuse a factor below 0."""
-        for name in ("infini", "rest"):
-            if getattr(self, name) < 0:
-                value = getattr(self, name)
-                raise ValueError(f"finetune.lr_scale.{name} must be at least 0, got {value}")
+Trainable = Literal["memory", "infini", "attention", "all", "lora"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,15 +39,22 @@ class FinetuneParams(Schedule):
 
     section = "finetune"
 
-    trainable: Literal["infini", "attention", "all"]
+    trainable: Trainable
+    lora: LoraParams  # used where `trainable` is lora
+    kl_weight: float  # of the divergence from the base's prediction, the rest of cross-entropy
+    kl_context: Literal["segment", "document"]  # what the base sees for it
+    num_segments: NumSegments  # of a document in a step
     train_documents: int  # at most
     val_documents: int  # at most
-    lr_scale: LrScale
+    lr_scale: FullLrScale
 
     def __post_init__(self) -> None:
         """Refuse values that would only fail, or mislead, later."""
         super().__post_init__()
         self.require_at_least(1, "train_documents", "val_documents")
+        self.require_scales(self.lr_scale)
+        if not 0 <= self.kl_weight <= 1:
+            raise ValueError(f"finetune.kl_weight must be in 0..1, got {self.kl_weight}")
 
 
 class Finetuning(Trainee):
@@ -65,6 +66,7 @@ class Finetuning(Trainee):
         infini: InfiniParams,
         params: FinetuneParams,
         dtype: torch.dtype,
+        base: PreTrainedModel | None = None,
     ) -> None:
         """Choose what trains.
 
@@ -73,27 +75,71 @@ class Finetuning(Trainee):
             infini: the form of the retrofit, of which the control is a control.
             params: section `finetune`.
             dtype: of the matrix products, and of what does not train.
+            base: the untouched base, if `params.kl_weight` is not 0; it is frozen.
+
+        Raises:
+            ValueError: if there is nothing that could train.
         """
-        whole_layers = infini.init == "random_layer"
-        groups = set_trainable(model, params.trainable, whole_layers, dtype)
-        scales = {"infini": params.lr_scale.infini, "rest": params.lr_scale.rest}
-        super().__init__(model, groups, scales, dtype)
+        check_trainable(params.trainable, infini)
+        assert (base is not None) == (params.kl_weight > 0), "a divergence needs its base"
+        groups, adapters = _choose(model, infini, params, dtype)
+        super().__init__(model, groups, asdict(params.lr_scale), dtype)
+        self.params = params
         self.segment_length = infini.segment_length
+        self.adapters = adapters
+        teacher_sees = infini.segment_length if params.kl_context == "segment" else None
+        self.teacher = None if base is None else DocumentTeacher(base, teacher_sees)
 
     def forward(self, input_ids: Int[Tensor, "B T"]) -> dict[str, Tensor]:
         """Return the mean loss in nats a token; gradients reach through all segments."""
-        hidden_states = run_folded(self.model, input_ids, self.segment_length)
-        nlls = token_nlls(
-            hidden_states[:, :-1].flatten(0, 1),
-            self.model.get_output_embeddings().weight,
-            input_ids[:, 1:].flatten(),
+        pieces = self._pieces(input_ids) if self.training else input_ids
+        hidden_states = run_folded(self.model, pieces, self.segment_length)
+        hidden_states, targets = hidden_states[:, :-1].flatten(0, 1), pieces[:, 1:].flatten()
+        head = self.model.get_output_embeddings().weight
+        if self.teacher is None:
+            return {"loss": token_nlls(hidden_states, head, targets).mean()}
+        expected = Prediction(self.teacher(pieces)[:, :-1].flatten(0, 1), self.teacher.weight)
+        losses = token_losses(hidden_states, head, targets, expected, self.params.kl_weight)
+        return {"loss": losses.mean()}
+
+    def _pieces(self, documents: Int[Tensor, "B T"]) -> Int[Tensor, "BP L"]:
+        """Cut documents into the pieces of this step, each of which starts with no memory."""
+        num_segments = choose_length(
+            self.params.num_segments,
+            documents.shape[1] // self.segment_length,
+            self.step,
+            self.num_steps,
+            self.params.seed,
         )
-        return {"loss": nlls.mean()}
+        return recut(documents, num_segments * self.segment_length)
+
+    def train_ppl(self, loss: float) -> float | str:
+        """A training loss with a divergence in it is no likelihood."""
+        return ppl_of_nll(loss) if self.teacher is None else no_ppl(loss)
 
     def validate(self, val: Int[Tensor, "B T"]) -> dict[str, float]:
-        """Score validation documents under the protocol `segment`."""
-        score = total(score_segments(self.model, val, self.segment_length)[0])
-        return {"val_loss": score.nll, "val_ppl": score.ppl}
+        """Score whole validation documents under the protocol `segment`."""
+        score = total(score_segments(self.model, val, self.segment_length))
+        memory = memory_use(self.model, val, self.segment_length)
+        return {"val_loss": score.nll, "val_ppl": score.ppl} | memory
+
+    def merge(self) -> None:
+        """Fold adapters into the weights: nothing that is saved knows of them."""
+        if self.adapters is not None:
+            self.adapters.merge()
+
+
+def check_trainable(trainable: Trainable, infini: InfiniParams) -> None:
+    """Refuse to train Infini layers where there are none.
+
+    Raises:
+        ValueError: if so.
+    """
+    if infini.layers == [] and trainable in ("memory", "infini"):
+        raise ValueError(
+            "finetune.trainable must be one of all, attention, lora when infini.layers is [], "
+            f"where no Infini layer could train, got {trainable}"
+        )
 
 
 def make_control(model: PreTrainedModel, infini: InfiniParams) -> InfiniParams:
@@ -108,3 +154,13 @@ def make_control(model: PreTrainedModel, infini: InfiniParams) -> InfiniParams:
     control = without_memory(infini, infini.local_context)
     insert_infini(model, control)
     return control
+
+
+def _choose(
+    model: PreTrainedModel, infini: InfiniParams, params: FinetuneParams, dtype: torch.dtype
+) -> tuple[dict[str, list[nn.Parameter]], Adapters | None]:
+    """Freeze all but what is to train, and return that by group."""
+    if params.trainable == "lora":
+        adapters = add_lora(model, params.lora, params.seed, dtype)
+        return adapters.groups, adapters
+    return set_trainable(model, params.trainable, infini.whole_layers, dtype), None

@@ -22,7 +22,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from infini_retrofit.memory import SMALLEST_DENOMINATOR, feature_map, state_dtype
+from infini_retrofit.feature_maps import FeatureMaps, state_dtype
+from infini_retrofit.memory import SMALLEST_DENOMINATOR
 
 # On a CPU explicit products beat the fused kernel, by 2.8 times in training at 256 tokens. In
 # training they keep weights, which limits their length; without gradients they keep none.
@@ -50,6 +51,7 @@ def softmax_attention(
     value: Float[Tensor, "B N C V"],
     is_key: Bool[Tensor, "B C"] | None = None,
     scaling: float | None = None,
+    slopes: Float[Tensor, "H"] | None = None,
 ) -> Float[Tensor, "B H L V"]:
     """Attend causally with softmax (scale 1 / sqrt(K) unless given).
 
@@ -60,18 +62,41 @@ def softmax_attention(
         is_key: False where a key must not be seen (padding, or context before the first
             segment); a query always sees its own token. None: all keys count.
         scaling: factor on the scores.
+        slopes: of ALiBi, how much a score falls with each token of distance; None: not at all.
     """
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     num_queries, num_keys = query.shape[2], key.shape[2]
     if prefers_products(query, key, value):
-        return _ExplicitSoftmaxAttention.apply(query, key, value, is_key, scaling)
+        return _ExplicitSoftmaxAttention.apply(query, key, value, is_key, scaling, slopes)
     repeats = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
-    if is_key is None and num_queries == num_keys:
+    if is_key is None and num_queries == num_keys and slopes is None:
         return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling)
     mask = _mask(num_queries, num_keys, is_key, query.device)
-    mask = mask[None] if mask.dim() == 2 else mask
-    return F.scaled_dot_product_attention(query, key, value, mask[:, None], scale=scaling)
+    mask = mask[None, None] if mask.dim() == 2 else mask[:, None]
+    if slopes is not None:
+        bias = alibi_bias(slopes, num_queries, num_keys).to(query.dtype)
+        mask = bias.masked_fill(~mask, -torch.inf)
+    return F.scaled_dot_product_attention(query, key, value, mask, scale=scaling)
+
+
+def alibi_slopes(num_heads: int) -> Float[Tensor, "H"]:
+    """Return each head's slope: 2^(-8 h / H) for h = 1 ... H.
+
+    Source: Press et al. 2022, arXiv:2108.12409, section 3.
+
+    Differs from the paper: the same formula also where H is no power of two.
+    """
+    return 2.0 ** (-8.0 * torch.arange(1, num_heads + 1) / num_heads)
+
+
+def alibi_bias(
+    slopes: Float[Tensor, "H"], num_queries: int, num_keys: int
+) -> Float[Tensor, "H L C"]:
+    """Return what ALiBi adds to the scores; the last keys are the queries' own tokens."""
+    keys = torch.arange(num_keys, device=slopes.device)
+    distance = keys[num_keys - num_queries :, None] - keys
+    return -slopes[:, None, None] * distance
 
 
 def _mask(
@@ -93,7 +118,13 @@ class _ExplicitSoftmaxAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, query: Tensor, key: Tensor, value: Tensor, is_key: Tensor | None, scaling: float
+        ctx,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        is_key: Tensor | None,
+        scaling: float,
+        slopes: Tensor | None,
     ) -> Tensor:
         query = _group(query, key.shape[1])
         key, value = key.contiguous() * scaling, value.contiguous()
@@ -102,6 +133,8 @@ class _ExplicitSoftmaxAttention(torch.autograd.Function):
         for rows in _blocks(query.shape[2]):
             seen = key.shape[2] - query.shape[2] + rows.stop
             scores = _products(query, rows, key[:, :, :seen].transpose(2, 3))
+            if slopes is not None:
+                scores.add_(_group(alibi_bias(slopes, scores.shape[2], seen)[None], key.shape[1]))
             _hide_keys(scores, is_key)
             # A row's maximum is finite, because a query always sees its own token.
             weight = scores.softmax(dim=-1)
@@ -114,7 +147,7 @@ class _ExplicitSoftmaxAttention(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_out: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
+    def backward(ctx, grad_out: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None, None]:
         query, key, value, *weights = ctx.saved_tensors
         grad_out = _group(grad_out, key.shape[1])
         grad_query = _empty_groups(query, query.shape[-1])
@@ -126,7 +159,7 @@ class _ExplicitSoftmaxAttention(torch.autograd.Function):
             grad = torch._softmax_backward_data(grad, weight, -1, weight.dtype)
             grad_query[:, :, rows] = _products(grad, slice(None), key[:, :, :seen])
             grad_key[:, :, :seen].add_(_rows(grad).transpose(2, 3) @ _rows(query, rows))
-        return _ungroup(grad_query), grad_key * ctx.scaling, grad_value, None, None
+        return _ungroup(grad_query), grad_key * ctx.scaling, grad_value, None, None, None
 
 
 def _hide_keys(scores: Float[Tensor, "B N L G C"], is_key: Bool[Tensor, "B *"] | None) -> None:
@@ -177,21 +210,41 @@ def linear_attention(
     query: Float[Tensor, "B H L K"],
     key: Float[Tensor, "B N C K"],
     value: Float[Tensor, "B N C V"],
-    is_key: Bool[Tensor, "B C"] | None = None,
+    is_key: Bool[Tensor, "B C"] | None,
+    feature_maps: FeatureMaps,
 ) -> Float[Tensor, "B H L V"]:
     """Attend causally with weights feature(query) . feature(key), normalised to sum 1.
 
     Source: Katharopoulos et al. 2020, arXiv:2006.16236, equations 8 and 9.
     """
-    batch, num_heads, num_queries, key_dim = query.shape
+    mask = _mask(query.shape[2], key.shape[2], is_key, query.device)
+    mask = mask if is_key is None else mask[:, None]
+    query, key = feature_maps.of_query(query), feature_maps.of_key(key)
+    numerator, denominator = masked_linear_sums(query, key, value, mask)
+    return (numerator / denominator.clamp_min(SMALLEST_DENOMINATOR)).to(value.dtype)
+
+
+def masked_linear_sums(
+    query: Float[Tensor, "B H L F"],
+    key: Float[Tensor, "B N C F"],
+    value: Float[Tensor, "B N C V"],
+    mask: Bool[Tensor, "*#B L C"],
+) -> tuple[Float[Tensor, "B H L V"], Float[Tensor, "B H L 1"]]:
+    """Return numerator and denominator of linear attention to the keys that a mask shows.
+
+    Args:
+        query: features of the queries.
+        key: features of the keys.
+        value: values.
+        mask: True where a query may see a key.
+    """
+    batch, num_heads, num_queries, num_features = query.shape
     num_kv_heads, num_keys = key.shape[1:3]
-    grouped = feature_map(query).reshape(batch * num_kv_heads, -1, key_dim)
-    feature = feature_map(key).reshape(batch * num_kv_heads, num_keys, key_dim)
-    scores = (grouped @ feature.transpose(1, 2)).view(batch, num_heads, num_queries, num_keys)
-    mask = _mask(num_queries, num_keys, is_key, query.device)
-    scores = scores * (mask if is_key is None else mask[:, None])
+    grouped = query.reshape(batch * num_kv_heads, -1, num_features)
+    key = key.reshape(batch * num_kv_heads, num_keys, num_features)
+    scores = (grouped @ key.transpose(1, 2)).view(batch, num_heads, num_queries, num_keys)
+    scores = scores * mask
     total = scores.sum(dim=-1, keepdim=True, dtype=state_dtype(scores.dtype))
     scores = scores.view(batch * num_kv_heads, -1, num_keys)
-    out = scores @ value.reshape(batch * num_kv_heads, num_keys, -1)
-    out = out.view(batch, num_heads, num_queries, -1)
-    return (out / total.clamp_min(SMALLEST_DENOMINATOR)).to(value.dtype)
+    out = scores @ value.reshape(batch * num_kv_heads, num_keys, -1).to(scores.dtype)
+    return out.view(batch, num_heads, num_queries, -1), total

@@ -1,9 +1,10 @@
 """Compressive memory of Infini-attention, as pure functions on tensors.
 
-Memory is a value: it comes in as an argument and goes out as a result. Nothing here knows of
-layers, position encodings, checkpoints or `transformers`.
+Memory is a value: it comes in as an argument and goes out as a result. It is written from and
+read with features of keys and queries (module feature_maps). Nothing here knows of layers,
+position encodings, checkpoints or `transformers`.
 
-Source: Munkhdalai et al. 2024, arXiv:2404.07143v2, equations 7, 8 and 10.
+Source: Munkhdalai et al. 2024, arXiv:2404.07143v2, equations 7 to 10.
 
 Axes:
     *B  any leading axes: batch, or batch and segment
@@ -12,19 +13,22 @@ Axes:
     H   query head
     N   key/value head; H is a multiple of N, and query head h uses key/value head h // (H / N)
     L   token within one segment
-    K   key channel
+    F   feature of a query or key
     V   value channel
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
 # Below this a denominator counts as an empty memory. In float32 its square still has an inverse,
 # which the gradient of a quotient needs.
 SMALLEST_DENOMINATOR = 1e-18
+
+UpdateRule = Literal["linear", "delta", "delta_gamma"]
 
 
 @dataclass(frozen=True)
@@ -32,12 +36,13 @@ class MemoryState:
     """What one layer keeps of all segments before the current one, never below float32.
 
     Attributes:
-        matrix: M in the paper, the sum over past tokens of feature(key) times value.
+        matrix: M in the paper, under the linear rule the sum over past tokens of feature(key)
+            times value.
         normalizer: z in the paper, the sum over past tokens of feature(key).
     """
 
-    matrix: Float[Tensor, "*B N K V"]
-    normalizer: Float[Tensor, "*B N K"]
+    matrix: Float[Tensor, "*B N F V"]
+    normalizer: Float[Tensor, "*B N F"]
 
     def detach(self) -> "MemoryState":
         """Cut the gradient here, so that back-propagation stops at this segment."""
@@ -48,75 +53,74 @@ class MemoryState:
         return MemoryState(self.matrix.roll(1, dims=0), self.normalizer.roll(1, dims=0))
 
 
-def state_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype of a memory that is written from tensors of `dtype`."""
-    return torch.promote_types(dtype, torch.float32)
-
-
-def memory_bytes(num_heads: int, key_dim: int, value_dim: int) -> int:
+def memory_bytes(num_heads: int, num_features: int, value_dim: int) -> int:
     """Count the bytes of one layer's float32 memory, kept once for each key/value head."""
-    return 4 * num_heads * (key_dim * value_dim + key_dim)
+    return 4 * num_heads * num_features * (value_dim + 1)
 
 
-def feature_map(x: Float[Tensor, "*B"]) -> Float[Tensor, "*B"]:
-    """Map queries or keys to positive features, ELU(x) + 1 (below eq. 7).
+@dataclass(frozen=True)
+class Write:
+    """What a segment's tokens bring to the memory.
 
-    Written as exp(x) for negative x: `elu(x) + 1` rounds to 0 in float32 from about -17 on.
+    Attributes:
+        feature: of the keys.
+        value: the values.
+        weight: how much each token counts, 0 at padding, in every feature or in each; None: all
+            count once.
     """
-    return _FeatureMap.apply(x)
+
+    feature: Float[Tensor, "*B N L F"]
+    value: Float[Tensor, "*B N L V"]
+    weight: Float[Tensor, "*B #N L #F"] | None = None
+
+    def segment(self, index: int) -> "Write":
+        """Return one segment's part of leading axes (batch, segment)."""
+        weight = None if self.weight is None else self.weight[:, index]
+        return Write(self.feature[:, index], self.value[:, index], weight)
 
 
-class _FeatureMap(torch.autograd.Function):
-    """`feature_map` without `torch.where`, which takes most of the time on a CPU."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor) -> Tensor:
-        feature = x.clamp(max=0).exp_().add_(x.clamp(min=0))
-        ctx.save_for_backward(feature)
-        return feature
-
-    @staticmethod
-    def backward(ctx, grad_feature: Tensor) -> Tensor:
-        (feature,) = ctx.saved_tensors
-        # The derivative is exp(x) where x is negative, as the feature itself, and 1 elsewhere.
-        return grad_feature * feature.clamp(max=1)
-
-
-def write_segments(
-    key: Float[Tensor, "*B N L K"],
-    value: Float[Tensor, "*B N L V"],
-    is_token: Bool[Tensor, "*B L"] | None = None,
-) -> MemoryState:
-    """Return what each segment by itself adds to the memory (the sums of eq. 8).
-
-    Args:
-        key: keys before position encoding.
-        value: values.
-        is_token: False where a position is padding, which must not be written; None: no padding.
-    """
-    with torch.autocast(key.device.type, enabled=False):
-        feature = feature_map(key.to(state_dtype(key.dtype)))
-        if is_token is not None:
-            feature = feature * is_token[..., None, :, None]
-        matrix = feature.transpose(-1, -2) @ value.to(feature.dtype)
+def write_segments(write: Write) -> MemoryState:
+    """Return what each segment by itself adds to the memory (the sums of eq. 8)."""
+    with torch.autocast(write.feature.device.type, enabled=False):
+        feature = write.feature
+        if write.weight is not None:
+            feature = feature * write.weight
+        matrix = feature.transpose(-1, -2) @ write.value.to(feature.dtype)
         return MemoryState(matrix, feature.sum(dim=-2))
 
 
 def prefix_states(
-    written: MemoryState, initial: MemoryState | None = None
+    written: MemoryState, initial: MemoryState | None = None, bptt_segments: int | None = None
 ) -> tuple[MemoryState, MemoryState]:
     """Turn what each segment writes into what each segment finds, for all segments at once.
 
     Args:
         written: leading axes (batch, segment), from `write_segments`.
         initial: the memory before the first segment, leading axis (batch); None: empty.
+        bptt_segments: gradients do not cross every so many-th border; None: they cross all.
 
     Returns:
         The memory before each segment (batch, segment), and the one after the last (batch).
     """
+    num_segments = written.normalizer.shape[1]
+    every = num_segments if bptt_segments is None else bptt_segments
+    parts, first = [], initial
+    for begin in range(0, num_segments, every):
+        part, first = _prefix_sums(written, slice(begin, begin + every), first)
+        parts.append(part)
+        if bptt_segments is not None and begin + every <= num_segments:
+            first = first.detach()
+    matrix = torch.cat([part.matrix for part in parts], dim=1)
+    normalizer = torch.cat([part.normalizer for part in parts], dim=1)
+    return MemoryState(matrix, normalizer), first
+
+
+def _prefix_sums(
+    written: MemoryState, segments: slice, initial: MemoryState | None
+) -> tuple[MemoryState, MemoryState]:
     parts = []
     for name in ("matrix", "normalizer"):
-        added = getattr(written, name)
+        added = getattr(written, name)[:, segments]
         first = torch.zeros_like(added[:, 0]) if initial is None else getattr(initial, name)
         # Shifted, not `cumsum - own`: subtracting would leak rounding of the segment's own
         # tokens into what its earlier tokens read.
@@ -126,20 +130,91 @@ def prefix_states(
     return before, MemoryState(matrix[:, -1], normalizer[:, -1])
 
 
+def scan_states(
+    write: Write,
+    rule: UpdateRule,
+    initial: MemoryState | None = None,
+    retention: Float[Tensor, "B S N #F"] | None = None,
+    bptt_segments: int | None = None,
+) -> tuple[MemoryState, MemoryState]:
+    """Do what `write_segments` and `prefix_states` do for a rule that needs the memory so far.
+
+    Args:
+        write: leading axes (batch, segment).
+        rule: how the memory is updated.
+        initial: the memory before the first segment, leading axis (batch); None: empty.
+        retention: what each segment leaves of each head's memory, by feature; None: all of it.
+        bptt_segments: as in `prefix_states`.
+
+    Returns:
+        As `prefix_states`.
+    """
+    state = _empty(write) if initial is None else initial
+    states = []
+    for index in range(write.feature.shape[1]):
+        if bptt_segments is not None and index and index % bptt_segments == 0:
+            state = state.detach()
+        states.append(state)
+        kept = None if retention is None else retention[:, index]
+        state = _update(state, write.segment(index), rule, kept)
+    if bptt_segments is not None and len(states) % bptt_segments == 0:
+        state = state.detach()
+    matrix = torch.stack([s.matrix for s in states], dim=1)
+    normalizer = torch.stack([s.normalizer for s in states], dim=1)
+    return MemoryState(matrix, normalizer), state
+
+
+def _empty(write: Write) -> MemoryState:
+    feature, value = write.feature[:, 0], write.value[:, 0]
+    shape = (*feature.shape[:2], feature.shape[-1])
+    return MemoryState(feature.new_zeros(*shape, value.shape[-1]), feature.new_zeros(shape))
+
+
+def _update(
+    state: MemoryState, write: Write, rule: UpdateRule, retention: Float[Tensor, "B N #F"] | None
+) -> MemoryState:
+    """Write one segment: eq. 8 (linear), eq. 9 (delta) or ARMT's correction (delta_gamma).
+
+    `delta` is printed with a flaw: z grows by a key's feature even where the key was known, so
+    that a pair written twice is read back at half. ARMT scales what z gains by the part of the
+    feature that is new.
+
+    Source: Rodkin et al. 2024, arXiv:2407.04841, equation 4, for gamma.
+    """
+    with torch.autocast(write.feature.device.type, enabled=False):
+        value, new_share = write.value.to(write.feature.dtype), None
+        if rule != "linear":
+            numerator, denominator = retrieve(write.feature, state)
+            # ARMT's z may have nothing in common with a key where M has.
+            holds_something = denominator > SMALLEST_DENOMINATOR
+            known_value = numerator / denominator.clamp_min(SMALLEST_DENOMINATOR)
+            value = value - known_value * holds_something
+            if rule == "delta_gamma":
+                square = write.feature.square().sum(-1, keepdim=True)
+                known = denominator / square.clamp_min(SMALLEST_DENOMINATOR)
+                new_share = (1 - known).clamp(0, 1)
+        added = write_segments(Write(write.feature, value, write.weight))
+        gain = added.normalizer
+        if new_share is not None:
+            gain = write_segments(Write(write.feature * new_share, value, write.weight)).normalizer
+        kept = state
+        if retention is not None:
+            kept = MemoryState(state.matrix * retention[..., None], state.normalizer * retention)
+        return MemoryState(kept.matrix + added.matrix, kept.normalizer + gain)
+
+
 def retrieve(
-    query: Float[Tensor, "*B H L K"], state: MemoryState
+    feature: Float[Tensor, "*B H L F"], state: MemoryState
 ) -> tuple[Float[Tensor, "*B H L V"], Float[Tensor, "*B H L 1"]]:
     """Read the memory once for each query (eq. 7), numerator and denominator apart.
 
     Args:
-        query: queries before position encoding.
+        feature: of the queries.
         state: a memory for each of the query's leading axes.
     """
-    num_heads, num_tokens = query.shape[-3:-1]
+    num_heads, num_tokens = feature.shape[-3:-1]
     num_kv_heads = state.normalizer.shape[-2]
-    with torch.autocast(query.device.type, enabled=False):
-        query = query.to(state.matrix.dtype, memory_format=torch.contiguous_format)
-        feature = feature_map(query)
+    with torch.autocast(feature.device.type, enabled=False):
         # The query heads that share a key/value head become rows of one product.
         feature = feature.unflatten(-3, (num_kv_heads, num_heads // num_kv_heads)).flatten(-3, -2)
         shape = (num_heads, num_tokens)
@@ -152,28 +227,29 @@ def _split_groups(x: Float[Tensor, "*B N GL V"], num_heads: int, num_tokens: int
     return x.unflatten(-2, (num_heads // x.shape[-3], num_tokens)).flatten(-4, -3)
 
 
-def recall(query: Float[Tensor, "*B H L K"], state: MemoryState) -> Float[Tensor, "*B H L V"]:
+def recall(feature: Float[Tensor, "*B H L F"], state: MemoryState) -> Float[Tensor, "*B H L V"]:
     """Read the memory once for each query (eq. 7); an empty memory reads as zeros."""
-    numerator, denominator = retrieve(query, state)
+    numerator, denominator = retrieve(feature, state)
     return numerator / denominator.clamp_min(SMALLEST_DENOMINATOR)
 
 
-def mix(
-    local: Float[Tensor, "*B H L V"],
-    query: Float[Tensor, "*B H L K"],
-    state: MemoryState,
-    gate_logit: Float[Tensor, "H"],
-) -> Float[Tensor, "*B H L V"]:
-    """Blend local attention with what the memory recalls for each query (eq. 10).
-
-    `sigmoid(gate_logit)` is the share of the MEMORY: a large negative logit gives the base
-    model back, a large positive one hears the memory alone.
+def memory_share(
+    denominator: Float[Tensor, "*B H L 1"], logit: Float[Tensor, "*#B #H #L #1"]
+) -> Float[Tensor, "*B H L 1"]:
+    """Return the share of the MEMORY in each query's output: 0 where the memory is empty.
 
     Differs from the paper: there an empty memory still takes its share, which scales the first
     segment by `1 - memory_share`. Here an empty memory gives exactly the local attention.
     """
-    numerator, denominator = retrieve(query, state)
-    holds_something = denominator > SMALLEST_DENOMINATOR
-    share = torch.sigmoid(gate_logit.to(denominator.dtype))[:, None, None] * holds_something
+    return torch.sigmoid(logit.to(denominator.dtype)) * (denominator > SMALLEST_DENOMINATOR)
+
+
+def mix(
+    local: Float[Tensor, "*B H L V"],
+    numerator: Float[Tensor, "*B H L V"],
+    denominator: Float[Tensor, "*B H L 1"],
+    share: Float[Tensor, "*B H L 1"],
+) -> Float[Tensor, "*B H L V"]:
+    """Blend local attention with what the memory recalls for each query (eq. 10)."""
     weight = share / denominator.clamp_min(SMALLEST_DENOMINATOR)
     return torch.addcmul(local * (1 - share), numerator, weight).to(local.dtype)

@@ -9,6 +9,7 @@ Axes:
     B  document or window
     T  token
     D  model width
+    Scored  token of a document but the first
 """
 
 import math
@@ -29,6 +30,9 @@ from infini_retrofit.segments import run_folded, run_in_layer
 WINDOWS_PER_BATCH = 8
 DOCUMENTS_PER_BATCH = 2
 
+# A document's or row's ids, (T), and its last hidden states, (T D).
+Run = tuple[Tensor, Tensor]
+
 
 @dataclass(frozen=True)
 class Score:
@@ -41,6 +45,11 @@ class Score:
 
     nll_sum: float
     num_scored: int
+
+    @classmethod
+    def of(cls, nlls: Float[Tensor, "*T"]) -> "Score":
+        """Sum the scores of tokens."""
+        return cls(nlls.double().sum().item(), nlls.numel())
 
     @property
     def nll(self) -> float:
@@ -99,64 +108,107 @@ def score_sliding(
     for batch in tqdm(batches, desc="sliding", leave=False):
         rows = torch.stack([tokens[span.begin : span.end] for span in batch]).to(model.device)
         for span, row, hidden in zip(batch, rows, run_in_layer(model, rows), strict=True):
-            first = len(row) - span.num_scored
-            scores.append(_score(model, hidden[first - 1 : -1], row[first:]))
+            context = len(row) - span.num_scored - 1
+            scores.append(Score.of(next_token_nlls(model, row[context:], hidden[context:])))
     return total(scores)
 
 
-@torch.inference_mode()
-def score_segments(
+def segment_runs(
     model: PreTrainedModel,
     documents: Int[Tensor, "B T"],
     segment_length: int,
     read: Read = "own",
-    with_t2: bool = False,
-) -> tuple[list[Score], list[Score]]:
-    """Score documents of which every layer sees one segment at a time (folded).
-
-    Returns:
-        A score for each document, and (`with_t2`, else none) the seeds' doubly shifted one: within
-        a segment, position t is scored against token t + 2. The seeds did not feed a segment's
-        last token in; here it is, so that a memory or context carried over holds it as well.
+) -> Iterator[Run]:
+    """Run documents of which every layer sees one segment at a time (folded).
 
     Raises:
         ValueError: if memories are to be swapped and there is only one document.
     """
     if read == "swapped" and len(documents) < 2:
         raise ValueError("swapped memories need at least 2 documents, got 1")
-    scores, t2_scores = [], []
     for batch in tqdm(_document_batches(documents), desc=f"segments, memory {read}", leave=False):
-        batch = batch.to(model.device)
-        for ids, hidden in zip(batch, run_folded(model, batch, segment_length, read), strict=True):
-            scores.append(_score(model, hidden[:-1], ids[1:]))
-            segments, targets = (
-                hidden.unflatten(0, (-1, segment_length)),
-                ids.view(-1, segment_length),
-            )
-            t2_scores.append(
-                _score(model, segments[:, :-2].flatten(0, 1), targets[:, 2:].flatten())
-            )
-    return scores, t2_scores
+        ids = batch.to(model.device)
+        with torch.inference_mode():
+            hidden_states = run_folded(model, ids, segment_length, read)
+        yield from zip(ids, hidden_states, strict=True)
+
+
+def full_runs(model: PreTrainedModel, documents: Int[Tensor, "B T"]) -> Iterator[Run]:
+    """Run documents under full attention; an Infini layer sees one segment, memory empty."""
+    for ids in tqdm(documents.to(model.device), desc="full attention", leave=False):
+        with torch.inference_mode():
+            hidden_states = run_in_layer(model, ids[None], segment_length=len(ids))[0]
+        yield ids, hidden_states
 
 
 @torch.inference_mode()
+def next_token_nlls(
+    model: PreTrainedModel, ids: Int[Tensor, "T"], hidden_states: Float[Tensor, "T D"]
+) -> Float[Tensor, "T-1"]:
+    """Score every token of a row but the first, in nats."""
+    weight = model.get_output_embeddings().weight
+    return token_nlls(hidden_states[:-1], weight, ids[1:])
+
+
+@torch.inference_mode()
+def t2_nlls(
+    model: PreTrainedModel,
+    ids: Int[Tensor, "T"],
+    hidden_states: Float[Tensor, "T D"],
+    segment_length: int,
+) -> Float[Tensor, "_"]:
+    """Score a document as the seeds did: in a segment, position t against token t + 2.
+
+    The seeds did not feed a segment's last token in; here it is, so that a memory or context
+    carried over holds it as well.
+    """
+    hidden_states = hidden_states.unflatten(0, (-1, segment_length))[:, :-2].flatten(0, 1)
+    targets = ids.view(-1, segment_length)[:, 2:].flatten()
+    return token_nlls(hidden_states, model.get_output_embeddings().weight, targets)
+
+
+def score_segments(
+    model: PreTrainedModel,
+    documents: Int[Tensor, "B T"],
+    segment_length: int,
+    read: Read = "own",
+) -> list[Score]:
+    """Score documents of which every layer sees one segment at a time; see `segment_runs`."""
+    runs = segment_runs(model, documents, segment_length, read)
+    return [Score.of(next_token_nlls(model, *run)) for run in runs]
+
+
 def score_full(model: PreTrainedModel, documents: Int[Tensor, "B T"]) -> list[Score]:
-    """Score documents under full attention; an Infini layer sees one segment, memory empty."""
-    scores = []
-    for ids in tqdm(documents.to(model.device), desc="full attention", leave=False):
-        hidden = run_in_layer(model, ids[None], segment_length=len(ids))[0]
-        scores.append(_score(model, hidden[:-1], ids[1:]))
-    return scores
+    """Score documents under full attention; see `full_runs`."""
+    return [Score.of(next_token_nlls(model, *run)) for run in full_runs(model, documents)]
 
 
 @torch.inference_mode()
 def score_rows(model: PreTrainedModel, rows: Int[Tensor, "B T"]) -> list[Score]:
     """Score rows that the base's layers see whole, memory empty at each start (in-layer)."""
-    scores = []
-    for ids in rows.to(model.device):
-        hidden = run_in_layer(model, ids[None])[0]
-        scores.append(_score(model, hidden[:-1], ids[1:]))
-    return scores
+    rows = rows.to(model.device)
+    hidden_states = (run_in_layer(model, ids[None])[0] for ids in rows)
+    return [
+        Score.of(next_token_nlls(model, ids, hidden))
+        for ids, hidden in zip(rows, hidden_states, strict=True)
+    ]
+
+
+def score_positions(nlls: Float[Tensor, "B Scored"], segment_length: int) -> dict[int, Score]:
+    """Score documents by how far into its segment the token stands that predicts.
+
+    Position 0 has seen no other token of its segment: here a segment's cold start shows.
+
+    Args:
+        nlls: of every token but each document's first.
+        segment_length: tokens.
+
+    Returns:
+        A score for each range of positions, by its first one: 0, 1, 2 to 3, 4 to 7, and so on.
+    """
+    positions = (column % segment_length for column in range(nlls.shape[1]))
+    begins = torch.tensor([1 << (p.bit_length() - 1) if p else 0 for p in positions])
+    return {begin: Score.of(nlls[:, begins == begin]) for begin in begins.unique().tolist()}
 
 
 def score_unigram(train: Int[Tensor, "Train"], test: Int[Tensor, "Test"], vocab_size: int) -> Score:
@@ -164,14 +216,6 @@ def score_unigram(train: Int[Tensor, "Train"], test: Int[Tensor, "Test"], vocab_
     counts = torch.bincount(train, minlength=vocab_size).double() + 1
     nlls = -(counts / counts.sum()).log()[test[1:]]
     return Score(nlls.sum().item(), len(nlls))
-
-
-def _score(
-    model: PreTrainedModel, hidden_states: Float[Tensor, "T D"], targets: Int[Tensor, "T"]
-) -> Score:
-    """Sum the scores of targets, one for each hidden state."""
-    nlls = token_nlls(hidden_states, model.get_output_embeddings().weight, targets)
-    return Score(nlls.double().sum().item(), len(targets))
 
 
 def _batches(items: Sequence, size: int) -> list[Sequence]:

@@ -12,10 +12,15 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from infini_retrofit.attention import AttentionShape, InfiniAttention, InfiniParams
+from infini_retrofit.attention import InfiniAttention
+from infini_retrofit.infini_params import AttentionShape, InfiniParams
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
-Part = Literal["infini", "attention", "all"]
+Part = Literal["memory", "infini", "attention", "all"]
+# Name under which a parallel branch hangs below the base's attention, whose own names stay.
+BRANCH = "infini"
+OF_MEMORY = ("gate", "alpha", "memory")
+GROUPS = (*OF_MEMORY, "infini", "rest")
 
 
 @dataclass(frozen=True)
@@ -58,15 +63,19 @@ def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
 
 
 def attention_modules(model: PreTrainedModel) -> list[nn.Module]:
-    """Return each layer's attention module, the base's own or an Infini one."""
+    """Return each layer's attention module: the base's, maybe with a branch, or an Infini one."""
     name = FAMILIES[model.config.model_type].attention
     return [getattr(layer, name) for layer in decoder_layers(model)]
 
 
 def infini_modules(model: PreTrainedModel) -> dict[int, InfiniAttention]:
     """Return the Infini attention modules by layer index; none for a base model."""
-    modules = enumerate(attention_modules(model))
-    return {i: module for i, module in modules if isinstance(module, InfiniAttention)}
+    found = {}
+    for index, module in enumerate(attention_modules(model)):
+        module = getattr(module, BRANCH, module)
+        if isinstance(module, InfiniAttention):
+            found[index] = module
+    return found
 
 
 def attention_shape(model: PreTrainedModel) -> AttentionShape:
@@ -106,16 +115,16 @@ def resolve_layers(layers: list[int] | str, num_layers: int) -> list[int]:
 def state_bytes(model: PreTrainedModel, params: InfiniParams) -> int:
     """Count the bytes that cross a segment border in all layers, for one document."""
     num_layers = len(resolve_layers(params.layers, len(decoder_layers(model))))
-    shape = attention_shape(model)
-    shape = shape.single_head() if params.heads == "single" else shape
-    return num_layers * shape.border_bytes(params.local_context, params.memory == "on")
+    shape = attention_shape(model).of_heads(params.heads)
+    num_features = params.count_features(shape.head_dim) if params.has_memory else 0
+    return num_layers * shape.border_bytes(params.local_context, num_features)
 
 
 def insert_infini(model: PreTrainedModel, params: InfiniParams, seed: int = 0) -> None:
-    """Replace the attention of the chosen layers by `InfiniAttention`, in place.
+    """Put `InfiniAttention` in the place of the chosen layers' attention, or beside it.
 
     Args:
-        model: a base model.
+        model: a base model, changed in place.
         params: which layers, and in what form.
         seed: of the weights that start at random.
 
@@ -133,14 +142,27 @@ def insert_infini(model: PreTrainedModel, params: InfiniParams, seed: int = 0) -
             infini = InfiniAttention(shape, params, index)
             if params.init == "base":
                 infini.load_state_dict(family.split(base), strict=False)
-            if params.init == "random_layer":
+            infini.start_memory()
+            if params.whole_layers:
                 layer.apply(_randomise)
             parameter = next(base.parameters())
             infini.to(device=parameter.device)
             for projection in (getattr(infini, name) for name in PROJECTIONS):
                 projection.to(dtype=parameter.dtype)
-            setattr(layer, family.attention, infini)
+            if params.insertion == "parallel":
+                base.add_module(BRANCH, infini)
+                base.register_forward_hook(_add_branch, with_kwargs=True)
+            else:
+                setattr(layer, family.attention, infini)
             layer.train(model.training)
+
+
+def _add_branch(base: nn.Module, args: tuple, kwargs: dict, output: tuple) -> tuple:
+    """Add the branch's output to that of the base's attention, below which it hangs."""
+    branch = getattr(base, BRANCH, None)
+    if branch is None:
+        return output
+    return (output[0] + branch(*args, **kwargs)[0].to(output[0].dtype), *output[1:])
 
 
 def _randomise(module: nn.Module) -> None:
@@ -155,11 +177,14 @@ def without_memory(params: InfiniParams, local_context: int = 0) -> InfiniParams
     """Return the form in which the same layers are the base's own attention, confined."""
     return replace(
         params,
+        insertion="replace",
         init="base",
         local="softmax",
         positions="rope",
         heads="base",
         memory="off",
+        feature_map="elu1",
+        num_features="base",
         local_context=local_context,
     )
 
@@ -169,28 +194,33 @@ def carried_tokens(model: PreTrainedModel, params: InfiniParams) -> int:
 
     At most a segment: what is carried comes from the segment before.
     """
-    shapes = dict.fromkeys(range(len(decoder_layers(model))), attention_shape(model))
-    shapes |= {index: module.shape for index, module in infini_modules(model).items()}
-    token_bytes = sum(shape.carried_token_bytes() for shape in shapes.values())
+    modules = attention_modules(model)
+    base_shape = attention_shape(model)
+    shapes = [m.shape if isinstance(m, InfiniAttention) else base_shape for m in modules]
+    token_bytes = sum(shape.carried_token_bytes() for shape in shapes)
     return min(state_bytes(model, params) // token_bytes, params.segment_length)
 
 
 def make_rival(model: PreTrainedModel, params: InfiniParams) -> None:
     """Turn a model into its equal-bytes rival, in place.
 
-    The rival has no memory. Every layer carries the keys and values of as many tokens into the
-    next segment as the retrofit's bytes hold; its own attention and weights stay what they are.
+    The rival has no memory and no parallel branch. Every layer carries the keys and values of
+    as many tokens into the next segment as the retrofit's bytes hold; its own attention and
+    weights stay what they are.
 
     Args:
         model: a base or retrofitted model.
         params: the form of the retrofit whose bytes may be spent.
     """
     num_tokens = carried_tokens(model, params)
-    others = set(range(len(decoder_layers(model)))) - set(infini_modules(model))
-    if others:
-        insert_infini(model, replace(without_memory(params), layers=sorted(others)))
+    modules = attention_modules(model)
+    for module in modules:
+        if hasattr(module, BRANCH):
+            delattr(module, BRANCH)
+    others = [i for i, m in enumerate(modules) if not isinstance(m, InfiniAttention)]
+    insert_infini(model, replace(without_memory(params), layers=others))
     for module in infini_modules(model).values():
-        module.gate_logit = None
+        module.drop_memory()
         module.local_context = num_tokens
 
 
@@ -207,31 +237,38 @@ def set_trainable(
 
     Args:
         model: a retrofitted model.
-        part: `infini`: the Infini attention; `attention`: the attention of every layer; `all`.
+        part: `memory`: what the Infini attention has and a base's has not; `infini`: all of the
+            Infini attention; `attention`: the attention of every layer; `all`.
         whole_layers: let `infini` mean the MLP and norms of the Infini layers as well.
         frozen_dtype: of what does not train; None: as it is.
 
     Returns:
-        The trainable parameters in three groups: `gate`, `infini` and `rest`.
+        The trainable parameters in groups: `gate` (what needs a rate in logits), `alpha`,
+        `memory` (what else a base has no counterpart of), `infini` and `rest`.
     """
     infini = infini_modules(model)
     owners = [decoder_layers(model)[i] if whole_layers else infini[i] for i in infini]
-    of_infini = {id(p) for owner in owners for p in owner.parameters()}
+    group_of = {id(p): "infini" for owner in owners for p in owner.parameters()}
+    for module in infini.values():
+        for name, parameters in module.memory_parameters().items():
+            group_of |= {id(p): name for p in parameters}
     chosen = {
+        "memory": owners,
         "infini": owners,
         "attention": attention_modules(model) + owners,
         "all": [model],
     }[part]
-    gates = {id(m.gate_logit) for m in infini.values() if m.gate_logit is not None}
-    groups: dict[str, list[nn.Parameter]] = {"gate": [], "infini": [], "rest": []}
+    groups: dict[str, list[nn.Parameter]] = {name: [] for name in GROUPS}
     model.requires_grad_(False)
     parameters = {id(p): p for module in chosen for p in module.parameters()}
     for key, parameter in parameters.items():
-        parameter.data = parameter.data.float()
-        parameter.requires_grad_(True)
-        name = "gate" if key in gates else "infini" if key in of_infini else "rest"
-        groups[name].append(parameter)
-    for parameter in model.parameters():
-        if frozen_dtype is not None and not parameter.requires_grad and id(parameter) not in gates:
-            parameter.data = parameter.data.to(frozen_dtype)
+        group = group_of.get(key, "rest")
+        if part != "memory" or group in OF_MEMORY:
+            parameter.data = parameter.data.float()
+            parameter.requires_grad_(True)
+            groups[group].append(parameter)
+    if frozen_dtype is not None:
+        for parameter in model.parameters():
+            if not parameter.requires_grad:
+                parameter.data = parameter.data.to(frozen_dtype)
     return groups

@@ -1,13 +1,13 @@
 """Training on `transformers.Trainer`: what distilling and fine-tuning have in common.
 
 Mixed precision, accumulation, checkpoints, resume, early stopping and many processes come from
-the Trainer. Here stand the loss's frame, the parameter groups and the validation that divides
-by tokens once. Knows no loss, no stage and no path by name.
+the Trainer. Here stand the groups' learning rates, the curves, and what a run that trains nothing
+leaves. Knows no loss, no stage and no path by name.
 """
 
 import math
-from abc import ABC, abstractmethod
-from collections.abc import Callable
+import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,63 +16,22 @@ from datasets import Dataset
 from torch import Tensor, nn
 from transformers import (
     EarlyStoppingCallback,
-    PreTrainedModel,
     Trainer,
     TrainerCallback,
     TrainingArguments,
 )
 from transformers.trainer_utils import get_last_checkpoint
 
-from infini_retrofit.history import history, ppl_of_nll
-from infini_retrofit.report import write_rows
+from infini_retrofit.history import MEMORY_COLUMNS, PREFIX, history, memory_history, results
+from infini_retrofit.report import write_rows, write_text
 from infini_retrofit.schedule import Schedule, rate_factor
+from infini_retrofit.trainee import Trainee
 
 # How far, in logits, a gate could move in a whole run if its gradient never changed sign: from
 # a memory share of 0.02 to one of 0.53. With the body's learning rate it cannot move at all.
 GATE_TRAVEL = 4.0
-
-
-class Trainee(nn.Module, ABC):
-    """A model with its loss: what the Trainer trains, validates and saves.
-
-    Args:
-        model: holds the parameters; those that train are float32.
-        groups: the trainable parameters by group; `gate` gets a learning rate of its own.
-        lr_scales: factors on the learning rate of the other groups.
-        dtype: of the matrix products.
-    """
-
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        groups: dict[str, list[nn.Parameter]],
-        lr_scales: dict[str, float],
-        dtype: torch.dtype,
-    ) -> None:
-        super().__init__()
-        self.dtype = dtype
-        self.model = model
-        self.groups = groups
-        self.lr_scales = lr_scales
-
-    @abstractmethod
-    def forward(self, input_ids: Tensor) -> dict[str, Tensor]:
-        """Return the batch's mean loss as `loss`."""
-
-    @abstractmethod
-    def validate(self, val: Tensor) -> dict[str, float]:
-        """Return `val_loss` and `val_ppl` of validation samples, each token weighing alike."""
-
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        """Return what trains: a frozen base has no place in a checkpoint."""
-        trainable = {name for name, p in self.named_parameters() if p.requires_grad}
-        state = super().state_dict(*args, **kwargs)
-        return {name: tensor for name, tensor in state.items() if name in trainable}
-
-    def mixed_precision(self) -> torch.autocast:
-        """Return the context in which the Trainer runs `forward`, for use outside of it."""
-        device = next(self.parameters()).device.type
-        return torch.autocast(device, self.dtype, enabled=self.dtype is torch.bfloat16)
+# The same for the factor of a branch that starts at zero: to where it weighs as the base does.
+ALPHA_TRAVEL = 1.0
 
 
 class _RetrofitTrainer(Trainer):
@@ -86,8 +45,9 @@ class _RetrofitTrainer(Trainer):
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Give gates a rate that lets them move within this run, and nothing weight decay."""
         num_steps = self.schedule.epochs * len(self.get_train_dataloader())
+        factors = sum(rate_factor(i, num_steps) for i in range(num_steps))
         rates = {name: self.schedule.lr * s for name, s in self.model.lr_scales.items()}
-        rates["gate"] = GATE_TRAVEL / sum(rate_factor(i, num_steps) for i in range(num_steps))
+        rates |= {"gate": GATE_TRAVEL / factors, "alpha": ALPHA_TRAVEL / factors}
         groups = [
             {"params": parameters, "lr": rates[name]}
             for name, parameters in self.model.groups.items()
@@ -107,6 +67,7 @@ class _RetrofitTrainer(Trainer):
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """Stop at a loss that is not finite; the last checkpoint stays as it was."""
+        self.model.step, self.model.num_steps = self.state.global_step, self.state.max_steps
         loss = super().training_step(*args, **kwargs)
         if not torch.isfinite(loss):
             raise FloatingPointError(
@@ -118,16 +79,14 @@ class _RetrofitTrainer(Trainer):
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Validate with the trainee's own method, which weighs tokens alike."""
-        self.model.eval()
-        with torch.no_grad(), self.model.mixed_precision():
-            metrics = self.model.validate(self.val.to(self.args.device))
+        metrics = self.model.run_validation(self.val)
         if not math.isfinite(metrics["val_loss"]):
             raise FloatingPointError(
                 f"training diverged in epoch {round(self.state.epoch or 0)}, "
                 f"step {self.state.global_step}: the validation loss is {metrics['val_loss']}; "
                 "nothing was written, try a smaller lr"
             )
-        metrics = {f"eval_{name}": value for name, value in metrics.items()}
+        metrics = {PREFIX + name: value for name, value in metrics.items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(
             self.args, self.state, self.control, metrics
@@ -139,18 +98,36 @@ class _RetrofitTrainer(Trainer):
         assert not load_result.unexpected_keys, load_result.unexpected_keys
 
 
-class _HistoryWriter(TrainerCallback):
-    """Rewrites the history after every epoch, so that a run can be watched."""
+class _Curves:
+    """The files that show how a run goes, rewritten after every epoch."""
 
-    def __init__(self, path: Path, ppl_of_train_loss: Callable[[float], float | str]) -> None:
-        self.path = path
-        self.ppl_of_train_loss = ppl_of_train_loss
+    def __init__(self, trainee: Trainee, history_path: Path, memory_path: Path | None) -> None:
+        self.trainee = trainee
+        self.history_path = history_path
+        self.memory_path = memory_path
+
+    def write(self, log: list[dict[str, Any]]) -> None:
+        """Write what was logged so far; a model without a memory leaves a table without rows."""
+        if rows := history(log, self.trainee.train_ppl):
+            write_rows(self.history_path, rows)
+        if self.memory_path is None:
+            return
+        if memory_rows := memory_history(log):
+            write_rows(self.memory_path, memory_rows)
+        else:
+            write_text(self.memory_path, "\t".join(MEMORY_COLUMNS) + "\n")
+
+
+class _CurvesCallback(TrainerCallback):
+    """Lets the curves be watched while a run goes on."""
+
+    def __init__(self, curves: _Curves) -> None:
+        self.curves = curves
 
     def on_log(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Write what the Trainer has logged so far, a resumed run's past included."""
-        rows = history(state.log_history, self.ppl_of_train_loss)
-        if rows and state.is_world_process_zero:
-            write_rows(self.path, rows)
+        if state.is_world_process_zero:
+            self.curves.write(state.log_history)
 
 
 def train(
@@ -160,9 +137,11 @@ def train(
     schedule: Schedule,
     checkpoints: Path,
     history_path: Path,
-    ppl_of_train_loss: Callable[[float], float | str] = ppl_of_nll,
+    memory_path: Path | None = None,
 ) -> dict[str, int | float | str]:
     """Train to the best epoch's weights and say how it went.
+
+    Without epochs, or with nothing to train, it only validates, and says so.
 
     Args:
         trainee: is left holding the weights of the epoch with the lowest val_loss.
@@ -171,7 +150,7 @@ def train(
         schedule: how long and how fast.
         checkpoints: folder of the run; a run that was killed goes on from its last epoch.
         history_path: TSV of loss and perplexity by epoch and split.
-        ppl_of_train_loss: how to read the training loss as a perplexity.
+        memory_path: TSV of how the memory is used by epoch; None: not wanted.
 
     Returns:
         Results of the best epoch, and what it took.
@@ -179,6 +158,25 @@ def train(
     Raises:
         FloatingPointError: if a loss is not finite.
     """
+    curves = _Curves(trainee, history_path, memory_path)
+    num_parameters = trainee.num_trainable_parameters
+    if schedule.epochs and num_parameters:
+        log = _fit(trainee, train_samples, val_samples, schedule, checkpoints, curves)
+    else:
+        log = _only_validate(trainee, val_samples, schedule, curves)
+    trainee.merge()
+    return results(log, train_samples.numel()) | {"num_trainable_parameters": num_parameters}
+
+
+def _fit(
+    trainee: Trainee,
+    train_samples: Tensor,
+    val_samples: Tensor,
+    schedule: Schedule,
+    checkpoints: Path,
+    curves: _Curves,
+) -> list[dict[str, Any]]:
+    """Run the Trainer, from its last checkpoint if there is one, and return its log."""
     last_checkpoint = get_last_checkpoint(checkpoints) if checkpoints.is_dir() else None
     trainer = _RetrofitTrainer(
         val=val_samples,
@@ -189,29 +187,25 @@ def train(
         eval_dataset=[],
         callbacks=[
             EarlyStoppingCallback(schedule.patience, schedule.min_delta),
-            _HistoryWriter(history_path, ppl_of_train_loss),
+            _CurvesCallback(curves),
         ],
     )
     trainer.train(resume_from_checkpoint=last_checkpoint)
     trainer.accelerator.wait_for_everyone()
-    rows = history(trainer.state.log_history, ppl_of_train_loss)
-    num_parameters = sum(p.numel() for group in trainee.groups.values() for p in group)
-    return _results(rows, train_samples.numel()) | {"num_trainable_parameters": num_parameters}
+    return trainer.state.log_history
 
 
-def _results(
-    rows: list[dict[str, int | float | str]], num_tokens: int
-) -> dict[str, int | float | str]:
-    """Name the best epoch, its validation, and how much was trained on."""
-    best = min((r for r in rows if r["split"] == "val" and r["epoch"]), key=lambda r: r["loss"])
-    epochs_run = max(row["epoch"] for row in rows)
-    return {
-        "val_loss": best["loss"],
-        "val_ppl": best["ppl"],
-        "best_epoch": best["epoch"],
-        "epochs_run": epochs_run,
-        "num_trained_tokens": epochs_run * num_tokens,
-    }
+def _only_validate(
+    trainee: Trainee, val_samples: Tensor, schedule: Schedule, curves: _Curves
+) -> list[dict[str, Any]]:
+    """Leave the trainee as it is and return the log of its only validation."""
+    metrics = trainee.run_validation(val_samples)
+    log = [{"epoch": 0} | {PREFIX + name: value for name, value in metrics.items()}]
+    if os.environ.get("RANK", "0") == "0":
+        reason = "no parameter is to train" if schedule.epochs else "its epochs are 0"
+        print(f"{schedule.section}: nothing is trained, because {reason}", file=sys.stderr)
+        curves.write(log)
+    return log
 
 
 def _arguments(

@@ -8,16 +8,16 @@ import json
 from pathlib import Path
 from typing import NamedTuple
 
-from infini_retrofit.attention import InfiniParams
-from infini_retrofit.base import BASE_KINDS
+from infini_retrofit.base_sources import BASE_KINDS
+from infini_retrofit.checkpoints import check_layers
 from infini_retrofit.corpus import CORPORA, LongdocsParams
 from infini_retrofit.distillation import DistillParams
 from infini_retrofit.evaluation import EvalParams
-from infini_retrofit.finetuning import FinetuneParams
+from infini_retrofit.finetuning import FinetuneParams, check_trainable
+from infini_retrofit.infini_params import InfiniParams
 from infini_retrofit.params import load_choice, load_presets, load_section, read_params
 from infini_retrofit.pipeline import run_stage
 from infini_retrofit.report import write_text
-from infini_retrofit.retrofit import resolve_layers
 
 PARAMS_OK, BASE = Path("data/params_ok"), Path("models/base")
 PRESETS = {"model": ("models", BASE_KINDS), "corpus": ("corpora", CORPORA)}
@@ -93,20 +93,24 @@ def check_between(sections: Sections) -> None:
             "longdocs.tokens_per_document must be at least 2 segments (infini.segment_length = "
             f"{segment_length} tokens), or nothing crosses a border, got {segment_length}"
         )
-    if sections.infini.init == "random_layer" and sections.distill.objective != "layer_output":
+    check_trainable(sections.finetune.trainable, sections.infini)
+    check_objective(sections.infini, sections.distill)
+
+
+def check_objective(infini: InfiniParams, distill: DistillParams) -> None:
+    """Refuse an objective that part of the layers could never reach."""
+    if infini.whole_layers and distill.objective == "attention_output":
         raise ValueError(
-            "distill.objective must be layer_output when infini.init is random_layer, whose MLP "
-            f"would stay random, got {sections.distill.objective}"
+            "distill.objective must be layer_output or logit_kl when infini.init is random_layer, "
+            f"whose MLP would stay random, got {distill.objective}"
         )
 
 
 def check_base(infini: InfiniParams) -> None:
     """Check the layers against the base, if the chosen one is on disk already."""
-    about, config = BASE / "base.json", BASE / "config.json"
-    if not (about.is_file() and config.is_file()):
-        return
-    if json.loads(about.read_text())["name"] == load_section(str, "model"):
-        resolve_layers(infini.layers, json.loads(config.read_text())["num_hidden_layers"])
+    about = BASE / "base.json"
+    if about.is_file() and json.loads(about.read_text())["name"] == load_section(str, "model"):
+        check_layers(infini, BASE)
 
 
 if __name__ == "__main__":

@@ -1,19 +1,18 @@
-"""Stage `distill`: fit the Infini layers to the base's layers that they replace.
+"""Stage `distill`: insert the Infini layers and fit them to the base.
 
 Reads:  params.yaml (infini, distill), models/base, data/wikitext
-Writes: models/distilled, metrics/distill.json, plots/distill.tsv
+Writes: models/distilled, metrics/distill.json, plots/distill.tsv, plots/distill_memory.tsv
 """
 
 from pathlib import Path
 
 import torch
 
-from infini_retrofit.attention import InfiniParams
 from infini_retrofit.base import load_base
-from infini_retrofit.checkpoints import save_retrofit
+from infini_retrofit.checkpoints import check_layers, save_retrofit
 from infini_retrofit.distillation import Distillation, DistillParams
-from infini_retrofit.history import no_ppl
 from infini_retrofit.imports import first_party_files
+from infini_retrofit.infini_params import InfiniParams
 from infini_retrofit.params import load_section
 from infini_retrofit.pipeline import run_stage, training_run
 from infini_retrofit.report import write_metrics
@@ -21,15 +20,16 @@ from infini_retrofit.runtime import start_run
 from infini_retrofit.texts import read_samples
 from infini_retrofit.training import train
 
-BASE, TEXT = Path("models/base"), Path("data/wikitext")
-DISTILLED = Path("models/distilled")
-METRICS, HISTORY = Path("metrics/distill.json"), Path("plots/distill.tsv")
+BASE, TEXT, DISTILLED = Path("models/base"), Path("data/wikitext"), Path("models/distilled")
+METRICS = Path("metrics/distill.json")
+HISTORY, MEMORY = Path("plots/distill.tsv"), Path("plots/distill_memory.tsv")
 
 
 def main() -> None:
     """Run the stage."""
     infini, params = load_section(InfiniParams, "infini"), load_section(DistillParams, "distill")
     sections = {"infini": infini, "distill": params}
+    check_layers(infini, BASE)
     length = params.tokens_per_sample
     train_samples = read_samples(TEXT / "train.parquet", length, params.samples)
     val_samples = read_samples(TEXT / "val.parquet", length, params.val_samples)
@@ -37,7 +37,7 @@ def main() -> None:
     with training_run("distill", [BASE, TEXT], sections, first_party_files(Path(__file__))) as run:
         model = load_base(BASE, torch.float32).to(device)
         trainee = Distillation(model, infini, params, dtype)
-        metrics = train(trainee, train_samples, val_samples, params, run.path, HISTORY, no_ppl)
+        metrics = train(trainee, train_samples, val_samples, params, run.path, HISTORY, MEMORY)
         if run.is_first:
             save_retrofit(model, infini, BASE, DISTILLED)
             write_metrics(METRICS, metrics)

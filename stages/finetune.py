@@ -1,13 +1,14 @@
 """Stage `finetune`: train the distilled model on long documents, memory carried across segments.
 
 Reads:  params.yaml (finetune), models/base, models/distilled, data/longdocs
-Writes: models/finetuned, metrics/finetune.json, plots/finetune.tsv
+Writes: models/finetuned, metrics/finetune.json, plots/finetune.tsv, plots/finetune_memory.tsv
 """
 
 from pathlib import Path
 
 import torch
 
+from infini_retrofit.base import load_base
 from infini_retrofit.checkpoints import load_retrofit, save_retrofit
 from infini_retrofit.finetuning import FinetuneParams, Finetuning
 from infini_retrofit.imports import first_party_files
@@ -20,7 +21,8 @@ from infini_retrofit.training import train
 
 BASE, DISTILLED, FINETUNED = (Path("models") / n for n in ("base", "distilled", "finetuned"))
 DOCUMENTS = Path("data/longdocs")
-METRICS, HISTORY = Path("metrics/finetune.json"), Path("plots/finetune.tsv")
+METRICS = Path("metrics/finetune.json")
+HISTORY, MEMORY = Path("plots/finetune.tsv"), Path("plots/finetune_memory.tsv")
 
 
 def main() -> None:
@@ -32,8 +34,9 @@ def main() -> None:
     inputs, code = [BASE, DISTILLED, DOCUMENTS], first_party_files(Path(__file__))
     with training_run("finetune", inputs, {"finetune": params}, code) as run:
         model, infini = load_retrofit(BASE, DISTILLED, torch.float32, "dvc repro distill")
-        trainee = Finetuning(model.to(device), infini, params, dtype)
-        metrics = train(trainee, train_documents, val_documents, params, run.path, HISTORY)
+        base = load_base(BASE, dtype).to(device) if params.kl_weight else None
+        trainee = Finetuning(model.to(device), infini, params, dtype, base)
+        metrics = train(trainee, train_documents, val_documents, params, run.path, HISTORY, MEMORY)
         if run.is_first:
             save_retrofit(model, infini, BASE, FINETUNED)
             write_metrics(METRICS, metrics)

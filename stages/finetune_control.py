@@ -8,11 +8,11 @@ from pathlib import Path
 
 import torch
 
-from infini_retrofit.attention import InfiniParams
 from infini_retrofit.base import load_base
-from infini_retrofit.checkpoints import save_retrofit
+from infini_retrofit.checkpoints import check_layers, save_retrofit
 from infini_retrofit.finetuning import FinetuneParams, Finetuning, make_control
 from infini_retrofit.imports import first_party_files
+from infini_retrofit.infini_params import InfiniParams
 from infini_retrofit.params import load_section
 from infini_retrofit.pipeline import run_stage, training_run
 from infini_retrofit.report import write_metrics
@@ -28,14 +28,16 @@ def main() -> None:
     """Run the stage."""
     infini, params = load_section(InfiniParams, "infini"), load_section(FinetuneParams, "finetune")
     sections = {"infini": infini, "finetune": params}
+    check_layers(infini, BASE)
     train_documents = read_documents(DOCUMENTS / "train.parquet", params.train_documents)
     val_documents = read_documents(DOCUMENTS / "val.parquet", params.val_documents)
     device, dtype = start_run()
     inputs, code = [BASE, DOCUMENTS], first_party_files(Path(__file__))
     with training_run("finetune_control", inputs, sections, code) as run:
         model = load_base(BASE, torch.float32).to(device)
+        base = load_base(BASE, dtype).to(device) if params.kl_weight else None
         control = make_control(model, infini)
-        trainee = Finetuning(model, infini, params, dtype)
+        trainee = Finetuning(model, infini, params, dtype, base)
         metrics = train(trainee, train_documents, val_documents, params, run.path, HISTORY)
         if run.is_first:
             save_retrofit(model, control, BASE, CONTROL)

@@ -1,24 +1,24 @@
-"""What the library computes, as loops that can be checked by eye: slow, and one document at a time.
+"""The parameters that tests start from, attention by hand, and whole models segment by segment.
+
+What an Infini layer computes, token by token, is put together in tests/naive.py.
 
 Axes:
     T  token of a document
-    D  model width
-    H  query head
-    N  key/value head
     K  key channel
     V  value channel
+    P  rotated channel
 """
-
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from infini_retrofit.attention import InfiniAttention, InfiniParams
 from infini_retrofit.carrier import Carried, Carrier, Read
+from infini_retrofit.infini_params import InfiniParams
 from infini_retrofit.retrofit import FAMILIES, decoder_layers
+
+Tables = tuple[Tensor, Tensor]
 
 
 def infini_params(**over: object) -> InfiniParams:
@@ -31,6 +31,16 @@ def infini_params(**over: object) -> InfiniParams:
         "positions": "rope",
         "heads": "base",
         "memory": "on",
+        "window": 3,
+        "update_rule": "linear",
+        "feature_map": "elu1",
+        "num_features": "base",
+        "recall_norm": "none",
+        "gate": "head",
+        "decay": "none",
+        "written_tokens": "all",
+        "initial_state": "empty",
+        "bptt_segments": "all",
         "segment_length": 5,
         "local_context": 0,
         "initial_memory_share": 0.3,
@@ -38,40 +48,51 @@ def infini_params(**over: object) -> InfiniParams:
     return InfiniParams(**fields | over)
 
 
+def without_conflicts(form: dict) -> dict:
+    """Return a form without what its update rule or local attention does not go with."""
+    if form.get("local") == "window_linear":
+        form = form | {"recall_norm": "none", "decay": "none"}
+    if form.get("update_rule", "linear") != "linear":
+        form = form | {"decay": "none"}
+    if form.get("update_rule") == "delta_gamma":
+        form = form | {"initial_state": "empty"}
+    return form
+
+
 def largest(x: Tensor) -> float:
     """Return the largest absolute value; NaN if there is one."""
     return x.detach().abs().max().item()
 
 
-def naive_feature(x: Tensor) -> Tensor:
-    """Map to positive features as the paper prints it."""
-    return F.elu(x) + 1
+def naive_feature(x: Tensor, name: str = "elu1", weight: Tensor | None = None) -> Tensor:
+    """Map one query or key (K) to features as the papers print it."""
+    if name == "elu1":
+        return F.elu(x) + 1
+    if name == "hedgehog":
+        projected = sum(x[k] * weight[k] for k in range(len(x)))
+        return torch.cat([projected.exp(), (-projected).exp()])
+    rectified = [c.clamp_min(0) for c in (*x, *-x)]
+    return torch.stack([rectified[i] * rectified[i - 1] for i in range(len(rectified))])
+
+
+def naive_average(weights: Tensor, value: Tensor) -> Tensor:
+    """Average values (T V); zero where no weight is."""
+    return weights @ value / weights.sum() if weights.sum() > 0 else 0 * weights @ value
 
 
 def naive_recall(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """Recall one value for one query (K) from all that was written (T K) and (T V)."""
-    weights = (naive_feature(query) * naive_feature(key)).sum(-1)
-    return weights @ value / weights.sum()
+    weights = torch.stack([naive_feature(query) @ naive_feature(k) for k in key])
+    return naive_average(weights, value)
 
 
-def naive_attend(query: Tensor, key: Tensor, value: Tensor, kind: str) -> Tensor:
+def naive_attend(
+    query: Tensor, key: Tensor, value: Tensor, kind: str, bias: Tensor | float = 0.0
+) -> Tensor:
     """Attend with one query (K) to all keys (T K) and values (T V) given."""
     if kind == "linear":
         return naive_recall(query, key, value)
-    weights = ((query * key).sum(-1) / len(query) ** 0.5).exp()
-    return weights @ value / weights.sum()
-
-
-Tables = tuple[Tensor, Tensor]
-
-
-@dataclass(frozen=True)
-class Heads:
-    """Queries (H T K), keys (N T K) and values (N T V) of one document, not yet placed."""
-
-    query: Tensor
-    key: Tensor
-    value: Tensor
+    return naive_average(((query * key).sum(-1) / len(query) ** 0.5 + bias).exp(), value)
 
 
 def naive_rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -91,99 +112,6 @@ def place_at(x: Tensor, position: int, tables: Tables | None) -> Tensor:
         return x
     cos, sin = tables
     return naive_rotate(x[None], cos[position, None], sin[position, None])[0]
-
-
-def naive_infini(
-    heads: Heads,
-    tables: Tables | None,
-    gate_logit: Tensor | None,
-    segment_length: int,
-    kind: str = "softmax",
-    local_context: int = 0,
-    memory_of: Heads | None = None,
-) -> Tensor:
-    """Compute (H T V) token by token, from all keys and values there are, without a state.
-
-    Args:
-        heads: before position encoding; what the memory works on.
-        tables: cosines and sines, (T P) each; None: no positions.
-        gate_logit: (H); None: no memory.
-        segment_length: tokens.
-        kind: softmax or linear local attention.
-        local_context: tokens that a segment attends to besides itself: the last ones of the
-            segment before, but for one, and the document's first, placed next to them.
-        memory_of: whose memory is read; None: the document's own.
-    """
-    num_heads, num_tokens = heads.query.shape[:2]
-    group = num_heads // len(heads.key)
-    memory_of = heads if memory_of is None else memory_of
-    rows = []
-    for h in range(num_heads):
-        n = h // group
-        for t in range(num_tokens):
-            begin = t // segment_length * segment_length
-            seen = {s: s for s in range(begin, t + 1)}  # position: token
-            if begin and local_context:
-                seen[begin - local_context] = 0
-                seen |= {s: s for s in range(begin - local_context + 1, begin)}
-            key = [place_at(heads.key[n, token], at, tables) for at, token in seen.items()]
-            value = heads.value[n, list(seen.values())]
-            query = place_at(heads.query[h, t], t, tables)
-            out = naive_attend(query, torch.stack(key), value, kind)
-            if gate_logit is not None and begin:
-                past_key, past_value = memory_of.key[n, :begin], memory_of.value[n, :begin]
-                share = torch.sigmoid(gate_logit[h])
-                recalled = naive_recall(heads.query[h, t], past_key, past_value)
-                out = (1 - share) * out + share * recalled
-            rows.append(out)
-    return torch.stack(rows).unflatten(0, (num_heads, num_tokens))
-
-
-def naive_heads(layer: InfiniAttention, hidden_states: Tensor) -> Heads:
-    """Project hidden states (T D), one head after another."""
-    size = layer.shape.head_dim
-
-    def project(linear: torch.nn.Linear, num_heads: int) -> Tensor:
-        heads = []
-        for h in range(num_heads):
-            rows = slice(h * size, (h + 1) * size)
-            bias = 0 if linear.bias is None else linear.bias[rows]
-            heads.append(hidden_states @ linear.weight[rows].T + bias)
-        return torch.stack(heads)
-
-    return Heads(
-        project(layer.q_proj, layer.shape.num_heads),
-        project(layer.k_proj, layer.shape.num_kv_heads),
-        project(layer.v_proj, layer.shape.num_kv_heads),
-    )
-
-
-def naive_layer(
-    layer: InfiniAttention,
-    hidden_states: Tensor,
-    tables: Tables | None,
-    kind: str,
-    memory_of: Tensor | None = None,
-) -> Tensor:
-    """Compute an Infini layer's output (T D) for one document.
-
-    Args:
-        layer: whose weights and sizes are used.
-        hidden_states: (T D).
-        tables: cosines and sines, (T P) each; None: no positions.
-        kind: softmax or linear local attention.
-        memory_of: the document whose memory is read, (T D); None: its own.
-    """
-    out = naive_infini(
-        naive_heads(layer, hidden_states),
-        tables,
-        layer.gate_logit,
-        layer.segment_length,
-        kind,
-        layer.local_context,
-        None if memory_of is None else naive_heads(layer, memory_of),
-    )
-    return layer.o_proj(torch.cat(list(out), dim=-1))
 
 
 def segment_loop(

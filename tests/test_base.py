@@ -1,6 +1,8 @@
 """The base arrives whole from each of its sources, or is refused in one sentence."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import gguf
@@ -9,19 +11,19 @@ import torch
 from huggingface_hub import constants
 from tokenizers import Tokenizer
 
-from infini_retrofit import base_attention
-from infini_retrofit.base import (
+from infini_retrofit import base_attention, base_sources, retrofit
+from infini_retrofit.base import load_base, load_tokenizer
+from infini_retrofit.base_sources import (
     BASE_KINDS,
     HubBase,
     LocalBase,
     WheelBase,
-    bring_base,
     find_in_package,
-    load_base,
-    load_tokenizer,
 )
+from infini_retrofit.corpus import FilesCorpus
 from infini_retrofit.gguf_file import GgufFile
 from infini_retrofit.params import load_choice
+from infini_retrofit.pipeline import ChangedWhileRunningError
 from infini_retrofit.report import sha256
 from stages import prepare_base
 from tests.tiny import FAMILIES, random_ids, tiny_base_folder, tiny_llama, tiny_tokenizer
@@ -30,6 +32,26 @@ from tests.tiny_gguf import write_gguf
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 PARAMS = Path(__file__).parent.parent / "params.yaml"
 FILE = "tiny_wheel/tiny.gguf"
+UNREAD = FilesCorpus(path="not-there", val_share=0.1, test_share=0.1)
+STAGE_PARAMS = """
+model: tiny
+models:
+  tiny:
+    source: local
+    path: {path}
+corpus: mine
+corpora:
+  mine:
+    source: files
+    path: not-there
+    val_share: 0.2
+    test_share: 0.2
+"""
+
+
+def bring_base(params, name, out_dir):
+    """Bring a base that needs no corpus."""
+    base_sources.bring_base(params, name, out_dir, "unread", UNREAD)
 
 
 def assert_same_model(got_dir, want):
@@ -239,12 +261,43 @@ def test_the_embedded_base_is_installed_and_reads_digits_one_by_one():
     assert tokenizer.decode(tokenizer(text).input_ids) == text
 
 
-def test_the_stage_brings_the_chosen_preset(tmp_path, monkeypatch):
+def test_the_families_are_those_that_can_be_retrofitted():
+    assert set(base_sources.FAMILIES) == set(retrofit.FAMILIES)
+
+
+@pytest.fixture
+def stage_folder(tmp_path, monkeypatch):
+    """A project whose base is a local folder, as the working folder."""
     source = tiny_base_folder(tmp_path / "source")
-    (tmp_path / "params.yaml").write_text(
-        f"model: tiny\nmodels:\n  tiny:\n    source: local\n    path: {source}\n"
-    )
+    (tmp_path / "params.yaml").write_text(STAGE_PARAMS.format(path=source))
     monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_the_stage_brings_the_chosen_preset(stage_folder):
     prepare_base.main()
-    assert json.loads((tmp_path / "models/base/base.json").read_text())["name"] == "tiny"
-    assert_same_model(tmp_path / "models/base", load_base(source, torch.float32))
+    base = stage_folder / "models/base"
+    assert json.loads((base / "base.json").read_text())["name"] == "tiny"
+    assert_same_model(base, load_base(stage_folder / "source", torch.float32))
+
+
+@pytest.mark.parametrize(
+    ("edit", "changed"),
+    [(("path: /", "path: ./"), "models.tiny"), (("_share: 0.2", "_share: 0.3"), "corpora.mine")],
+)
+def test_a_preset_edited_meanwhile_is_noticed(stage_folder, monkeypatch, edit, changed):
+    path = stage_folder / "params.yaml"
+    monkeypatch.setattr(
+        prepare_base, "bring_base", lambda *_: path.write_text(path.read_text().replace(*edit))
+    )
+    with pytest.raises(ChangedWhileRunningError, match=rf"params\.yaml: {changed}; run it again"):
+        prepare_base.main()
+
+
+def test_a_source_that_needs_no_training_does_not_wait_for_its_imports():
+    slow = ["infini_retrofit.pretraining", "infini_retrofit.articles", "gensim"]
+    code = f"import sys, stages.prepare_base; print([m for m in {slow} if m in sys.modules])"
+    run = subprocess.run(
+        [sys.executable, "-c", code], cwd=PARAMS.parent, capture_output=True, text=True, check=True
+    )
+    assert run.stdout == "[]\n"

@@ -7,10 +7,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from infini_retrofit import attention
+from infini_retrofit import compressive_memory, local_attention, window_attention
 from infini_retrofit.attention import InfiniAttention
 from infini_retrofit.carrier import Carrier, SegmentCut
-from infini_retrofit.memory import MemoryState, prefix_states
+from infini_retrofit.infini_params import AttentionShape
+from infini_retrofit.memory import MemoryState, Write, prefix_states, scan_states
 from infini_retrofit.retrofit import insert_infini
 from infini_retrofit.segments import run_folded, run_in_layer
 from tests.reference import infini_params, largest
@@ -26,13 +27,34 @@ def retrofitted(family: str, **over: object):
     return model
 
 
-def infini_layer(**over: object) -> InfiniAttention:
-    params = infini_params(positions="none", **over)
-    shape = attention.AttentionShape(
+FORMS = {
+    "published": {},
+    "local context": {"local_context": 3},
+    "linear": {"local": "linear"},
+    "alibi": {"positions": "alibi", "update_rule": "delta", "feature_map": "hedgehog"},
+    "window": {"local": "window_linear", "window": 2},
+    "window of one": {"local": "window_linear", "window": 1, "local_context": 2},
+    "decay": {"decay": "head", "gate": "query"},
+    "fading features": {"decay": "feature", "feature_map": "hedgehog", "num_features": 4},
+    "chosen tokens": {"written_tokens": 2, "initial_state": "learnable"},
+    "delta": {"update_rule": "delta"},
+    "delta_gamma": {"update_rule": "delta_gamma", "feature_map": "dpfp", "recall_norm": "rms"},
+    "linear delta_gamma": {"local": "linear", "update_rule": "delta_gamma", "written_tokens": 3},
+    "parallel": {"insertion": "parallel", "bptt_segments": 1},
+}
+every_form = pytest.mark.parametrize("form", FORMS)
+
+
+def infini_layer(form: str = "published") -> InfiniAttention:
+    params = infini_params(**{"positions": "none"} | FORMS[form])
+    shape = AttentionShape(
         hidden_size=26, num_heads=4, num_kv_heads=2, head_dim=7, qkv_bias=True, o_bias=True
     )
     torch.manual_seed(3)
-    return InfiniAttention(shape, params, LAYER)
+    layer = InfiniAttention(shape, params, LAYER)
+    if layer.alpha is not None:
+        layer.alpha.data[:] = 1
+    return layer
 
 
 def draw_input(num_rows: int = 2, num_tokens: int = DOCUMENT) -> Tensor:
@@ -50,10 +72,10 @@ def early_change(layer: InfiniAttention, x: Tensor) -> tuple[float, float]:
     return early, own
 
 
+@every_form
 @pytest.mark.parametrize("num_tokens", [DOCUMENT, 13])
-@pytest.mark.parametrize("over", [{}, {"local": "linear"}, {"local_context": 3}])
-def test_no_token_hears_a_later_one(over, num_tokens):
-    early, own = early_change(infini_layer(**over), draw_input(num_tokens=num_tokens))
+def test_no_token_hears_a_later_one(form, num_tokens):
+    early, own = early_change(infini_layer(form), draw_input(num_tokens=num_tokens))
     assert early == 0
     assert own > 0.01
 
@@ -63,7 +85,7 @@ def scrambled_split(cut: SegmentCut, x: Tensor, num_heads: int) -> Tensor:
     return x.reshape(*cut.grid[:2], num_heads, cut.grid[2], -1)
 
 
-def prefix_by_subtraction(written: MemoryState, initial: MemoryState | None):
+def prefix_by_subtraction(written: MemoryState, initial: MemoryState | None, bptt_segments):
     """Find what each segment finds as `cumsum - own`: the same but for rounding."""
     matrix, normalizer = written.matrix.cumsum(1), written.normalizer.cumsum(1)
     before = MemoryState(matrix - written.matrix, normalizer - written.normalizer)
@@ -76,8 +98,34 @@ def test_heads_split_by_a_view_hear_later_tokens(monkeypatch):
 
 
 def test_a_prefix_by_subtraction_leaks_bits(monkeypatch):
-    monkeypatch.setattr(attention, "prefix_states", prefix_by_subtraction)
+    monkeypatch.setattr(compressive_memory, "prefix_states", prefix_by_subtraction)
     assert 0 < early_change(infini_layer(), draw_input())[0] < 1e-3
+
+
+def inclusive_scan(write: Write, *args: object):
+    """Let each segment find what it writes itself."""
+    before, after = scan_states(write, *args)
+    matrix = torch.cat([before.matrix[:, 1:], after.matrix[:, None]], dim=1)
+    normalizer = torch.cat([before.normalizer[:, 1:], after.normalizer[:, None]], dim=1)
+    return MemoryState(matrix, normalizer), after
+
+
+@pytest.mark.parametrize("form", ["delta", "delta_gamma", "decay", "linear delta_gamma"])
+def test_a_scan_that_includes_the_segment_itself_is_noticed(form, monkeypatch):
+    monkeypatch.setattr(compressive_memory, "scan_states", inclusive_scan)
+    assert early_change(infini_layer(form), draw_input())[0] > 1e-3
+
+
+@pytest.mark.parametrize("form", ["window", "linear"])
+def test_linear_sums_over_what_is_to_come_are_noticed(form, monkeypatch):
+    sums = local_attention.masked_linear_sums
+
+    def open_sums(query: Tensor, key: Tensor, value: Tensor, mask: Tensor):
+        return sums(query, key, value, torch.ones_like(mask))
+
+    monkeypatch.setattr(local_attention, "masked_linear_sums", open_sums)
+    monkeypatch.setattr(window_attention, "masked_linear_sums", open_sums)
+    assert early_change(infini_layer(form), draw_input())[0] > 1e-3
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -95,9 +143,9 @@ def test_no_token_of_a_whole_model_hears_a_later_one(family, run):
             assert largest(moved[:, t:]) > 0.01
 
 
-def strangers_share(x: Tensor) -> float:
+def strangers_share(x: Tensor, form: str = "published") -> float:
     """Return how far a document's output depends on what else is in the batch, or was before."""
-    layer = infini_layer()
+    layer = infini_layer(form)
     alone = torch.cat([layer(row[None])[0] for row in x])
     together, again, turned = layer(x)[0], layer(x)[0], layer(x.flip(0))[0].flip(0)
     return max(largest(together - other) for other in (alone, again, turned))
@@ -109,7 +157,7 @@ class LivingMemory:
     def __init__(self) -> None:
         self.state: MemoryState | None = None
 
-    def __call__(self, written: MemoryState, initial: MemoryState | None):
+    def __call__(self, written: MemoryState, initial: MemoryState | None, bptt_segments):
         """Start with what the call before left, whoever's it was."""
         mean = self.state and MemoryState(
             self.state.matrix.mean(0, keepdim=True).expand_as(written.matrix[:, 0]),
@@ -120,20 +168,33 @@ class LivingMemory:
         return before, after
 
 
-def prefix_of_the_batch(written: MemoryState, initial: MemoryState | None):
+def prefix_of_the_batch(written: MemoryState, initial: MemoryState | None, bptt_segments):
     """Average the memory over the batch."""
     mean = [x.mean(0, keepdim=True).expand_as(x) for x in (written.matrix, written.normalizer)]
     return prefix_states(MemoryState(*mean), initial)
 
 
-def test_two_documents_in_a_batch_equal_two_apart_in_any_order():
-    assert strangers_share(draw_input(3)) < 1e-5
+@every_form
+def test_two_documents_in_a_batch_equal_two_apart_in_any_order(form):
+    assert strangers_share(draw_input(3), form) < 1e-5
 
 
 @pytest.mark.parametrize("make_broken", [LivingMemory, lambda: prefix_of_the_batch])
 def test_a_memory_that_lives_on_or_is_averaged_mixes_documents(make_broken, monkeypatch):
-    monkeypatch.setattr(attention, "prefix_states", make_broken())
+    monkeypatch.setattr(compressive_memory, "prefix_states", make_broken())
     assert strangers_share(draw_input(3)) > 0.01
+
+
+def scan_of_the_batch(write: Write, *args: object):
+    """Write the mean of the batch into every memory."""
+    mean = [x.mean(0, keepdim=True).expand_as(x) for x in (write.feature, write.value)]
+    return scan_states(Write(*mean, write.weight), *args)
+
+
+@pytest.mark.parametrize("form", ["delta", "delta_gamma", "decay"])
+def test_a_scan_over_the_mean_of_the_batch_mixes_documents(form, monkeypatch):
+    monkeypatch.setattr(compressive_memory, "scan_states", scan_of_the_batch)
+    assert strangers_share(draw_input(3), form) > 1e-3
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -150,20 +211,17 @@ def test_a_run_leaves_nothing_in_the_model(family):
     assert len(list(model.buffers())) == len(list(tiny_model(family).buffers()))
 
 
-def detached_prefix(written: MemoryState, initial: MemoryState | None):
-    before, after = prefix_states(written, initial)
-    return before.detach(), after.detach()
-
-
+@every_form
 @pytest.mark.parametrize("detached", [False, True])
-def test_the_loss_of_a_segment_teaches_keys_of_long_before_unless_detached(detached, monkeypatch):
-    if detached:
-        monkeypatch.setattr(attention, "prefix_states", detached_prefix)
-    layer, x = infini_layer(), draw_input()
-    key = layer.k_proj(x).detach().requires_grad_()
-    layer.k_proj.forward = lambda _: key
+@pytest.mark.parametrize("of", ["k_proj", "v_proj"])
+def test_the_loss_of_a_segment_teaches_keys_of_long_before_unless_detached(form, of, detached):
+    layer, x = infini_layer(form), draw_input()
+    layer.memory.bptt_segments = 1 if detached else None
+    projected = getattr(layer, of)(x).detach().requires_grad_()
+    getattr(layer, of).forward = lambda _: projected
     layer(x)[0][:, -SEGMENT:].square().sum().backward()
-    taught = largest(key.grad[:, :SEGMENT])
+    # The document's first token is carried along as the sink.
+    taught = largest(projected.grad[:, 1:SEGMENT])
     assert taught == 0 if detached else taught > 1e-3
 
 
@@ -177,39 +235,3 @@ def test_the_gradient_crosses_calls_unless_it_is_cut():
         out = layer(x[:, SEGMENT:], carrier=Carrier(before={LAYER: carried}))[0]
         (gradient,) = torch.autograd.grad(out.sum(), x)
         assert (largest(gradient[:, :SEGMENT]) > 1e-3) is not cut
-
-
-@pytest.mark.parametrize("side", ["left", "right"])
-def test_a_padded_batch_equals_unpadded_rows_memory_included(side):
-    layer, x, num_padding = infini_layer(local_context=3), draw_input(2, 13), 4
-    row = x[1, : 13 - num_padding]
-    padding = torch.full((num_padding, 26), 7.0)
-    padded = torch.cat([padding, row] if side == "left" else [row, padding])
-    is_token = torch.ones(2, 13, dtype=torch.bool)
-    is_token[1, slice(0, num_padding) if side == "left" else slice(-num_padding, None)] = False
-    batch = torch.stack([x[0], padded])
-    told, untold, alone = Carrier(is_token=is_token), Carrier(), Carrier()
-    out, want = layer(batch, carrier=told)[0][1], layer(row[None], carrier=alone)[0][0]
-    layer(batch, carrier=untold)
-    assert largest(out[is_token[1]] - want) < 1e-5
-    errors = [
-        largest(c.after[LAYER].memory.normalizer[1] - alone.after[LAYER].memory.normalizer[0])
-        for c in (told, untold)
-    ]
-    assert errors[0] < 1e-4
-    assert errors[1] > 1
-
-
-def test_a_folded_document_that_ends_in_padding_equals_the_document_alone():
-    layer, x, num_tokens = infini_layer(local_context=3), draw_input(2), 8
-    is_token = torch.ones(2, DOCUMENT, dtype=torch.bool)
-    is_token[1, num_tokens:] = False
-    told = Carrier(num_segments=3, is_token=is_token.view(6, SEGMENT))
-    untold, alone = Carrier(num_segments=3), Carrier()
-    out = layer(x.view(6, SEGMENT, -1), carrier=told)[0].view_as(x)
-    layer(x.view(6, SEGMENT, -1), carrier=untold)
-    want = layer(x[1:, :num_tokens], carrier=alone)[0]
-    assert largest(out[1, :num_tokens] - want[0]) < 1e-5
-    states = [c.after[LAYER].memory.matrix[-1] for c in (told, untold, alone)]
-    assert largest(states[0] - states[2]) < 1e-4
-    assert largest(states[1] - states[2]) > 1

@@ -1,11 +1,30 @@
-"""Which score stands under which name."""
+"""Which score stands under which name, and what a memory gains over what."""
 
+import numpy as np
 import pytest
+import torch
 from transformers import PreTrainedModel
 
-from infini_retrofit import evaluation
-from infini_retrofit.evaluation import EvalParams, evaluate, gap_recovered
-from infini_retrofit.perplexity import score_full, score_segments, score_sliding, total
+from infini_retrofit import evaluation, perplexity
+from infini_retrofit.bootstrap import paired_bootstrap
+from infini_retrofit.evaluation import (
+    EvalParams,
+    Evaluation,
+    evaluate,
+    gains,
+    gap_recovered,
+    rows_of_documents,
+    rows_of_positions,
+)
+from infini_retrofit.perplexity import (
+    Score,
+    score_full,
+    score_segments,
+    score_sliding,
+    segment_runs,
+    t2_nlls,
+    total,
+)
 from infini_retrofit.retrofit import FAMILIES, insert_infini, make_rival
 from tests.reference import infini_params
 from tests.tiny import random_ids, tiny_model
@@ -34,17 +53,17 @@ def test_every_name_stands_for_its_own_protocol(family, inserted):
     model, rival = make_model(family, inserted), make_model(family, inserted)
     make_rival(rival, INFINI)
     text = text_for(model)
-    own, t2 = map(total, score_segments(model, text.documents, SEGMENT, with_t2=True))
+    runs = segment_runs(model, text.documents, SEGMENT)
     want = {
         "sliding": score_sliding(model, text.stream, 11, 4),
         "full": total(score_full(model, text.documents)),
-        "segment": own,
-        "t2": t2,
-        "segment_off": total(score_segments(model, text.documents, SEGMENT, "off")[0]),
-        "segment_swapped": total(score_segments(model, text.documents, SEGMENT, "swapped")[0]),
-        "segment_kv": total(score_segments(rival, text.documents, SEGMENT)[0]),
+        "segment": total(score_segments(model, text.documents, SEGMENT)),
+        "t2": total(Score.of(t2_nlls(model, *run, SEGMENT)) for run in runs),
+        "segment_off": total(score_segments(model, text.documents, SEGMENT, "off")),
+        "segment_swapped": total(score_segments(model, text.documents, SEGMENT, "swapped")),
+        "segment_kv": total(score_segments(rival, text.documents, SEGMENT)),
     }
-    metrics = evaluate(model, INFINI, EvalParams(**EVAL), text)
+    metrics = evaluate(model, INFINI, EvalParams(**EVAL), text).metrics
     num_bytes = 2 * INFINI_BYTES[family] if inserted else 0
     assert metrics == {f"{name}_test_ppl": pytest.approx(s.ppl) for name, s in want.items()} | {
         "full_test_nll": pytest.approx(want["full"].nll),
@@ -61,6 +80,104 @@ INFINI_BYTES = {
     "llama": 4 * 2 * (6 * 6 + 6) + 2 * 2 * 2 * 6 * 2,
     "gpt_neox": 4 * 3 * (10 * 10 + 10) + 2 * 2 * 3 * 10 * 2,
 }
+
+
+@both_families
+def test_documents_weighed_by_their_tokens_give_the_total_and_are_each_their_own(family):
+    model = make_model(family, True)
+    text = text_for(model)
+    want = score_segments(model, text.documents, SEGMENT, "off")
+    found = evaluate(model, INFINI, EvalParams(**EVAL), text)
+    by_document = found.of_documents("segment_off")
+    assert list(by_document) == pytest.approx([score.nll for score in want])
+    assert len({round(nll, 3) for nll in by_document}) == len(want)
+    num_scored = DOCUMENT - 1
+    assert (by_document * num_scored).sum() == pytest.approx(total(want).nll_sum, rel=1e-12)
+    for name in ("full", "segment"):
+        mean = found.of_documents(name).mean()
+        assert mean == pytest.approx(found.metrics[f"{name}_test_nll"], rel=1e-12)
+
+
+@pytest.mark.parametrize(("inserted", "num_runs"), [(True, 4), (False, 2)])
+def test_no_protocol_runs_twice(inserted, num_runs, monkeypatch):
+    model, lengths = make_model("llama", inserted), []
+    run_folded = perplexity.run_folded
+
+    def spy(model: PreTrainedModel, ids: torch.Tensor, *others: object) -> torch.Tensor:
+        lengths.append(len(ids))
+        return run_folded(model, ids, *others)
+
+    monkeypatch.setattr(perplexity, "run_folded", spy)
+    text = text_for(model)
+    evaluate(model, INFINI, EvalParams(**EVAL), text)
+    assert sum(lengths) == num_runs * len(text.documents)
+
+
+@pytest.mark.parametrize("over", [{"layers": []}, {"memory": "off"}])
+@pytest.mark.parametrize("inserted", [True, False])
+def test_a_form_that_carries_nothing_has_no_rival_and_nothing_to_gain(over, inserted):
+    model, infini = tiny_model("llama"), infini_params(**over)
+    if inserted:
+        insert_infini(model, infini)
+    found = evaluate(model, infini, EvalParams(**EVAL), text_for(model))
+    assert found.metrics["state_bytes"] == 0
+    for name in ("segment_off", "segment_swapped", "segment_kv"):
+        assert found.metrics[f"{name}_test_ppl"] == found.metrics["segment_test_ppl"]
+        assert torch.equal(found.nlls[name], found.nlls["segment"])
+    assert set(gains(found, found).values()) == {0.0}
+
+
+def made_up(**document_nlls: list[float]) -> Evaluation:
+    """Make an evaluation of documents of two scored tokens each."""
+    spread = torch.tensor([[-0.5, 0.5]], dtype=torch.float64)
+    nlls = {
+        k: torch.tensor(v, dtype=torch.float64)[:, None] + spread for k, v in document_nlls.items()
+    }
+    return Evaluation({}, nlls)
+
+
+OWN = [2.0, 3.0, 4.0]
+
+
+@pytest.mark.parametrize(
+    ("own_kv", "control_kv", "better"),
+    [
+        ([2.1, 3.3, 4.2], [2.2, 3.4, 4.6], [2.1, 3.3, 4.2]),
+        ([2.3, 3.1, 4.9], [2.4, 3.0, 4.1], [2.4, 3.0, 4.1]),  # on the whole, not on each
+    ],
+)
+def test_a_gain_is_what_the_other_loses_more_document_by_document(own_kv, control_kv, better):
+    off, swapped, control = [2.3, 3.1, 4.0], [1.9, 3.6, 4.2], [2.5, 2.9, 4.4]
+    model = made_up(segment=OWN, segment_off=off, segment_swapped=swapped, segment_kv=own_kv)
+    found = gains(model, made_up(segment=control, segment_kv=control_kv))
+    others = {"off": off, "swapped": swapped, "control": control, "kv": better}
+    assert len(found) == 3 * len(others)
+    for name, other in others.items():
+        want = paired_bootstrap(np.array(other) - np.array(OWN))
+        assert found[f"gain_over_{name}"] == pytest.approx(np.mean(other) - np.mean(OWN))
+        assert found[f"gain_over_{name}_low"] == pytest.approx(want.low)
+        assert found[f"gain_over_{name}_high"] == pytest.approx(want.high)
+    assert found["gain_over_off"] > 0
+    assert found["gain_over_control_low"] < 0 < found["gain_over_control_high"]
+
+
+def test_rows_hold_every_document_and_every_position_of_the_protocols_asked_for():
+    model = make_model("llama", True)
+    found = evaluate(model, INFINI, EvalParams(**EVAL), text_for(model))
+    documents = rows_of_documents("tuned", found)
+    assert [row["document"] for row in documents] == [0, 1, 2] * len(found.nlls)
+    for protocol in found.nlls:
+        rows = [row for row in documents if row["protocol"] == protocol]
+        assert [row["nll"] for row in rows] == list(found.of_documents(protocol))
+    positions = rows_of_positions("tuned", found, SEGMENT, ["segment", "full"])
+    assert {row["model"] for row in documents + positions} == {"tuned"}
+    for protocol in ("segment", "full"):
+        rows = [row for row in positions if row["protocol"] == protocol]
+        assert [row["position"] for row in rows] == [0, 1, 2, 4]
+        sums = sum(row["nll"] * row["num_scored"] for row in rows)
+        nll = sums / sum(row["num_scored"] for row in rows)
+        assert nll == pytest.approx(found.metrics[f"{protocol}_test_nll"], rel=1e-12)
+    assert {row["protocol"] for row in rows_of_positions("tuned", found, SEGMENT)} == {"segment"}
 
 
 @pytest.mark.parametrize(

@@ -24,11 +24,18 @@ LEVELS = [
     {
         *("memory", "params", "report", "runtime", "corpus", "pipeline", "wikimarkup"),
         *("wikitemplates", "wikitext", "articles", "texts", "hub", "gguf_file", "cross_entropy"),
-        *("imports", "offline_plots", "schedule", "history"),
+        *("imports", "offline_plots", "schedule", "history", "feature_maps", "infini_params"),
+        *("bootstrap", "curriculum"),
     },
-    {"attention", "base", "base_attention", "local_attention", "local_context", "carrier"},
-    {"retrofit", "segments", "cache", "checkpoints", "teacher"},
-    {"training", "distillation", "finetuning", "perplexity", "evaluation", "recall"},
+    {
+        *("compressive_memory", "window_attention", "attention", "local_attention", "carrier"),
+        *("local_context", "base", "base_attention", "base_sources", "scratch", "pretraining"),
+    },
+    {"retrofit", "segments", "cache", "checkpoints", "teacher", "lora"},
+    {
+        *("training", "trainee", "distillation", "finetuning", "perplexity", "evaluation"),
+        *("diagnostics", "recall"),
+    },
 ]
 LEVEL_OF = {name: level for level, names in enumerate(LEVELS) for name in names}
 
@@ -124,10 +131,14 @@ def test_a_stage_is_a_module_that_runs_by_its_name(stage):
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_metrics_and_plots_stand_in_git_under_the_stage_s_name(stage):
+    docstring = ast.get_docstring(ast.parse((ROOT / "stages" / f"{stage}.py").read_text()))
+    written = docstring.split("\nWrites: ")[1]
     for kind, ending in {"metrics": "json", "plots": "tsv"}.items():
-        for entry in STAGES[stage].get(kind, []):
-            assert entry.keys() == {f"{kind}/{stage}.{ending}"}
-            assert all(options["cache"] is False for options in entry.values())
+        entries = STAGES[stage].get(kind, [])
+        paths = [path for entry in entries for path in entry]
+        assert sorted(paths) == sorted(re.findall(rf"\b{kind}/\w+\.{ending}\b", written))
+        assert kind != "metrics" or set(paths) <= {f"metrics/{stage}.json"}
+        assert all(options["cache"] is False for e in entries for options in e.values())
 
 
 def test_the_library_never_imports_a_stage_and_no_stage_another():

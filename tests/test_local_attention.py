@@ -5,22 +5,40 @@ import torch
 from torch import Tensor
 
 from infini_retrofit import local_attention
-from infini_retrofit.local_attention import linear_attention, softmax_attention
+from infini_retrofit.feature_maps import FeatureMaps
+from infini_retrofit.local_attention import alibi_slopes, linear_attention, softmax_attention
 from tests.reference import largest, naive_attend
 
 BATCH, KV_HEADS, GROUP, TOKENS, CONTEXT, KEY, VALUE = 2, 2, 3, 5, 4, 7, 3
 HEADS = KV_HEADS * GROUP
-ATTENTIONS = {"softmax": softmax_attention, "linear": linear_attention}
+FEATURE_MAPS = FeatureMaps("elu1", HEADS, KV_HEADS, KEY, KEY)
 
 
-@pytest.fixture(params=["softmax", "fused softmax", "softmax in blocks", "linear"])
+def attend_linearly(query: Tensor, key: Tensor, value: Tensor, is_key: Tensor | None = None):
+    return linear_attention(query, key, value, is_key, FEATURE_MAPS)
+
+
+def attend_with_alibi(query: Tensor, key: Tensor, value: Tensor, is_key: Tensor | None = None):
+    slopes = alibi_slopes(HEADS).to(query.dtype)
+    return softmax_attention(query, key, value, is_key, slopes=slopes)
+
+
+ATTENTIONS = {"softmax": softmax_attention, "alibi": attend_with_alibi, "linear": attend_linearly}
+KINDS = [
+    *("softmax", "fused softmax", "softmax in blocks"),
+    *("alibi", "fused alibi", "alibi in blocks"),
+    "linear",
+]
+
+
+@pytest.fixture(params=KINDS)
 def kind(request, monkeypatch) -> str:
     """Name each attention; `fused` sends softmax through the kernel used for long segments."""
-    if request.param == "fused softmax":
+    if request.param.startswith("fused"):
         monkeypatch.setattr(local_attention, "LONGEST_EXPLICIT", 0)
-    if request.param == "softmax in blocks":
+    if request.param.endswith("blocks"):
         monkeypatch.setattr(local_attention, "QUERIES_PER_BLOCK", 2)
-    return "linear" if request.param == "linear" else "softmax"
+    return next(name for name in ATTENTIONS if name in request.param)
 
 
 def draw_qkv(context: int = 0, dtype: torch.dtype = torch.float64) -> list[Tensor]:
@@ -45,7 +63,9 @@ def loop(query: Tensor, key: Tensor, value: Tensor, kind: str, is_key: Tensor | 
                 seen = [c for c in range(own + 1) if is_key is None or is_key[b, c] or c == own]
                 n = h // GROUP
                 keys, values = key[b, n, seen], value[b, n, seen]
-                out[b, h, t] = naive_attend(query[b, h, t], keys, values, kind)
+                slope = alibi_slopes(HEADS)[h].item() if kind == "alibi" else 0.0
+                bias = -slope * torch.tensor([own - c for c in seen]).double()
+                out[b, h, t] = naive_attend(query[b, h, t], keys, values, kind, bias)
     return out
 
 
@@ -117,6 +137,25 @@ def test_grouped_heads_equal_repeated_heads(kind, repeated, same):
         key, value = (x.repeat(1, GROUP, 1, 1) for x in (key, value))
     difference = largest(grouped - ATTENTIONS[kind](query, key, value))
     assert difference < 1e-12 if same else difference > 0.1
+
+
+def test_the_slopes_of_alibi_are_those_of_its_paper():
+    assert alibi_slopes(8).tolist() == [2.0**-i for i in range(1, 9)]
+    assert alibi_slopes(1).tolist() == [2.0**-8]
+    assert alibi_slopes(6).tolist() == pytest.approx([2 ** (-4 * h / 3) for h in range(1, 7)])
+
+
+def test_alibi_weighs_far_keys_less_and_only_by_their_distance():
+    query, key, value = draw_qkv(CONTEXT)
+    query[:], key[:] = 0, 0
+    value[:] = 0
+    value[:, :, 0] = 1
+    weights = attend_with_alibi(query, key, value)[0, :, :, 0]
+    for h, slope in enumerate(alibi_slopes(HEADS).tolist()):
+        for t in range(TOKENS):
+            total = sum(2.718281828459045 ** (-slope * d) for d in range(CONTEXT + t + 1))
+            want = 2.718281828459045 ** (-slope * (CONTEXT + t)) / total
+            assert weights[h, t].item() == pytest.approx(want)
 
 
 def test_a_given_scaling_replaces_that_of_the_head_size():

@@ -7,9 +7,11 @@ import torch
 from torch import Tensor
 
 from infini_retrofit import attention
-from infini_retrofit.attention import AttentionShape, InfiniAttention
+from infini_retrofit.attention import InfiniAttention
+from infini_retrofit.infini_params import AttentionShape, InfiniParams
 from infini_retrofit.local_context import Keys, LocalContext, carry_context
-from tests.reference import infini_params, largest, naive_layer
+from tests.naive import NaiveLayer
+from tests.reference import infini_params, largest
 
 BATCH, SEGMENTS, HEADS, LENGTH, KEY, VALUE = 2, 4, 3, 5, 6, 7
 PLACED = 1000.0  # added to a sink for every index at which it is placed
@@ -77,12 +79,15 @@ def test_a_document_shorter_than_what_is_carried_carries_nothing_on():
     assert not keys.is_key[..., :3].any()
 
 
+def params_of(num_carried: int, kind: str) -> InfiniParams:
+    return infini_params(local_context=num_carried, local=kind, memory="off", window=2)
+
+
 def infini_layer(num_carried: int, kind: str) -> InfiniAttention:
     shape = AttentionShape(
         hidden_size=10, num_heads=2, num_kv_heads=1, head_dim=6, qkv_bias=True, o_bias=True
     )
-    params = infini_params(local_context=num_carried, local=kind, memory="off")
-    return InfiniAttention(shape, params, layer_index=0).double()
+    return InfiniAttention(shape, params_of(num_carried, kind), layer_index=0).double()
 
 
 def tables(num_tokens: int, first: int = 0) -> tuple[Tensor, Tensor]:
@@ -102,11 +107,12 @@ def draw_document() -> Tensor:
 
 def difference_from_the_loop(num_carried: int, kind: str = "softmax") -> float:
     layer, x = infini_layer(num_carried, kind), draw_document()
-    return largest(run(layer, x) - naive_layer(layer, x, tables(len(x)), kind))
+    naive = NaiveLayer(layer, params_of(num_carried, kind))
+    return largest(run(layer, x) - naive(x, tables(len(x))))
 
 
 @carried_sizes
-@pytest.mark.parametrize("kind", ["softmax", "linear"])
+@pytest.mark.parametrize("kind", ["softmax", "linear", "window_linear"])
 def test_a_layer_that_carries_equals_a_loop_over_tokens(num_carried, kind):
     assert difference_from_the_loop(num_carried, kind) < 1e-9
 

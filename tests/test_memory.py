@@ -2,20 +2,22 @@
 
 import pytest
 import torch
-import torch.nn.functional as F
 from jaxtyping import TypeCheckError
 from torch import Tensor
 
+from infini_retrofit.feature_maps import elu1
 from infini_retrofit.memory import (
     MemoryState,
-    feature_map,
+    Write,
     memory_bytes,
+    memory_share,
     mix,
     prefix_states,
     recall,
+    retrieve,
     write_segments,
 )
-from tests.reference import Heads, largest, naive_infini, naive_recall
+from tests.reference import largest, naive_recall
 
 BATCH, SEGMENTS, KV_HEADS, GROUP, TOKENS, KEY, VALUE = 2, 3, 2, 3, 5, 7, 4
 HEADS = KV_HEADS * GROUP
@@ -34,9 +36,19 @@ def draw_qkv(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor
     )
 
 
+def write(key: Tensor, value: Tensor, weight: Tensor | None = None) -> MemoryState:
+    return write_segments(Write(elu1(key), value, weight))
+
+
+def read_and_mix(local: Tensor, query: Tensor, state: MemoryState, gate: Tensor) -> Tensor:
+    numerator, denominator = retrieve(elu1(query), state)
+    share = memory_share(denominator, gate[:, None, None])
+    return mix(local, numerator, denominator, share)
+
+
 def run_memory(query: Tensor, key: Tensor, value: Tensor, local: Tensor, gate: Tensor) -> Tensor:
-    found, _ = prefix_states(write_segments(key, value))
-    return mix(local, query, found, gate)
+    found, _ = prefix_states(write(key, value))
+    return read_and_mix(local, query, found, gate)
 
 
 def run_loop(query: Tensor, key: Tensor, value: Tensor, local: Tensor, gate: Tensor) -> Tensor:
@@ -64,35 +76,16 @@ def test_value_and_gradient_equal_a_loop_over_tokens():
         assert largest(a - b) < 1e-9
 
 
-def test_the_reference_forgets_nothing_and_invents_nothing():
-    query, key, value = (x[0, :, 0].flatten(0, 1)[None] for x in draw_qkv())
-    heads = Heads(query, key, value)
-    out = naive_infini(heads, None, torch.full((1,), 50.0), TOKENS)
-    for t in range(TOKENS, SEGMENTS * TOKENS):
-        begin = t // TOKENS * TOKENS
-        weights = (F.elu(query[0, t]) + 1) @ (F.elu(key[0, :begin]) + 1).T
-        torch.testing.assert_close(out[0, t], weights @ value[0, :begin] / weights.sum())
-
-
-def test_the_feature_map_and_its_gradient_are_those_of_the_formula():
-    x = torch.cat([torch.linspace(-3, 3, 13), torch.tensor([0.0, -30.0, 30.0])]).double()
-    x.requires_grad_()
-    got, want = feature_map(x), F.elu(x) + 1
-    assert largest(got - want) < 1e-12
-    gradients = [torch.autograd.grad(y.sin().sum(), x)[0] for y in (got, want)]
-    assert largest(gradients[0] - gradients[1]) < 1e-12
-
-
 @pytest.mark.parametrize("repeated", ["repeat_interleave", "repeat"])
 def test_grouped_heads_equal_repeated_heads(repeated):
     query, key, value = draw_qkv()
-    grouped = recall(query, write_segments(key, value))
+    grouped = recall(elu1(query), write(key, value))
     if repeated == "repeat_interleave":
         key, value = (x.repeat_interleave(GROUP, dim=2) for x in (key, value))
-        assert largest(grouped - recall(query, write_segments(key, value))) < 1e-12
+        assert largest(grouped - recall(elu1(query), write(key, value))) < 1e-12
     else:
         key, value = (x.repeat(1, 1, GROUP, 1, 1) for x in (key, value))
-        assert largest(grouped - recall(query, write_segments(key, value))) > 0.1
+        assert largest(grouped - recall(elu1(query), write(key, value))) > 0.1
 
 
 def broken_prefix(written: MemoryState, initial: MemoryState | None = None):
@@ -107,8 +100,8 @@ def bits_that_own_tokens_move(prefix) -> float:
     other_key, other_value = key.clone(), value.clone()
     other_key[:, -1, :, -1] += 3
     other_value[:, -1, :, -1] -= 5
-    found, _ = prefix(write_segments(key, value))
-    other, _ = prefix(write_segments(other_key, other_value))
+    found, _ = prefix(write(key, value))
+    other, _ = prefix(write(other_key, other_value))
     parts = [found.matrix - other.matrix, found.normalizer - other.normalizer]
     return max(map(largest, parts))
 
@@ -120,7 +113,7 @@ def test_what_a_segment_finds_does_not_hold_a_bit_of_its_own_tokens():
 
 def test_two_halves_equal_the_whole():
     _, key, value = draw_qkv()
-    written = write_segments(key, value)
+    written = write(key, value)
     found, end = prefix_states(written)
     first = MemoryState(written.matrix[:, :2], written.normalizer[:, :2])
     second = MemoryState(written.matrix[:, 2:], written.normalizer[:, 2:])
@@ -140,51 +133,58 @@ def test_an_empty_memory_gives_exactly_the_local_attention():
     )
     local = draw(BATCH, SEGMENTS, HEADS, TOKENS, VALUE, dtype=torch.float32)
     gate = torch.linspace(-4, 4, HEADS)
-    assert recall(query, empty).count_nonzero() == 0
-    assert torch.equal(mix(local, query, empty, gate), local)
-    as_printed = local * (1 - torch.sigmoid(gate)[:, None, None]) + recall(query, empty)
+    assert recall(elu1(query), empty).count_nonzero() == 0
+    assert torch.equal(read_and_mix(local, query, empty, gate), local)
+    as_printed = local * (1 - torch.sigmoid(gate)[:, None, None]) + recall(elu1(query), empty)
     assert not torch.allclose(as_printed, local, rtol=1e-2)
 
 
 def test_identical_values_are_recalled_exactly():
     query, key, value = draw_qkv()
     value[:] = value[:1, :1, :1, :1]
-    written = write_segments(key, value)
-    assert largest(recall(query, written) - value[:1, :1, :1, :1]) < 1e-12
+    written = write(key, value)
+    assert largest(recall(elu1(query), written) - value[:1, :1, :1, :1]) < 1e-12
     averaged = MemoryState(written.matrix / (BATCH * TOKENS), written.normalizer / BATCH)
-    assert largest(recall(query, averaged) - value[:1, :1, :1, :1]) > 0.1
+    assert largest(recall(elu1(query), averaged) - value[:1, :1, :1, :1]) > 0.1
 
 
 def test_a_batch_of_two_documents_equals_two_batches_of_one():
     query, key, value = draw_qkv()
-    together = recall(query, prefix_states(write_segments(key, value))[0])
+    together = recall(elu1(query), prefix_states(write(key, value))[0])
     for b in range(BATCH):
         q, k, v = (x[b : b + 1] for x in (query, key, value))
-        alone = recall(q, prefix_states(write_segments(k, v))[0])
+        alone = recall(elu1(q), prefix_states(write(k, v))[0])
         assert largest(together[b] - alone[0]) < 1e-12
-    found, _ = prefix_states(write_segments(key, value))
+    found, _ = prefix_states(write(key, value))
     mean = MemoryState(
         found.matrix.mean(0, keepdim=True).expand_as(found.matrix),
         found.normalizer.mean(0, keepdim=True).expand_as(found.normalizer),
     )
-    assert largest(recall(query, mean) - together) > 0.1
+    assert largest(recall(elu1(query), mean) - together) > 0.1
+
+
+def test_a_weight_of_one_half_writes_half_a_token():
+    _, key, value = draw_qkv()
+    half = write(key, value, torch.full((BATCH, SEGMENTS, 1, TOKENS, 1), 0.5, dtype=torch.float64))
+    assert largest(2 * half.matrix - write(key, value).matrix) < 1e-12
+    assert largest(2 * half.normalizer - write(key, value).normalizer) < 1e-12
 
 
 def test_padding_is_not_written():
     _, key, value = draw_qkv()
     is_token = torch.ones(BATCH, SEGMENTS, TOKENS, dtype=torch.bool)
     is_token[1, 2, 3:] = False
-    written = write_segments(key, value, is_token)
-    want = write_segments(key[1:, 2:, :, :3], value[1:, 2:, :, :3])
+    written = write(key, value, is_token[:, :, None, :, None].double())
+    want = write(key[1:, 2:, :, :3], value[1:, 2:, :, :3])
     assert largest(written.matrix[1, 2] - want.matrix[0, 0]) < 1e-12
     assert largest(written.normalizer[1, 2] - want.normalizer[0, 0]) < 1e-12
-    padded = write_segments(key, value)
+    padded = write(key, value)
     assert largest(padded.normalizer[1, 2] - want.normalizer[0, 0]) > 0.1
 
 
 def test_the_bytes_of_a_state_are_those_of_its_tensors():
     _, key, value = draw_qkv(torch.float32)
-    state = prefix_states(write_segments(key, value))[1]
+    state = prefix_states(write(key, value))[1]
     num_bytes = sum(x[0].numel() * x.element_size() for x in (state.matrix, state.normalizer))
     assert memory_bytes(KV_HEADS, KEY, VALUE) == num_bytes == 4 * 2 * (7 * 4 + 7)
 
@@ -192,4 +192,4 @@ def test_the_bytes_of_a_state_are_those_of_its_tensors():
 def test_heads_and_tokens_swapped_are_refused():
     _, key, value = draw_qkv()
     with pytest.raises(TypeCheckError):
-        write_segments(key.transpose(2, 3), value)
+        write_segments(Write(elu1(key).transpose(2, 3), value))

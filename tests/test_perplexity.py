@@ -9,14 +9,17 @@ from torch import Tensor
 from transformers import LlamaForCausalLM, PreTrainedModel
 
 from infini_retrofit import perplexity
-from infini_retrofit.carrier import Carrier
+from infini_retrofit.carrier import Carrier, Read
 from infini_retrofit.perplexity import (
+    Score,
     score_full,
     score_rows,
     score_segments,
     score_sliding,
     score_unigram,
+    segment_runs,
     sliding_spans,
+    t2_nlls,
     total,
 )
 from infini_retrofit.retrofit import FAMILIES, insert_infini
@@ -147,10 +150,12 @@ def test_a_memory_that_lives_on_between_windows_lets_future_tokens_in(monkeypatc
 
 @both_families
 @pytest.mark.parametrize("read", ["own", "off", "swapped"])
-def test_segments_equal_a_loop_with_border_tokens_scored(family, read, monkeypatch):
+def test_segments_equal_a_loop_with_border_tokens_scored(family, read):
     model = retrofitted(family)
     documents = ids_for(model, 2, DOCUMENT)
-    scores, t2_scores = score_segments(model, documents, SEGMENT, read, with_t2=True)
+    scores = score_segments(model, documents, SEGMENT, read)
+    runs = segment_runs(model, documents, SEGMENT, read)
+    t2_scores = [Score.of(t2_nlls(model, *run, SEGMENT)) for run in runs]
     with torch.no_grad():
         logits = model.get_output_embeddings()(segment_loop(model, documents, SEGMENT, read))
     for score, t2, ids, row in zip(scores, t2_scores, documents, logits, strict=True):
@@ -169,8 +174,8 @@ def test_segments_equal_a_loop_with_border_tokens_scored(family, read, monkeypat
 def test_every_document_is_scored_and_its_score_is_its_own(num_documents):
     model = retrofitted("llama")
     documents = ids_for(model, num_documents, DOCUMENT)
-    together, _ = score_segments(model, documents, SEGMENT)
-    apart = [score_segments(model, row[None], SEGMENT)[0][0] for row in documents]
+    together = score_segments(model, documents, SEGMENT)
+    apart = [score_segments(model, row[None], SEGMENT)[0] for row in documents]
     assert [s.nll_sum for s in together] == pytest.approx([s.nll_sum for s in apart], rel=1e-5)
 
 
@@ -178,8 +183,8 @@ def test_a_memory_is_never_swapped_with_its_own():
     model = retrofitted("llama")
     for num_documents in (2, 3, 5):
         documents = ids_for(model, num_documents, DOCUMENT)
-        own, _ = score_segments(model, documents, SEGMENT)
-        swapped, _ = score_segments(model, documents, SEGMENT, "swapped")
+        own = score_segments(model, documents, SEGMENT)
+        swapped = score_segments(model, documents, SEGMENT, "swapped")
         for a, b in zip(own, swapped, strict=True):
             assert a.nll != pytest.approx(b.nll, rel=1e-4)
     with pytest.raises(ValueError, match="swapped memories need at least 2 documents, got 1"):
@@ -194,8 +199,8 @@ def test_one_segment_equals_no_segments_equals_the_plain_forward(family):
     for scores in (
         score_full(base, documents),
         score_full(model, documents),
-        score_segments(base, documents, DOCUMENT)[0],
-        score_segments(model, documents, DOCUMENT)[0],
+        score_segments(base, documents, DOCUMENT),
+        score_segments(model, documents, DOCUMENT),
         score_rows(base, documents),
     ):
         assert [s.nll_sum for s in scores] == pytest.approx(want, rel=1e-5)
@@ -230,14 +235,12 @@ def test_a_base_that_knows_its_text_is_below_the_unigram_on_every_path_but_the_d
     base = rote_model()
     documents = torch.stack([(torch.arange(DOCUMENT) * 7 + i) % 23 for i in range(3)])
     unigram = score_unigram(documents.flatten(), documents.flatten(), 23).nll
-    reads = [
-        score_segments(base, documents, SEGMENT, read, with_t2=True)
-        for read in ("own", "off", "swapped")
-    ]
-    scores = [total(s) for s, _ in reads]
+    reads: tuple[Read, ...] = ("own", "off", "swapped")
+    scores = [total(score_segments(base, documents, SEGMENT, read)) for read in reads]
     scores += [total(score_full(base, documents)), total(score_rows(base, documents))]
     scores += [score_sliding(base, documents[0], 11, 4)]
     assert all(score.nll < 0.01 * unigram for score in scores)
-    assert total(reads[0][1]).nll > unigram
+    runs = segment_runs(base, documents, SEGMENT)
+    assert total(Score.of(t2_nlls(base, *run, SEGMENT)) for run in runs).nll > unigram
     doubly_shifted = torch.cat([plain_nlls(base, ids, shift=2) for ids in documents])
     assert doubly_shifted.mean() > unigram

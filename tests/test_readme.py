@@ -20,7 +20,7 @@ def test_the_table_holds_the_committed_metrics():
 
 
 def test_the_map_names_every_source_file():
-    folders = ("infini_retrofit", "stages", "benchmarks", "tests", ".ci")
+    folders = ("infini_retrofit", "stages", "recipes", "benchmarks", "tests", ".ci")
     files = {p.relative_to(ROOT).as_posix() for f in folders for p in (ROOT / f).glob("*.py")}
     mapped = set(re.findall(r"^\| `([^`]+\.py)` \|", README, re.MULTILINE))
     assert mapped == files

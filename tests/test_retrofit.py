@@ -8,17 +8,15 @@ from torch import Tensor, nn
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedModel
 
 from infini_retrofit import retrofit
-from infini_retrofit.attention import InfiniParams
 from infini_retrofit.carrier import Carried, Carrier
+from infini_retrofit.infini_params import InfiniParams
 from infini_retrofit.retrofit import (
     FAMILIES,
     PROJECTIONS,
-    attention_modules,
     decoder_layers,
     infini_modules,
     insert_infini,
     resolve_layers,
-    set_trainable,
     state_bytes,
 )
 from infini_retrofit.segments import run_folded, run_in_layer
@@ -184,47 +182,45 @@ def test_gates_stay_float32_in_a_bfloat16_model():
     assert set(dtypes.values()) == {torch.bfloat16}
 
 
-@both_families
-@pytest.mark.parametrize("part", ["infini", "attention", "all"])
-def test_what_trains_is_float32_and_in_one_group_and_the_rest_is_frozen(family, part):
-    model = tiny_model(family).bfloat16()
-    insert_infini(model, infini_params(layers=[0, 2]))
-    groups = set_trainable(model, part)
-    infini = infini_modules(model)
-    modules = {"infini": infini.values(), "attention": attention_modules(model), "all": [model]}
-    want = {id(p) for module in modules[part] for p in module.parameters()}
-    got = [p for group in groups.values() for p in group]
-    assert {id(p) for p in got} == want == {id(p) for p in model.parameters() if p.requires_grad}
-    assert len(got) == len(want)
-    assert all(p.dtype is torch.float32 for p in got)
-    assert [id(p) for p in groups["gate"]] == [id(m.gate_logit) for m in infini.values()]
-    of_infini = {id(p) for module in infini.values() for p in module.parameters()}
-    assert {id(p) for p in groups["gate"] + groups["infini"]} == of_infini
+BYTES = [
+    {"heads": "single"},
+    {"local_context": 3},
+    {"memory": "off", "local_context": 3},
+    {"memory": "off", "local_context": 3, "heads": "single"},
+    {"feature_map": "dpfp", "update_rule": "delta"},
+    {"feature_map": "hedgehog", "num_features": 4, "written_tokens": 1, "decay": "feature"},
+    {"insertion": "parallel", "init": "random_attention", "local_context": 2},
+    {"local": "window_linear", "feature_map": "dpfp", "initial_state": "learnable"},
+    {"memory": "off", "local": "window_linear", "feature_map": "hedgehog", "local_context": 1},
+]
 
 
-def test_whole_layers_train_their_mlp_and_norms_as_infini():
-    model = tiny_model("llama")
-    insert_infini(model, infini_params(layers=[1]))
-    groups = set_trainable(model, "infini", whole_layers=True)
-    want = {id(p) for p in decoder_layers(model)[1].parameters()}
-    assert {id(p) for p in groups["gate"] + groups["infini"]} == want
-    assert groups["rest"] == []
-
-
-@pytest.mark.parametrize("over", [{}, {"local_context": 3}, {"memory": "off", "local_context": 3}])
-@pytest.mark.parametrize("heads", ["base", "single"])
-def test_the_bytes_that_cross_a_border_are_those_of_what_is_carried(heads, over):
-    form = {"layers": [0, 2], "init": "random_layer", "positions": "none", "heads": heads}
-    model, params = tiny_model("llama").bfloat16(), infini_params(**form, **over)
+@pytest.mark.parametrize("over", BYTES, ids=lambda over: "-".join(map(str, over.values())))
+def test_the_bytes_that_cross_a_border_are_those_of_what_is_carried(over):
+    form = {"layers": [0, 2], "init": "random_layer", "positions": "none"} | over
+    model, params = tiny_model("llama").bfloat16(), infini_params(**form)
     insert_infini(model, params)
     carrier = Carrier()
     run_folded(model, ids_for(model, 1), SEGMENT, carrier=carrier)
     tensors = [x for c in carrier.after.values() for x in carried_tensors(c)]
     want = sum(x.numel() * x.element_size() for x in tensors)
     assert state_bytes(model, params) == want > 0
+    assert sum(m.border_bytes for m in infini_modules(model).values()) == want
 
 
 def carried_tensors(carried: Carried) -> list[Tensor]:
     memory, context = carried.memory, carried.context
     tensors = [] if memory is None else [memory.matrix, memory.normalizer]
     return tensors + ([] if context is None else [context.key, context.value])
+
+
+def test_no_layers_are_the_plain_base():
+    base, model = tiny_model("llama"), tiny_model("llama")
+    params = infini_params(layers=[])
+    insert_infini(model, params)
+    assert infini_modules(model) == {}
+    assert state_bytes(model, params) == 0
+    assert base.state_dict().keys() == model.state_dict().keys()
+    with torch.no_grad():
+        ids = ids_for(base)
+        assert torch.equal(run_folded(model, ids, SEGMENT), run_folded(base, ids, SEGMENT))

@@ -85,23 +85,78 @@ def test_the_equal_bytes_rival_carries_keys_and_values_in_every_layer(family, fo
     assert largest(confined - want) > 0.01
 
 
-def test_the_rival_keeps_a_layers_own_attention_and_weights():
-    form = {"local": "linear", "positions": "none", "heads": "single", "init": "random_layer"}
+KEPT = [
+    {"local": "linear", "positions": "none", "heads": "single", "init": "random_layer"},
+    {"local": "window_linear", "feature_map": "hedgehog", "gate": "query"},
+    {"positions": "alibi", "decay": "head", "written_tokens": 2, "recall_norm": "rms"},
+]
+
+
+@pytest.mark.parametrize("form", KEPT, ids=lambda form: "-".join(map(str, form.values())))
+def test_the_rival_keeps_a_layers_own_attention_and_weights(form):
     model, params = tiny_model("llama"), infini_params(layers=[0], **form)
     insert_infini(model, params)
-    before = dict(infini_modules(model)[0].named_parameters())
-    attend = infini_modules(model)[0].attend
+    layer = infini_modules(model)[0]
+    before = dict(layer.named_parameters())
+    of_memory = {name for name in before if name.startswith("memory.")}
     make_rival(model, params)
-    after = dict(infini_modules(model)[0].named_parameters())
-    assert before.keys() - after.keys() == {"gate_logit"}
+    assert infini_modules(model)[0] is layer
+    after = dict(layer.named_parameters())
+    of_gate = set() if params.local == "window_linear" else {"gate_logit"}
+    assert before.keys() - after.keys() == of_memory | of_gate
     assert all(after[name] is before[name] for name in after)
-    assert infini_modules(model)[0].attend is attend
+    assert layer.local == params.local
     modules = infini_modules(model).values()
     assert [m.local_context for m in modules] == [carried_tokens(model, params)] * 3
-    assert all(m.gate_logit is None for m in modules)
+    assert all(m.memory is None for m in modules)
 
 
-@pytest.mark.parametrize("over", [{}, {"layers": [0]}, {"local_context": 2}, {"layers": [0, 2]}])
+@both_families
+def test_the_rival_of_a_window_still_hears_what_its_window_left_behind(family):
+    model = tiny_model(family)
+    params = infini_params(local="window_linear", window=2, layers=[1], initial_memory_share=0.5)
+    insert_infini(model, params)
+    ids = random_ids(model.config.vocab_size, 1, DOCUMENT)
+    with torch.no_grad():
+        off = run_folded(model, ids, SEGMENT, "off")
+        make_rival(model, params)
+        rival = run_folded(model, ids, SEGMENT)
+        assert largest((rival - off)[:, :SEGMENT]) < 1e-5
+        assert largest((rival - off)[:, SEGMENT:]) > 0.01
+        infini_modules(model)[1].gate_logit.data[:] = -50
+        assert largest((run_folded(model, ids, SEGMENT) - rival)[:, :SEGMENT]) > 0.01
+
+
+@both_families
+@pytest.mark.parametrize("layers", ["all", [0]])
+def test_the_rival_of_a_parallel_branch_is_that_of_the_base(family, layers):
+    base, model = tiny_model(family).double(), tiny_model(family).double()
+    params = infini_params(insertion="parallel", init="random_attention", layers=layers)
+    insert_infini(model, params)
+    for module in infini_modules(model).values():
+        module.alpha.data[:] = 3
+    num_carried = carried_tokens(base, params)
+    assert carried_tokens(model, params) == num_carried
+    make_rival(model, params)
+    ids = random_ids(base.config.vocab_size, 2, DOCUMENT)
+    with torch.no_grad():
+        got, want = run_folded(model, ids, SEGMENT), loop_with_carried_keys(base, ids, num_carried)
+    assert largest(got - want) < 1e-9
+    assert not any(name.endswith("alpha") for name, _ in model.named_parameters())
+
+
+SPENDING = [
+    {},
+    {"layers": [0]},
+    {"local_context": 2},
+    {"layers": [0, 2]},
+    {"layers": [1], "feature_map": "dpfp"},
+    {"layers": [0], "feature_map": "hedgehog", "insertion": "parallel"},
+    {"layers": [0], "local": "window_linear"},
+]
+
+
+@pytest.mark.parametrize("over", SPENDING)
 def test_the_rival_spends_no_more_than_the_retrofit_and_one_token_more_would(over):
     model, params = tiny_model("llama"), infini_params(**over, segment_length=16)
     budget, num_carried = state_bytes(model, params), carried_tokens(model, params)

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from infini_retrofit import attention, segments
+from infini_retrofit import compressive_memory, memory, segments
 from infini_retrofit.carrier import Carrier
 from infini_retrofit.memory import MemoryState, prefix_states
 from infini_retrofit.retrofit import (
@@ -66,7 +66,7 @@ def fold_segments_first(x: Tensor, segment_length: int) -> Tensor:
     return x.unflatten(1, (-1, segment_length)).transpose(0, 1).flatten(0, 1)
 
 
-def inclusive_prefix(written: MemoryState, initial: MemoryState | None):
+def inclusive_prefix(written: MemoryState, initial: MemoryState | None, bptt_segments):
     _, after = prefix_states(written, initial)
     return MemoryState(written.matrix.cumsum(1), written.normalizer.cumsum(1)), after
 
@@ -79,7 +79,7 @@ def test_a_wrong_fold_and_a_memory_of_the_segment_itself_are_noticed(family, mon
     with monkeypatch.context() as patch:
         patch.setattr(segments, "fold", fold_segments_first)
         assert largest(run_folded(model, ids, SEGMENT) - want) > 0.1
-    monkeypatch.setattr(attention, "prefix_states", inclusive_prefix)
+    monkeypatch.setattr(compressive_memory, "prefix_states", inclusive_prefix)
     assert largest(run_folded(model, ids, SEGMENT) - want) > 0.1
 
 
@@ -96,7 +96,7 @@ def test_the_gradient_of_folded_equals_that_of_the_loop(family):
         assert largest(want) > 1e-6 or name.endswith(("key.bias", "k_proj.bias")), name
 
 
-def rounded_prefix(written: MemoryState, initial: MemoryState | None):
+def rounded_prefix(written: MemoryState, initial: MemoryState | None, bptt_segments):
     """Keep the state in bfloat16, segment after segment."""
     found = []
     for x in (written.matrix, written.normalizer):
@@ -104,21 +104,36 @@ def rounded_prefix(written: MemoryState, initial: MemoryState | None):
         for added in x.unbind(1):
             states.append(states[-1] + added.bfloat16())
         found.append(torch.stack(states, dim=1).float())
-    return MemoryState(found[0][:, :-1], found[1][:, :-1]), None
+    matrix, normalizer = found
+    before = MemoryState(matrix[:, :-1], normalizer[:, :-1])
+    return before, MemoryState(matrix[:, -1], normalizer[:, -1])
 
 
-def test_a_bfloat16_model_is_closer_to_float32_than_one_with_a_bfloat16_state(monkeypatch):
-    form = {"layers": [0], "initial_memory_share": 0.9}
+def rounded_update(state: MemoryState, *args: object) -> MemoryState:
+    """Keep the state in bfloat16, as a rule leaves it."""
+    new = UPDATE(state, *args)
+    return MemoryState(*(x.bfloat16().float() for x in (new.matrix, new.normalizer)))
+
+
+UPDATE = memory._update
+
+
+@pytest.mark.parametrize(("rule", "most"), [("linear", 0.8), ("delta", 0.8), ("delta_gamma", 0.9)])
+def test_a_bfloat16_model_is_closer_to_float32_than_one_with_a_bfloat16_state(
+    rule, most, monkeypatch
+):
+    form = {"layers": [0], "initial_memory_share": 0.9, "update_rule": rule}
     exact, model = (retrofitted("llama", d, **form) for d in (torch.float32, torch.bfloat16))
     exact.load_state_dict(model.state_dict())
     ids = ids_for(exact, 1, 400 * SEGMENT)
     with torch.no_grad():
         want = run_folded(exact, ids, SEGMENT)
         error = (run_folded(model, ids, SEGMENT) - want).abs().mean()
-        monkeypatch.setattr(attention, "prefix_states", rounded_prefix)
+        monkeypatch.setattr(compressive_memory, "prefix_states", rounded_prefix)
+        monkeypatch.setattr(memory, "_update", rounded_update)
         rounded_error = (run_folded(model, ids, SEGMENT) - want).abs().mean()
     assert error < TOLERANCES[torch.bfloat16]
-    assert error < 0.8 * rounded_error
+    assert error < most * rounded_error
 
 
 @both_families

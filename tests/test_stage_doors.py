@@ -7,8 +7,10 @@ import sys
 from importlib import import_module
 
 import pytest
+import torch
 import yaml
 
+from infini_retrofit.evaluation import Evaluation
 from infini_retrofit.pipeline import ChangedWhileRunningError
 from tests.tiny_project import LINEAR, ROOT, SMALL, STAGES, contents, run_stage, write_params
 
@@ -55,7 +57,7 @@ def test_a_missing_input_is_named_with_the_command_that_makes_it(stage, missing,
 
 
 def test_on_the_command_line_a_mistake_is_one_sentence_and_earlier_results_stay(project):
-    write_params(project, SMALL | LINEAR | {"distill.epochs": 0})
+    write_params(project, SMALL | LINEAR | {"distill.epochs": -1})
     before = contents(project)
     process = subprocess.run(
         [sys.executable, "-m", "stages.distill"],
@@ -64,15 +66,16 @@ def test_on_the_command_line_a_mistake_is_one_sentence_and_earlier_results_stay(
         text=True,
     )
     assert process.returncode == 1
-    assert process.stderr == "error: distill.epochs must be at least 1, got 0\n"
+    assert process.stderr == "error: distill.epochs must be at least 0, got -1\n"
     assert contents(project) == before
 
 
 @pytest.mark.parametrize("stage", ["baseline_eval", "eval_sliding"])
 def test_parameters_edited_while_models_are_scored_are_noticed(stage, project, monkeypatch):
-    def evaluate(*_: object) -> dict[str, float]:
+    def evaluate(*_: object) -> Evaluation:
         write_params(project, SMALL | LINEAR | {"eval.stride": 8})
-        return {"segment_test_nll": 2.0, "full_test_nll": 1.0}
+        nlls = dict.fromkeys(("full", "segment"), torch.ones(3, 63))
+        return Evaluation({"segment_test_nll": 2.0, "full_test_nll": 1.0}, nlls)
 
     monkeypatch.setattr(import_module(f"stages.{stage}"), "evaluate", evaluate)
     message = rf"^{stage}: changed while it was running: params\.yaml: eval; run it again$"

@@ -4,8 +4,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from infini_retrofit.retrofit import FAMILIES, attention_modules, decoder_layers, insert_infini
-from infini_retrofit.teacher import LayerTeacher
+from infini_retrofit.retrofit import (
+    FAMILIES,
+    attention_modules,
+    decoder_layers,
+    infini_modules,
+    insert_infini,
+)
+from infini_retrofit.segments import run_folded
+from infini_retrofit.teacher import DocumentTeacher, LayerTeacher, PredictionTeacher
 from tests.reference import infini_params, largest, record_layers
 from tests.tiny import random_ids, tiny_model
 
@@ -80,3 +87,43 @@ def test_targets_are_causal_under_eager_attention_too(family):
     args, kwargs = given[0]
     alone = attention_modules(eager)[1](*args, **kwargs | {"attention_mask": None})[0]
     assert largest(alone - want.attention_output) > 0.1
+
+
+@both_families
+@pytest.mark.parametrize("insertion", ["replace", "parallel"])
+@pytest.mark.parametrize("layers", [[], [0, 2]])
+def test_the_base_predicts_on_whatever_becomes_of_the_model(family, insertion, layers):
+    model, ids = tiny_model(family), ids_for(family)
+    want = tiny_model(family).base_model(input_ids=ids, use_cache=False).last_hidden_state
+    teacher, layer_teacher = PredictionTeacher(model, layers), LayerTeacher(model, layers)
+    insert_infini(model, infini_params(layers=layers, insertion=insertion))
+    with torch.no_grad():
+        for index, module in infini_modules(model).items():
+            module.q_proj.weight += index + 1
+            if module.alpha is not None:
+                module.alpha += 1
+    assert torch.equal(teacher(ids), want)
+    assert not teacher(ids).requires_grad
+    notes = record_layers(tiny_model(family), ids)
+    for index, call in layer_teacher(ids).items():
+        assert torch.equal(call.output, notes["returned"][index])
+    student = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+    assert (largest(student - want) > 0.1) == bool(layers)
+
+
+@both_families
+def test_a_document_is_seen_segment_by_segment_or_whole(family):
+    base, segment_length = tiny_model(family), 4
+    ids = random_ids(base.config.vocab_size, BATCH, 3 * segment_length)
+    with torch.no_grad():
+        whole = base.base_model(input_ids=ids, use_cache=False).last_hidden_state
+        segments = run_folded(tiny_model(family), ids, segment_length)
+    assert torch.equal(DocumentTeacher(tiny_model(family), None)(ids), whole)
+    assert torch.equal(DocumentTeacher(tiny_model(family), segment_length)(ids), segments)
+    first = slice(0, segment_length)
+    assert largest(whole[:, first] - segments[:, first]) < 1e-5
+    assert largest(whole - segments) > 0.1
+    teacher = DocumentTeacher(base.train(), None)
+    assert not teacher.base.training
+    assert not any(p.requires_grad for p in base.parameters())
+    assert teacher.weight is base.get_output_embeddings().weight

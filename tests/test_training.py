@@ -1,57 +1,18 @@
 """The Trainer under our frame: what it trains, how it stops, how it resumes."""
 
 import math
-from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 
-from infini_retrofit.finetuning import FinetuneParams, Finetuning, LrScale, make_control
+from infini_retrofit.finetuning import Finetuning
 from infini_retrofit.perplexity import score_segments, total
 from infini_retrofit.retrofit import infini_modules, insert_infini
-from infini_retrofit.schedule import rate_factor
-from infini_retrofit.training import train
-from tests.reference import infini_params
-from tests.tiny import FAMILIES, random_ids, tiny_llama, tiny_model
-
-SEGMENT = 8
-INFINI = infini_params(
-    layers=[0],
-    init="random_attention",
-    local="linear",
-    positions="none",
-    segment_length=SEGMENT,
-    initial_memory_share=0.02,
-)
-FINETUNE = {
-    "trainable": "infini",
-    "train_documents": 4,
-    "val_documents": 3,
-    "batch_size": 1,
-    "epochs": 3,
-    "lr": 1e-2,
-    "lr_scale": LrScale(infini=1.0, rest=0.5),
-    "patience": 3,
-    "min_delta": 0.0,
-    "seed": 0,
-}
-
-
-def finetuning(family: str = "llama", **over: object) -> Finetuning:
-    model = tiny_model(family)
-    insert_infini(model, INFINI)
-    return Finetuning(model, INFINI, FinetuneParams(**FINETUNE | over), torch.float32)
-
-
-def run(trainee: Finetuning, folder: Path, epochs: int = 3, **over: object) -> dict:
-    params = FinetuneParams(**FINETUNE | {"epochs": epochs} | over)
-    vocab_size = trainee.model.config.vocab_size
-    train_documents = random_ids(vocab_size, 4, 32)
-    val_documents = random_ids(vocab_size, 3, 32, seed=1)
-    return train(
-        trainee, train_documents, val_documents, params, folder / "run", folder / "history.tsv"
-    )
+from infini_retrofit.schedule import FullLrScale, rate_factor
+from infini_retrofit.training import ALPHA_TRAVEL, GATE_TRAVEL
+from tests.reference import largest
+from tests.tiny import FAMILIES, random_ids, tiny_llama
+from tests.tiny_training import INFINI, SEGMENT, finetune_params, finetuning, run
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -78,12 +39,38 @@ def test_parameter_groups_hold_each_trainable_parameter_once(part):
     assert bool(trainee.groups["rest"]) == (part != "infini")
 
 
-def test_the_gate_has_a_rate_that_can_move_it(tmp_path):
-    trainee = finetuning()
-    before = infini_modules(trainee.model)[0].gate_logit.clone()
-    run(trainee, tmp_path, epochs=3, lr=1e-9)
-    moved = (infini_modules(trainee.model)[0].gate_logit - before).abs().max()
-    assert moved > 0.1
+@pytest.mark.parametrize(
+    ("name", "form"), [("gate_logit", {}), ("alpha", {"insertion": "parallel"})]
+)
+def test_what_weighs_a_branch_has_a_rate_that_can_move_it(tmp_path, name, form):
+    trainee = finetuning(form=form)
+    branch = infini_modules(trainee.model)[0]
+    before = {n: p.detach().clone() for n, p in branch.named_parameters()}
+    run(trainee, tmp_path, lr=1e-9)
+    moved = {n: largest(p - before[n]) for n, p in branch.named_parameters()}
+    assert moved[name] > 0.1
+    assert moved["q_proj.weight"] < 1e-6
+
+
+def test_a_rate_of_a_group_of_its_own_spans_the_run(tmp_path, monkeypatch):
+    rates = []
+    take = torch.optim.AdamW.step
+
+    def spy(optimizer: torch.optim.AdamW, *args: object, **kwargs: object) -> object:
+        rates.append([group["lr"] for group in optimizer.param_groups])
+        return take(optimizer, *args, **kwargs)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", spy)
+    scale = FullLrScale(memory=3.0, infini=2.0, rest=1.0)
+    form = {"insertion": "parallel", "feature_map": "hedgehog"}
+    trainee = finetuning(form=form, trainable="attention", lr_scale=scale)
+    run(trainee, tmp_path, lr=1e-3)
+    gate, alpha, *others = (sum(of_group) for of_group in zip(*rates, strict=True))
+    assert gate == pytest.approx(GATE_TRAVEL)
+    assert alpha == pytest.approx(ALPHA_TRAVEL)
+    memory, infini, rest = others
+    assert (memory / rest, infini / rest) == (pytest.approx(3), pytest.approx(2))
+    assert rest < len(rates) * 1e-3
 
 
 @pytest.mark.parametrize("num_steps", [1, 8, 100])
@@ -102,7 +89,7 @@ def test_the_reported_validation_is_the_protocol_s_own_number(tmp_path):
     trainee = finetuning()
     metrics = run(trainee, tmp_path)
     val = random_ids(trainee.model.config.vocab_size, 3, 32, seed=1)
-    score = total(score_segments(trainee.model.eval(), val, SEGMENT)[0])
+    score = total(score_segments(trainee.model.eval(), val, SEGMENT))
     assert score.num_scored == 3 * 31
     assert metrics["val_ppl"] == pytest.approx(score.ppl, rel=1e-6)
 
@@ -160,7 +147,7 @@ def test_a_bfloat16_model_trains_float32_weights_like_a_float32_one(tmp_path):
         model = tiny_llama()
         insert_infini(model, INFINI)
         start = infini_modules(model)[0].q_proj.weight.clone()
-        trainee = Finetuning(model, INFINI, FinetuneParams(**FINETUNE), dtype)
+        trainee = Finetuning(model, INFINI, finetune_params(), dtype)
         assert torch.equal(infini_modules(model)[0].q_proj.weight, start)
         metrics[dtype] = run(trainee, tmp_path / str(dtype), epochs=1)
         for parameter in trainee.parameters():
@@ -210,22 +197,14 @@ def test_a_loss_that_is_not_finite_stops_with_epoch_and_step(tmp_path):
     assert (tmp_path / "run" / "checkpoint-4").is_dir()
 
 
-def test_the_control_is_the_base_confined_to_segments():
-    model, ids = tiny_llama(), random_ids(67, 2, 32)
-    want = total(score_segments(tiny_llama(), ids, SEGMENT)[0])
-    control = make_control(model, INFINI)
-    assert control.memory == "off"
-    assert total(score_segments(model, ids, SEGMENT)[0]).nll == pytest.approx(want.nll, rel=1e-6)
-    groups = Finetuning(model, INFINI, FinetuneParams(**FINETUNE), torch.float32).groups
-    assert not groups["gate"]
-    assert len(groups["infini"]) == 4
+def test_the_trainee_knows_where_the_run_stands(tmp_path, monkeypatch):
+    trainee, seen = finetuning(), []
+    forward = trainee.forward
 
+    def spy(input_ids: torch.Tensor) -> dict[str, torch.Tensor]:
+        seen.append((trainee.step, trainee.num_steps))
+        return forward(input_ids)
 
-def test_the_control_trains_the_same_layers_as_a_retrofit_of_whole_layers():
-    infini = replace(INFINI, init="random_layer")
-    model = tiny_llama()
-    make_control(model, infini)
-    trainee = Finetuning(model, infini, FinetuneParams(**FINETUNE), torch.float32)
-    names = {name for name, p in trainee.named_parameters() if p.requires_grad}
-    assert any("mlp" in name for name in names)
-    assert all(".layers.0." in name for name in names)
+    monkeypatch.setattr(trainee, "forward", spy)
+    run(trainee, tmp_path, epochs=2)
+    assert seen == [(step, 8) for step in range(8)]

@@ -1,0 +1,107 @@
+"""What a model takes out of its memory: shares, norms, and its perplexity without.
+
+Knows nothing of files, training or which models are compared.
+
+Axes:
+    B  document
+    S  segment of a document, but the first
+    T  token of a document
+    H  query head
+    L  token of a segment
+"""
+
+import numpy as np
+import torch
+from jaxtyping import Int
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from infini_retrofit.carrier import Carrier, MemoryReading
+from infini_retrofit.perplexity import DOCUMENTS_PER_BATCH, score_segments, total
+from infini_retrofit.retrofit import infini_modules
+from infini_retrofit.segments import run_folded
+
+
+def read_memory(
+    model: PreTrainedModel, input_ids: Int[Tensor, "B T"], segment_length: int
+) -> dict[int, MemoryReading]:
+    """Note what every query of every segment but the first reads, by layer (folded).
+
+    A document's first segment finds a memory that nothing was written to.
+
+    Returns:
+        Readings (B, S, H, L); none of a model without memory, nor of documents of one segment.
+    """
+    layers = [index for index, m in infini_modules(model).items() if m.memory is not None]
+    if not layers or input_ids.shape[1] <= segment_length:
+        return {}
+    batches = []
+    for ids in input_ids.to(model.device).split(DOCUMENTS_PER_BATCH):
+        carrier = Carrier(readings={})
+        with torch.no_grad():
+            run_folded(model, ids, segment_length, carrier=carrier)
+        batches.append(carrier.readings)
+    return {layer: _join([batch[layer] for batch in batches]) for layer in layers}
+
+
+def _join(readings: list[MemoryReading]) -> MemoryReading:
+    """Put documents together and leave out the first segment of each."""
+    return MemoryReading(
+        share=torch.cat([r.share[:, 1:] for r in readings]).cpu(),
+        recalled_norm=torch.cat([r.recalled_norm[:, 1:] for r in readings]).cpu(),
+        local_norm=torch.cat([r.local_norm[:, 1:] for r in readings]).cpu(),
+    )
+
+
+def memory_use(
+    model: PreTrainedModel, input_ids: Int[Tensor, "B T"], segment_length: int
+) -> dict[str, float]:
+    """Say in a few numbers how much of its memory a model uses, over all layers together.
+
+    Returns:
+        `memory_share_mean`, `_p05`, `_p50` and `_p95` over pairs of a query and a head,
+        `recalled_over_local`, the mean norm of what is recalled over that of local attention,
+        and `ppl_memory_off`, the perplexity of segments without the memory. Nothing for a model
+        without memory, nor for documents of one segment.
+    """
+    readings = read_memory(model, input_ids, segment_length)
+    if not readings:
+        return {}
+    share, recalled, local = (
+        np.concatenate([getattr(r, name).flatten().numpy() for r in readings.values()])
+        for name in ("share", "recalled_norm", "local_norm")
+    )
+    p05, p50, p95 = np.percentile(share, (5, 50, 95))
+    return {
+        "memory_share_mean": float(share.mean(dtype=np.float64)),
+        "memory_share_p05": float(p05),
+        "memory_share_p50": float(p50),
+        "memory_share_p95": float(p95),
+        "recalled_over_local": float(
+            recalled.mean(dtype=np.float64) / local.mean(dtype=np.float64)
+        ),
+        "ppl_memory_off": total(score_segments(model, input_ids, segment_length, "off")).ppl,
+    }
+
+
+def share_histogram(
+    readings: dict[int, MemoryReading], num_bins: int = 20
+) -> list[dict[str, int | float]]:
+    """Count how large a share of the memory each layer's queries and heads take.
+
+    Returns:
+        Rows of a plot: layer, memory_share (where the bin begins; the last one holds 1 as
+        well), share_of_pairs (of the layer's pairs of a query and a head).
+    """
+    rows = []
+    for layer, reading in readings.items():
+        counts, _ = np.histogram(reading.share.numpy(), bins=num_bins, range=(0, 1))
+        rows += [
+            {
+                "layer": layer,
+                "memory_share": index / num_bins,
+                "share_of_pairs": float(count / reading.share.numel()),
+            }
+            for index, count in enumerate(counts)
+        ]
+    return rows

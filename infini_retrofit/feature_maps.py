@@ -1,0 +1,128 @@
+"""Feature maps: how queries and keys become the positive vectors of linear attention.
+
+Knows nothing of memory, layers and positions.
+
+Axes:
+    *B  any leading axes
+    H   query head
+    N   key/value head
+    L   token
+    K   channel of a query or key
+    F   feature
+    P   projection, two features each
+"""
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+FeatureMapName = Literal["elu1", "hedgehog", "dpfp"]
+FEATURES_PER_CHANNEL = {"elu1": 1, "hedgehog": 2, "dpfp": 2}
+# Exponents beyond this would let sums over a long document leave float32.
+LARGEST_EXPONENT = 20.0
+
+
+def state_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype of features, and of a memory, made from tensors of `dtype`."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def elu1(x: Float[Tensor, "*B"]) -> Float[Tensor, "*B"]:
+    """Map to positive features, ELU(x) + 1.
+
+    Written as exp(x) for negative x: `elu(x) + 1` rounds to 0 in float32 from about -17 on.
+
+    Source: Katharopoulos et al. 2020, arXiv:2006.16236, equation 7.
+    """
+    return _Elu1.apply(x)
+
+
+class _Elu1(torch.autograd.Function):
+    """`elu1` without `torch.where`, which takes most of the time on a CPU."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        feature = x.clamp(max=0).exp_().add_(x.clamp(min=0))
+        ctx.save_for_backward(feature)
+        return feature
+
+    @staticmethod
+    def backward(ctx, grad_feature: Tensor) -> Tensor:
+        (feature,) = ctx.saved_tensors
+        # The derivative is exp(x) where x is negative, as the feature itself, and 1 elsewhere.
+        return grad_feature * feature.clamp(max=1)
+
+
+def dpfp(x: Float[Tensor, "*B K"]) -> Float[Tensor, "*B F"]:
+    """Map to products of neighbouring rectified channels, which keeps unlike keys apart.
+
+    Source: Schlag et al. 2021, arXiv:2102.11174, equation 37 with nu = 1.
+    """
+    rectified = torch.cat([x.relu(), (-x).relu()], dim=-1)
+    return rectified * rectified.roll(1, dims=-1)
+
+
+def hedgehog(
+    x: Float[Tensor, "*B H L K"], weight: Float[Tensor, "H K P"]
+) -> Float[Tensor, "*B H L F"]:
+    """Map to the exponentials of learned projections and of their negatives.
+
+    Source: Zhang et al. 2024, arXiv:2402.04347, equation 6.
+
+    Differs from the paper: no bias, as many projections as one likes, and exponents end at
+    `LARGEST_EXPONENT`.
+    """
+    projected = (x @ weight).clamp(-LARGEST_EXPONENT, LARGEST_EXPONENT)
+    return torch.cat([projected, -projected], dim=-1).exp()
+
+
+class FeatureMaps(nn.Module):
+    """One map for the queries of a layer and one for its keys, learnable or not.
+
+    A learnable map starts as the exponential of x / K^(1/4): a query and a key, each scaled so,
+    have the dot product that softmax attention exponentiates. With fewer features it starts from
+    as many directions, at random but at right angles, the same for queries and keys.
+    """
+
+    def __init__(
+        self,
+        name: FeatureMapName,
+        num_heads: int,
+        num_kv_heads: int,
+        key_dim: int,
+        num_features: int,
+    ) -> None:
+        super().__init__()
+        self.name = name
+        self.num_features = num_features
+        self.query_weight, self.key_weight = None, None
+        if name == "hedgehog":
+            start = torch.eye(key_dim)
+            if num_features < 2 * key_dim:
+                start = torch.linalg.qr(torch.randn(key_dim, num_features // 2)).Q
+            start = start * key_dim**-0.25
+            self.query_weight = nn.Parameter(start.repeat(num_heads, 1, 1))
+            self.key_weight = nn.Parameter(start.repeat(num_kv_heads, 1, 1))
+
+    def of_query(self, query: Float[Tensor, "*B H L K"]) -> Float[Tensor, "*B H L F"]:
+        """Map queries, in float32 or above, autocast or not."""
+        return self._map(query, self.query_weight)
+
+    def of_key(self, key: Float[Tensor, "*B N L K"]) -> Float[Tensor, "*B N L F"]:
+        """Map keys, in float32 or above, autocast or not."""
+        return self._map(key, self.key_weight)
+
+    def _map(self, x: Tensor, weight: Tensor | None) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            x = x.to(state_dtype(x.dtype), memory_format=torch.contiguous_format)
+            if self.name == "hedgehog":
+                return hedgehog(x, weight.to(x.dtype))
+            return elu1(x) if self.name == "elu1" else dpfp(x)
+
+
+def rms_norm(x: Float[Tensor, "*B V"]) -> Float[Tensor, "*B V"]:
+    """Divide by the root mean square over the last axis; zeros stay zeros."""
+    return F.rms_norm(x, x.shape[-1:], eps=torch.finfo(x.dtype).tiny ** 0.5)

@@ -1,0 +1,83 @@
+"""What a training run trains: a model with its loss and its validation.
+
+Knows no loss, no Trainer and no path.
+"""
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from infini_retrofit.history import ppl_of_nll
+
+
+class Trainee(nn.Module, ABC):
+    """A model with its loss: what the Trainer trains, validates and saves.
+
+    Args:
+        model: holds the parameters; those that train are float32.
+        groups: the trainable parameters by group; `gate` and `alpha` get learning rates of
+            their own.
+        lr_scales: factors on the learning rate of the other groups.
+        dtype: of the matrix products.
+
+    Attributes:
+        step: how many steps were taken, kept by the Trainer.
+        num_steps: how many there will be, unless the run stops early.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        groups: dict[str, list[nn.Parameter]],
+        lr_scales: dict[str, float],
+        dtype: torch.dtype,
+    ) -> None:
+        super().__init__()
+        self.dtype = dtype
+        self.model = model
+        self.groups = groups
+        self.lr_scales = lr_scales
+        self.step, self.num_steps = 0, 1
+
+    @abstractmethod
+    def forward(self, input_ids: Tensor) -> dict[str, Tensor]:
+        """Return the batch's mean loss as `loss`."""
+
+    @abstractmethod
+    def validate(self, val: Tensor) -> dict[str, float]:
+        """Return `val_loss` and `val_ppl` of validation samples, each token weighing alike.
+
+        What else it returns is noted for each epoch, and that of the best one is a result.
+        """
+
+    def train_ppl(self, loss: float) -> float | str:
+        """Return the perplexity of a training loss; an empty text if it is no likelihood."""
+        return ppl_of_nll(loss)
+
+    def merge(self) -> None:
+        """Fold what was added for training only into the model's own weights."""
+
+    @property
+    def num_trainable_parameters(self) -> int:
+        """How many numbers train."""
+        return sum(p.numel() for group in self.groups.values() for p in group)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """Return what trains: a frozen base has no place in a checkpoint."""
+        trainable = {name for name, p in self.named_parameters() if p.requires_grad}
+        state = super().state_dict(*args, **kwargs)
+        return {name: tensor for name, tensor in state.items() if name in trainable}
+
+    def mixed_precision(self) -> torch.autocast:
+        """Return the context in which the Trainer runs `forward`, for use outside of it."""
+        device = next(self.parameters()).device.type
+        return torch.autocast(device, self.dtype, enabled=self.dtype is torch.bfloat16)
+
+    def run_validation(self, val: Tensor) -> dict[str, float]:
+        """Validate under the conditions of a run: nothing trains, products in `dtype`."""
+        self.eval()
+        with torch.no_grad(), self.mixed_precision():
+            return self.validate(val.to(next(self.parameters()).device))

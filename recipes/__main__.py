@@ -1,0 +1,147 @@
+"""Command line of the recipes: `python -m recipes NAME [NAME ...] [-S key=value ...]`.
+
+Knows what can be asked for; the other modules of this folder know how it is done.
+"""
+
+import argparse
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from infini_retrofit.params import read_params
+from recipes.experiments import (
+    all_experiments,
+    committed_params,
+    existing_experiments,
+    printable,
+    run,
+    run_command,
+)
+from recipes.overlays import (
+    check_recipe,
+    describe,
+    leaves,
+    left_over,
+    overrides,
+    read_overlay,
+    recipe_names,
+)
+from recipes.table import finished, markdown
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Do what the command line asks for; a user's mistake ends in one sentence."""
+    parser = make_parser()
+    args = parser.parse_intermixed_args(arguments)
+    try:
+        if args.list:
+            print_list()
+        elif args.table:
+            print_table(args.names)
+        elif args.names:
+            run_recipes(args)
+        else:
+            parser.error("name a recipe, or ask for --list")
+    except (ValueError, OSError) as error:
+        sys.exit("error: " + " ".join(str(error).split()))
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Describe the command line."""
+    parser = argparse.ArgumentParser("python -m recipes", description="Run recipes with DVC.")
+    add = parser.add_argument
+    add("names", nargs="*", metavar="NAME", help="recipes, run one after another")
+    add("--list", action="store_true", help="say what each recipe is, and run none")
+    add("--table", action="store_true", help="print finished experiments (all recipes or NAMEs)")
+    add("--print", action="store_true", help="print the commands, and run none")
+    own = "a parameter of your own; it wins over the recipe's"
+    add("-S", "--set-param", action="append", default=[], metavar="key=value", help=own)
+    add("--temp", action="store_true", help="run in a copy: the workspace stays as it is")
+    add("--force", action="store_true", help="overwrite the experiment, every stage run again")
+    add("--name", help="of the experiment, if not the recipe's (one recipe only)")
+    return parser
+
+
+def print_list() -> None:
+    """Print each recipe with its line."""
+    width = max(map(len, recipe_names()))
+    for name in recipe_names():
+        print(f"{name:{width}}  {describe(name)}")
+
+
+def print_table(names: Sequence[str]) -> None:
+    """Print the named experiments, or those of the recipes that have been run."""
+    experiments = finished(all_experiments())
+    names = names or [name for name in recipe_names() if name in experiments]
+    if not names:
+        raise ValueError("no recipe has been run yet: try python -m recipes --list")
+    print(markdown(experiments, names))
+
+
+def run_recipes(args: argparse.Namespace) -> None:
+    """Print and run the command of each recipe, and stop at the first that fails."""
+    params, committed = read_params(), committed_params()
+    commands = make_commands(args, params, committed)
+    say_what_is_put_back(left_over(params, committed))
+    if args.print:
+        print("\n".join(map(printable, commands.values())))
+        return
+    if not args.force:
+        refuse_existing(list(commands))
+    for number, (name, command) in enumerate(commands.items(), 1):
+        print(printable(command), flush=True)
+        if code := run(command):
+            rest = ", ".join(list(commands)[number:]) or "nothing"
+            print(f"error: {name} failed; left to run: {rest}", file=sys.stderr)
+            sys.exit(code)
+
+
+def make_commands(
+    args: argparse.Namespace, params: Mapping[str, Any], committed: Mapping[str, Any]
+) -> dict[str, list[str]]:
+    """Return the command of every recipe by its experiment's name, all of them checked.
+
+    Raises:
+        ValueError: if a recipe, a key or a combination of options is not to be had.
+    """
+    if args.name and len(args.names) > 1:
+        raise ValueError(f"--name must come with one recipe, got {', '.join(args.names)}")
+    flags = [flag for flag in ("--temp", "--force") if getattr(args, flag.removeprefix("--"))]
+    values, put_back = dict(leaves(committed)), left_over(params, committed)
+    commands = {}
+    for recipe in args.names:
+        check_recipe(recipe)
+        name = args.name or recipe
+        settings = overrides(recipe, params, put_back, args.set_param)
+        commands[name] = run_command(name, settings, flags)
+        if not args.temp:
+            put_back |= {k: values[k] for k in read_overlay(recipe) if k in values}
+    return commands
+
+
+def say_what_is_put_back(values: Mapping[str, Any]) -> None:
+    """Name the edits of params.yaml that a recipe does not start from."""
+    if values:
+        print(
+            "note: recipes start from the params.yaml of the last commit; changed since, and not "
+            f"used unless given by -S: {', '.join(sorted(values))}",
+            file=sys.stderr,
+        )
+
+
+def refuse_existing(names: Sequence[str]) -> None:
+    """Refuse to start what DVC would refuse to store.
+
+    Raises:
+        ValueError: with the ways out.
+    """
+    if taken := sorted(existing_experiments().intersection(names)):
+        raise ValueError(
+            f"experiments that exist already: {', '.join(taken)}. Give another --name; or forget "
+            f"the old with `dvc exp remove {' '.join(taken)}` (what did not change is not run "
+            "again); or overwrite it with --force (every stage runs again)"
+        )
+
+
+if __name__ == "__main__":
+    main()

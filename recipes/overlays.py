@@ -1,0 +1,132 @@
+"""The overlays as `-S` overrides: what `dvc exp run` must be told for each recipe.
+
+Knows the files of this folder and DVC's override grammar; no section of params.yaml, no metric.
+"""
+
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from infini_retrofit.params import read_params
+
+FOLDER = Path(__file__).parent
+BUDGET = "budget"  # applied before every overlay; no recipe itself
+# Words that need no quotes in DVC's (Hydra's) grammar, and those that are no text there.
+_WORD = re.compile(r"[A-Za-z_][\w./-]*")
+_NOT_TEXT = {"true", "false", "null", "inf", "nan"}
+
+
+def recipe_names() -> list[str]:
+    """List the recipes."""
+    return sorted(path.stem for path in FOLDER.glob("*.yaml") if path.stem != BUDGET)
+
+
+def check_recipe(name: str) -> None:
+    """Refuse a name that is no recipe's.
+
+    Raises:
+        ValueError: with the choices.
+    """
+    if name not in recipe_names():
+        raise ValueError(f"a recipe must be one of {', '.join(recipe_names())}, got {name!r}")
+
+
+def describe(name: str) -> str:
+    """Return the line that says what a recipe is: the first of its file, a comment.
+
+    Raises:
+        ValueError: if that line is no comment.
+    """
+    path = FOLDER / f"{name}.yaml"
+    line = path.read_text(encoding="utf-8").partition("\n")[0]
+    if not line.startswith("# "):
+        raise ValueError(f"{path.name} must begin with a line `# what it is`, got {line!r}")
+    return line.removeprefix("# ").strip()
+
+
+def read_overlay(name: str) -> dict[str, Any]:
+    """Read a recipe's values by dotted name, the common budget below its own."""
+    return {
+        k: v for part in (BUDGET, name) for k, v in leaves(read_params(FOLDER / f"{part}.yaml"))
+    }
+
+
+def leaves(params: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield every value by its dotted name; a list is one value."""
+    for key, value in params.items():
+        if isinstance(value, Mapping) and value:
+            yield from leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def left_over(params: Mapping[str, Any], committed: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the committed values of what differs in params.yaml, by dotted name.
+
+    A run in the workspace leaves its overrides there, and the next recipe must not inherit them.
+    Keys that only one of the two has are left alone.
+    """
+    now = dict(leaves(params))
+    return {k: v for k, v in leaves(committed) if k in now and now[k] != v}
+
+
+def overrides(
+    name: str, params: Mapping[str, Any], put_back: Mapping[str, Any], given: Sequence[str]
+) -> list[str]:
+    """Return the `key=value` of every `-S` for a recipe.
+
+    Args:
+        name: of the recipe.
+        params: what params.yaml holds.
+        put_back: values to go back to, by dotted name; the recipe's own win.
+        given: the user's own overrides; they come last and win.
+
+    Raises:
+        ValueError: if a key does not stand in params.yaml; the choices are listed.
+    """
+    overlay = read_overlay(name)
+    for key in overlay:
+        check_key(key, params, f"recipe {name}")
+    own = [_key(text, params) for text in given]
+    wanted = {**put_back, **overlay}
+    return [f"{k}={literal(v)}" for k, v in wanted.items() if k not in own] + list(given)
+
+
+def check_key(key: str, params: Mapping[str, Any], where: str) -> None:
+    """Refuse a key that params.yaml lacks.
+
+    Raises:
+        ValueError: with the keys that stand where the search ended.
+    """
+    section: Any = params
+    parts = key.split(".")
+    for depth, part in enumerate(parts):
+        if not isinstance(section, Mapping) or part not in section:
+            place = ".".join(parts[:depth]) or "params.yaml"
+            choices = sorted(map(str, section)) if isinstance(section, Mapping) else ["no keys"]
+            raise ValueError(
+                f"{where}: {key} must be a key of params.yaml; {place} has {', '.join(choices)}"
+            )
+        section = section[part]
+
+
+def literal(value: Any) -> str:
+    """Write a value so that DVC's override grammar reads it back as it is."""
+    if isinstance(value, list):
+        return "[" + ",".join(map(literal, value)) + "]"
+    if isinstance(value, Mapping):
+        return "{" + ",".join(f"{k}:{literal(v)}" for k, v in value.items()) + "}"
+    if isinstance(value, str) and _WORD.fullmatch(value) and value.lower() not in _NOT_TEXT:
+        return value
+    return json.dumps(value, ensure_ascii=False)
+
+
+def _key(override: str, params: Mapping[str, Any]) -> str:
+    """Return the key of a user's override, checked."""
+    key, equals, _ = override.partition("=")
+    if not equals:
+        raise ValueError(f"-S must be key=value, got {override!r}")
+    check_key(key, params, f"-S {override}")
+    return key

@@ -1,0 +1,88 @@
+"""Finished experiments as one Markdown table.
+
+Knows which metrics the stages write; not how experiments are run or found.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+MISSING = "-"
+Metrics = Mapping[str, Any]  # of one experiment, by file
+
+
+class Column(NamedTuple):
+    """One column: the sum of its metrics that are there, or `-` if none is."""
+
+    title: str
+    metrics: tuple[tuple[str, ...], ...]  # file under metrics/, then the keys down
+    shown: Callable[[Any], str]
+
+
+def _ppl(title: str, key: str, model: str = "finetuned") -> Column:
+    return Column(title, (("eval_sliding", model, f"{key}_test_ppl"),), "{:.2f}".format)
+
+
+COLUMNS = (
+    _ppl("sliding", "sliding"),
+    _ppl("full", "full"),
+    _ppl("segment", "segment"),
+    _ppl("its control", "segment", "control"),
+    _ppl("memory off", "segment_off"),
+    _ppl("memory swapped", "segment_swapped"),
+    _ppl("equal-bytes rival", "segment_kv"),
+    Column("gap_recovered", (("eval_sliding", "finetuned", "gap_recovered"),), "{:.1%}".format),
+    Column("state_bytes", (("eval_sliding", "finetuned", "state_bytes"),), "{:,}".format),
+    Column("trainable parameters", (("finetune", "num_trainable_parameters"),), "{:,}".format),
+    Column(
+        "tokens seen",
+        (("distill", "num_trained_tokens"), ("finetune", "num_trained_tokens")),
+        "{:,}".format,
+    ),
+)
+
+
+def finished(commits: Sequence[Mapping[str, Any]]) -> dict[str, Metrics]:
+    """Return the metrics of every experiment that ran to its end, the newest of a name.
+
+    Args:
+        commits: what `dvc exp show --json` prints.
+    """
+    newest: dict[str, Mapping[str, Any]] = {}
+    for commit in commits:
+        for experiment in commit["experiments"] or []:
+            data = experiment["revs"][0]["data"]
+            if data is None or (experiment["executor"] or {}).get("state", "success") != "success":
+                continue
+            before = newest.get(experiment["name"])
+            if before is None or data["timestamp"] > before["timestamp"]:
+                newest[experiment["name"]] = data
+    return {name: data["metrics"] for name, data in newest.items()}
+
+
+def markdown(experiments: Mapping[str, Metrics], names: Sequence[str]) -> str:
+    """Lay out a row for each name, in that order; what an experiment lacks is a dash."""
+    lines = [
+        _row(["recipe", *(column.title for column in COLUMNS)]),
+        _row(["---", *("--:" for _ in COLUMNS)]),
+    ]
+    for name in names:
+        lines.append(_row([name, *(_cell(experiments.get(name, {}), c) for c in COLUMNS)]))
+    return "\n".join(lines)
+
+
+def _row(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _cell(metrics: Metrics, column: Column) -> str:
+    values = [_find(metrics, *path) for path in column.metrics]
+    there = [value for value in values if value is not None]
+    return column.shown(sum(there)) if there else MISSING
+
+
+def _find(metrics: Metrics, file: str, *keys: str) -> Any:
+    """Walk down to a metric; what could not be read has no `data`."""
+    value: Any = metrics.get(f"metrics/{file}.json", {}).get("data")
+    for key in keys:
+        value = value.get(key) if isinstance(value, Mapping) else None
+    return value

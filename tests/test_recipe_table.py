@@ -1,0 +1,175 @@
+"""The table of finished experiments, made up and real."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from recipes import __main__ as command_line
+from recipes.table import COLUMNS, finished, markdown
+from tests.tiny_checkout import commit as commit_all
+from tests.tiny_checkout import make_checkout, own_recipes
+from tests.tiny_project import ROOT
+
+MODEL = {
+    "sliding_test_ppl": 23.456,
+    "full_test_ppl": 23.6,
+    "segment_test_ppl": 29.1,
+    "segment_off_test_ppl": 30.2,
+    "segment_swapped_test_ppl": 29.9,
+    "segment_kv_test_ppl": 28.8,
+    "gap_recovered": 0.0864,
+    "state_bytes": 1497600,
+}
+METRICS = {
+    "eval_sliding": {"finetuned": MODEL, "control": {"segment_test_ppl": 29.8}},
+    "distill": {"num_trained_tokens": 262144},
+    "finetune": {"num_trained_tokens": 327680, "num_trainable_parameters": 26542350},
+}
+ROW = (
+    "| infini-all | 23.46 | 23.60 | 29.10 | 29.80 | 30.20 | 29.90 | 28.80 | 8.6% | 1,497,600 "
+    "| 26,542,350 | 589,824 |"
+)
+
+
+def experiment(
+    name: str, metrics: dict[str, Any], day: int = 1, state: str | None = None
+) -> dict[str, Any]:
+    """Make an experiment as DVC shows it; a state is that of one which is queued or running."""
+    files = {f"metrics/{file}.json": {"data": values} for file, values in metrics.items()}
+    data = {"timestamp": f"2026-01-{day:02}T00:00:00", "metrics": files, "params": {}}
+    executor = state and {"state": state, "name": "dvc-task", "local": {}}
+    return {"name": name, "revs": [{"rev": "ab12", "data": data}], "executor": executor}
+
+
+def commit(*experiments: dict[str, Any]) -> dict[str, Any]:
+    """Make a commit as DVC shows it."""
+    return {"rev": "cd34", "name": "main", "data": {}, "experiments": list(experiments) or None}
+
+
+def test_a_finished_experiment_is_a_row():
+    experiments = finished([commit(), commit(experiment("infini-all", METRICS))])
+    header, rule, row = markdown(experiments, ["infini-all"]).splitlines()
+    assert row == ROW
+    assert header.count("|") == rule.count("|") == row.count("|") == len(COLUMNS) + 2
+    assert header.startswith("| recipe | sliding | full | segment | its control | memory off | ")
+
+
+@pytest.mark.parametrize("file", METRICS)
+def test_what_is_missing_is_a_dash_and_the_rest_stays(file):
+    rest = {name: values for name, values in METRICS.items() if name != file}
+    experiments = finished([commit(experiment("infini-all", rest))])
+    cells = markdown(experiments, ["infini-all"]).splitlines()[2].split(" | ")
+    whole = ROW.split(" | ")
+    changed = {
+        i for i, (cell, before) in enumerate(zip(cells, whole, strict=True)) if cell != before
+    }
+    expected = {"eval_sliding": set(range(1, 10)), "distill": {11}, "finetune": {10, 11}}
+    assert changed == expected[file]
+    tokens = {"distill": "327,680 |", "finetune": "262,144 |"}
+    assert cells[-1] == tokens.get(file, "589,824 |")
+
+
+def test_a_metric_that_dvc_could_not_read_is_a_dash():
+    shown = experiment("infini-all", METRICS)
+    shown["revs"][0]["data"]["metrics"]["metrics/eval_sliding.json"] = {"error": {"msg": "bad"}}
+    row = markdown(finished([commit(shown)]), ["infini-all"]).splitlines()[2]
+    assert row.startswith("| infini-all | - | - |")
+    assert row.endswith("| 26,542,350 | 589,824 |")
+
+
+@pytest.mark.parametrize("state", ["queued", "running", "failed"])
+def test_an_experiment_that_has_not_finished_is_none(state):
+    assert finished([commit(experiment("infini-all", METRICS, state=state))]) == {}
+    assert finished([commit(experiment("infini-all", METRICS, state="success"))])
+
+
+@pytest.mark.parametrize("newer_first", [True, False])
+def test_the_newest_experiment_of_a_name_counts(newer_first):
+    old = experiment("lolcats", {"finetune": {"num_trained_tokens": 1}}, day=2)
+    new = experiment("lolcats", {"finetune": {"num_trained_tokens": 2}}, day=10)
+    commits = [commit(new), commit(old)] if newer_first else [commit(old), commit(new)]
+    (metrics,) = finished(commits).values()
+    assert metrics["metrics/finetune.json"]["data"]["num_trained_tokens"] == 2
+
+
+def test_without_names_the_recipes_that_have_run_are_shown(capsys, monkeypatch):
+    shown = [experiment(name, METRICS) for name in ("lolcats", "my-own-name", "infini-all")]
+    monkeypatch.setattr(command_line, "all_experiments", lambda: [commit(*shown)])
+    command_line.main(["--table"])
+    rows = capsys.readouterr().out.splitlines()[2:]
+    assert [row.split()[1] for row in rows] == ["infini-all", "lolcats"]
+    assert rows[0] == ROW
+    command_line.main(["--table", "my-own-name", "control"])
+    rows = capsys.readouterr().out.splitlines()[2:]
+    assert rows == [ROW.replace("infini-all", "my-own-name"), "| control |" + " - |" * len(COLUMNS)]
+
+
+def test_with_nothing_to_show_it_says_so(monkeypatch):
+    monkeypatch.setattr(command_line, "all_experiments", lambda: [commit()])
+    with pytest.raises(SystemExit, match="no recipe has been run yet"):
+        command_line.main(["--table"])
+
+
+STAGE = """import json
+from pathlib import Path
+from ruamel.yaml import YAML
+params = YAML(typ="safe").load(Path("params.yaml"))
+metrics = {"finetuned": {"segment_test_ppl": params["a"] * 10 + params["b"]}}
+Path("metrics").mkdir(exist_ok=True)
+Path("metrics/eval_sliding.json").write_text(json.dumps(metrics))
+"""
+PIPELINE = """stages:
+  eval_sliding:
+    cmd: python stage.py
+    deps: [stage.py]
+    params: [a, b]
+    metrics:
+    - metrics/eval_sliding.json:
+        cache: false
+"""
+
+
+def python_m_recipes(*words: str) -> tuple[int, str]:
+    """Run `python -m recipes` in the working folder; return its exit code and all it prints."""
+    process = subprocess.run(
+        [sys.executable, "-m", "recipes", *words],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    return process.returncode, process.stdout
+
+
+def test_recipes_run_as_real_experiments_one_after_another(tmp_path, monkeypatch):
+    make_checkout(tmp_path, monkeypatch)
+    shutil.copytree(ROOT / "recipes", "recipes", ignore=shutil.ignore_patterns("*.yaml", "__py*"))
+    own_recipes(monkeypatch, first="# sets a\na: 2\n", second="# sets b\nb: 3\n")
+    files = {"params.yaml": "a: 1\nb: 1\n", "dvc.yaml": PIPELINE, "stage.py": STAGE}
+    for name, text in {**files, ".gitignore": "__pycache__/\n"}.items():
+        Path(name).write_text(text)
+    subprocess.run([sys.executable, "-m", "dvc", "init", "--quiet"], check=True)
+    commit_all()
+
+    code, output = python_m_recipes("first", "second")
+    assert code == 0, output
+    assert "\ndvc exp run -n second -S a=1 -S b=3\n" in output
+    code, output = python_m_recipes("second", "first", "-S", "a=7")
+    assert code == 1
+    assert "error: experiments that exist already: first, second." in output
+    code, output = python_m_recipes("first", "second", "-S", "b=nothing", "--force")
+    assert code != 0
+    assert "error: first failed; left to run: second" in output
+    code, output = python_m_recipes("second", "--name", "third", "--temp", "-S", "a=4")
+    assert code == 0, output
+    code, output = python_m_recipes("--table", "first", "second", "third")
+    assert code == 0, output
+    names = [line.split(" | ") for line in output.splitlines()[2:]]
+    assert [(cells[0], cells[3]) for cells in names] == [
+        *(("| first", "21.00"), ("| second", "13.00"), ("| third", "43.00")),
+    ]

@@ -1,0 +1,272 @@
+"""A base made here learns from the train split, all of its tokens and nothing else."""
+
+import json
+import random
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tokenizers import Tokenizer, normalizers
+
+from infini_retrofit.base import load_base, load_tokenizer
+from infini_retrofit.base_sources import BASE_KINDS, bring_base
+from infini_retrofit.corpus import CORPORA, FilesCorpus, read_articles
+from infini_retrofit.params import load_choice, load_presets
+from infini_retrofit.pretraining import _NextToken
+from infini_retrofit.scratch import ScratchBase, pack_rows, train_articles, train_tokenizer
+from stages import prepare_base, prepare_wikitext
+from tests.tiny import random_ids
+from tests.tiny_project import ROOT, write_params
+
+SIZES = {
+    "num_layers": 2,
+    "hidden_size": 48,
+    "num_heads": 3,
+    "vocab_size": 290,
+    "tokens_per_sample": 37,
+    "samples": 50,
+    "epochs": 2,
+    "batch_size": 4,
+    "lr": 1e-2,
+    "seed": 5,
+}
+NUM_ARTICLES = 24
+WORDS = [
+    *("the", "river", "town", "dog", "sleeps", "by", "sea"),
+    *("and", "1984", "old", "stone", "bridge", "over", "water"),
+]
+# Combining accents, half a family, spaces, control characters, and the end of a text in words.
+HARD_TEXTS = [
+    "e\u0301 \u00e9 \ufb01 \U0001f469\u200d",
+    " two  spaces \t\r\n\n .",
+    "\x00\x7f\u2028",
+    "<|endoftext|> said he , don 't !",
+    "",
+]
+
+
+@pytest.fixture
+def corpus(tmp_path, monkeypatch):
+    """Short articles of few words in the working folder, and how to find them."""
+    monkeypatch.chdir(tmp_path)
+    Path("texts").mkdir()
+    chooser = random.Random(0)
+    for i in range(NUM_ARTICLES):
+        Path(f"texts/{i:02}.txt").write_text(" ".join(chooser.choices(WORDS, k=60)))
+    return FilesCorpus(path="texts", val_share=0.25, test_share=0.25)
+
+
+def load(corpus, **over):
+    return ScratchBase(**SIZES | over).load("mine", corpus)
+
+
+def weights(base):
+    return torch.cat([parameter.detach().flatten() for parameter in base.model.parameters()])
+
+
+def mean_nll(base, rows):
+    with torch.no_grad():
+        logits = base.model(rows, use_cache=False).logits[:, :-1]
+    return F.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten()).item()
+
+
+def assert_keeps_every_text(tokenizer):
+    for text in HARD_TEXTS:
+        ids = tokenizer.encode(text, add_special_tokens=False)
+        assert tokenizer.decode(ids, skip_special_tokens=False) == text
+
+
+def test_the_tokenizer_keeps_every_text_through_files(corpus, tmp_path):
+    tokenizer = train_tokenizer([a.text for a in train_articles(corpus)], SIZES["vocab_size"])
+    assert len(tokenizer) == SIZES["vocab_size"]
+    assert_keeps_every_text(tokenizer)
+    bring_base(ScratchBase(**SIZES | {"epochs": 0}), "mini", tmp_path / "base", "mine", corpus)
+    loaded = load_tokenizer(tmp_path / "base")
+    assert_keeps_every_text(loaded)
+    plain = Tokenizer.from_file(str(tmp_path / "base/tokenizer.json"))
+    for text in [*HARD_TEXTS, *WORDS]:
+        want = tokenizer.encode(text, add_special_tokens=False)
+        assert loaded.encode(text) == plain.encode(text).ids == want
+    assert len(loaded.encode(" river")) < len(" river")
+
+
+def test_a_tokenizer_that_composes_characters_is_noticed():
+    tokenizer = train_tokenizer([" ".join(WORDS)] * 3, 260)
+    tokenizer.backend_tokenizer.normalizer = normalizers.NFC()
+    with pytest.raises(AssertionError):
+        assert_keeps_every_text(tokenizer)
+
+
+def test_rows_are_the_texts_one_after_another_each_with_its_end():
+    texts = ["the old bridge", "water", "the sea and the river"] * 4
+    tokenizer = train_tokenizer(texts, 270)
+    rows = pack_rows(tokenizer, texts, 7, 1000)
+    stream = "<|endoftext|>".join(texts) + "<|endoftext|>"
+    ids = tokenizer.encode(stream)
+    assert rows.flatten().tolist() == ids[: len(ids) // 7 * 7]
+    assert len(ids) % 7
+    assert pack_rows(tokenizer, texts, 7, 2).tolist() == rows[:2].tolist()
+
+
+def test_equal_runs_give_equal_bytes_and_another_seed_other_weights(corpus, tmp_path):
+    for name in ("one", "two"):
+        bring_base(ScratchBase(**SIZES), "mini", tmp_path / name, "mine", corpus)
+    one, two = ((tmp_path / name / "manifest.json").read_bytes() for name in ("one", "two"))
+    assert one == two
+    other = load(corpus, seed=6)
+    assert not torch.equal(weights(other), weights(load(corpus)))
+
+
+def test_training_learns_more_than_how_often_each_token_comes(corpus):
+    texts = [article.text for article in train_articles(corpus)]
+    trained, untrained = load(corpus, epochs=12), load(corpus, epochs=0)
+    rows = pack_rows(trained.tokenizer, texts, SIZES["tokens_per_sample"], SIZES["samples"])
+    shares = torch.bincount(rows.flatten()).double() / rows.numel()
+    unigram = -(shares * shares.clamp_min(1e-12).log()).sum().item()
+    assert mean_nll(trained, rows) < unigram < mean_nll(untrained, rows)
+    shuffled = rows[:, torch.randperm(rows.shape[1])]
+    assert mean_nll(trained, shuffled) > unigram
+
+
+def test_the_loss_is_each_token_s_against_the_one_before_it(corpus):
+    base = load(corpus, epochs=0)
+    ids = random_ids(SIZES["vocab_size"], 3, 11)
+    loss = _NextToken(base.model)(ids)["loss"].item()
+    assert loss == pytest.approx(mean_nll(base, ids), rel=1e-5)
+    shifted_twice = base.model(ids[:, :-1], labels=ids[:, 1:]).loss.item()
+    assert loss != pytest.approx(shifted_twice, rel=1e-5)
+
+
+def test_only_articles_of_the_train_split_are_read_from(corpus):
+    titles = {article.title for article in train_articles(corpus)}
+    assert 0 < len(titles) < NUM_ARTICLES
+    before = load(corpus)
+    for path in Path("texts").iterdir():
+        if path.name not in titles:
+            path.write_text("another text, of other words")
+    after = load(corpus)
+    assert torch.equal(weights(before), weights(after))
+    assert before.tokenizer.get_vocab() == after.tokenizer.get_vocab()
+    path = Path("texts", min(titles))
+    path.write_text(path.read_text()[::-1])
+    assert not torch.equal(weights(before), weights(load(corpus)))
+
+
+def test_no_epochs_leave_the_random_weights_and_the_note_says_what_was_done(corpus):
+    untrained, trained = load(corpus, epochs=0), load(corpus, samples=6)
+    num_articles = len(train_articles(corpus))
+    place = f"on the train split of mine ({num_articles} articles)"
+    assert untrained.note == f"random weights; only the tokenizer was trained, {place}"
+    assert (
+        trained.note == f"trained here from scratch on {2 * 6 * 37} tokens (2 x {6 * 37}) {place}"
+    )
+    assert trained.source == "a GPT-NeoX of 2 layers made here, seed 5"
+    fresh = ScratchBase(**SIZES).make_model(untrained.tokenizer)
+    assert torch.equal(weights(untrained), weights(replace(untrained, model=fresh)))
+    assert not torch.equal(weights(untrained), weights(trained))
+
+
+def test_everything_but_the_sizes_is_as_in_pythia(corpus):
+    model = load(corpus, epochs=0).model
+    config, attention = model.config.to_dict(), model.gpt_neox.layers[0].attention
+    # The config.json of EleutherAI/pythia-70m, in today's words.
+    pythia = {
+        "model_type": "gpt_neox",
+        "hidden_act": "gelu",
+        "initializer_range": 0.02,
+        "layer_norm_eps": 1e-05,
+        "use_parallel_residual": True,
+        "tie_word_embeddings": False,
+        "attention_bias": True,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+    }
+    assert {name: config[name] for name in pythia} == pythia
+    assert config["rope_parameters"]["partial_rotary_factor"] == 0.25
+    assert config["rope_parameters"]["rope_theta"] == 10000
+    assert config["intermediate_size"] == 4 * 48
+    assert config["max_position_embeddings"] == 37
+    assert attention.head_size == 16
+    assert attention.query_key_value.bias.shape == (3 * 48,)
+    assert model.gpt_neox.rotary_emb.inv_freq.shape == (16 // 4 // 2,)
+
+
+def test_a_base_made_here_comes_back_from_disk_as_it_was(corpus, tmp_path):
+    params = ScratchBase(**SIZES)
+    bring_base(params, "mini", tmp_path / "models/base", "mine", corpus)
+    want, got = params.load("mine", corpus), load_base(tmp_path / "models/base", torch.float32)
+    assert all(torch.equal(got.state_dict()[k], v) for k, v in want.model.state_dict().items())
+    ids = random_ids(SIZES["vocab_size"], 2, 19)
+    torch.testing.assert_close(got(ids).logits, want.model(ids).logits)
+    assert {parameter.dtype for parameter in got.parameters()} == {torch.float32}
+    about = json.loads((tmp_path / "models/base/base.json").read_text())
+    assert about["note"] == want.note
+
+
+@pytest.mark.parametrize("samples", [4, 50])
+def test_diverged_training_ends_with_the_step_and_the_old_base_stays(corpus, tmp_path, samples):
+    bring_base(ScratchBase(**SIZES | {"epochs": 0}), "old", tmp_path / "base", "mine", corpus)
+    wild = ScratchBase(**SIZES | {"lr": 1e38, "samples": samples, "epochs": 1})
+    message = r"pretraining diverged in (epoch 1, step \d+|the last step): .* is (nan|inf)"
+    with pytest.raises(FloatingPointError, match=message):
+        bring_base(wild, "new", tmp_path / "base", "mine", corpus)
+    assert json.loads((tmp_path / "base/base.json").read_text())["name"] == "old"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_layers": 0}, r"models\.\*\.num_layers must be at least 1, got 0"),
+        ({"hidden_size": 0}, r"models\.\*\.hidden_size must be at least 1, got 0"),
+        ({"hidden_size": 40}, r"hidden_size must be a multiple of 24 \(8 for each .*, got 40"),
+        ({"num_heads": 4}, r"hidden_size must be a multiple of 32 .*, got 48"),
+        ({"num_heads": 0}, r"num_heads must be at least 1, got 0"),
+        ({"vocab_size": 256}, r"vocab_size must be at least 257 \(256 bytes and .*, got 256"),
+        ({"tokens_per_sample": 1}, r"tokens_per_sample must be at least 2, got 1"),
+        ({"samples": 0}, r"samples must be at least 1, got 0"),
+        ({"epochs": -1}, r"epochs must be at least 0, got -1"),
+        ({"batch_size": 0}, r"batch_size must be at least 1, got 0"),
+        ({"lr": 0.0}, r"lr must be greater than 0, got 0\.0"),
+        ({"seed": -1}, r"seed must be at least 0, got -1"),
+        ({"seed": 2**32}, r"seed must be below 2\*\*32, got 4294967296"),
+    ],
+)
+def test_sizes_that_make_no_model_are_refused_by_name(change, message):
+    ScratchBase(**SIZES)
+    with pytest.raises(ValueError, match=message):
+        ScratchBase(**SIZES | change)
+
+
+def test_a_corpus_that_is_too_small_is_refused_with_what_it_holds(corpus):
+    with pytest.raises(ValueError, match=r"vocab_size must be at most \d{3} .*, got 5000"):
+        load(corpus, vocab_size=5000)
+    with pytest.raises(ValueError, match=r"tokens_per_sample must be .* \d+ tokens, got 99999"):
+        load(corpus, tokens_per_sample=99_999)
+
+
+def test_the_project_s_presets_are_pythia_s_layers_and_differ_in_training_only():
+    presets = load_presets(BASE_KINDS, "models", ROOT / "params.yaml")
+    trained, untrained = presets["pythia-mini"], presets["pythia-mini-untrained"]
+    assert trained.num_layers == 6
+    assert trained.epochs > 0
+    assert untrained == replace(trained, epochs=0)
+
+
+def test_the_stage_trains_on_what_the_next_one_calls_train(corpus, tmp_path):
+    sizes = {f"models.pythia-mini.{name}": value for name, value in SIZES.items()}
+    own = {f"corpora.my-texts.{name}": value for name, value in vars(corpus).items()}
+    write_params(tmp_path, {"model": "pythia-mini", "corpus": "my-texts", **sizes, **own})
+    prepare_base.main()
+    prepare_wikitext.main()
+    about = json.loads(Path("models/base/base.json").read_text())
+    train = read_articles(Path("data/wikitext"), "train")
+    assert about["name"] == "pythia-mini"
+    assert about["note"].endswith(f"on the train split of my-texts ({len(train)} articles)")
+    chosen = load_choice(CORPORA, "corpus", "corpora")
+    assert [article.title for article in train_articles(chosen)] == [a.title for a in train]
+    vocab_size = load_base(Path("models/base"), torch.float32).config.vocab_size
+    assert all(article.input_ids.max() < vocab_size for article in train)

@@ -1,0 +1,204 @@
+"""A softmax window and linear sums over what it left behind, against a loop over queries."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from infini_retrofit import window_attention as module
+from infini_retrofit.feature_maps import elu1
+from infini_retrofit.local_attention import alibi_slopes, softmax_attention
+from infini_retrofit.memory import MemoryState, Write, memory_share, mix, retrieve, write_segments
+from infini_retrofit.window_attention import older_sums, window_attention
+from tests.reference import largest, naive_feature
+
+BATCH, KV_HEADS, GROUP, TOKENS, CONTEXT, KEY, VALUE = 2, 2, 3, 5, 4, 7, 3
+HEADS = KV_HEADS * GROUP
+every_window = pytest.mark.parametrize("window", [1, 2, 4, TOKENS, 99])
+
+
+def draw_qkv(context: int = 0, dtype: torch.dtype = torch.float64) -> list[Tensor]:
+    sizes = [
+        (HEADS, TOKENS, KEY),
+        (KV_HEADS, context + TOKENS, KEY),
+        (KV_HEADS, context + TOKENS, VALUE),
+    ]
+    return [torch.randn(BATCH, *s, dtype=torch.float64).to(dtype) for s in sizes]
+
+
+def some_keys() -> Tensor:
+    """Hide the context of the first document."""
+    is_key = torch.ones(BATCH, CONTEXT + TOKENS, dtype=torch.bool)
+    is_key[0, :CONTEXT] = False
+    return is_key
+
+
+def loop(
+    query: Tensor, key: Tensor, value: Tensor, is_key: Tensor | None, window: int, slopes: Tensor
+) -> tuple[Tensor, Tensor]:
+    context = key.shape[2] - query.shape[2]
+    out = torch.zeros(*query.shape[:3], VALUE, dtype=query.dtype)
+    log_mass = torch.zeros(*query.shape[:3], 1, dtype=query.dtype)
+    for b in range(BATCH):
+        for h in range(HEADS):
+            for t in range(TOKENS):
+                own, n = context + t, h // GROUP
+                seen = [c for c in range(context) if is_key is None or is_key[b, c]]
+                seen += range(max(context, own - window + 1), own + 1)
+                distance = torch.tensor([own - c for c in seen]).double()
+                scores = key[b, n, seen] @ query[b, h, t] / KEY**0.5 - slopes[h] * distance
+                weight = (scores - scores.max()).exp()
+                out[b, h, t] = weight @ value[b, n, seen] / weight.sum()
+                log_mass[b, h, t] = weight.sum().log()
+    return out, log_mass
+
+
+@every_window
+@pytest.mark.parametrize("alibi", [False, True])
+@pytest.mark.parametrize(("context", "masked"), [(0, False), (CONTEXT, False), (CONTEXT, True)])
+def test_the_window_equals_a_loop_in_value_and_gradient(window, alibi, context, masked):
+    inputs = [x.requires_grad_() for x in draw_qkv(context)]
+    is_key = some_keys() if masked else None
+    slopes = alibi_slopes(HEADS).double() if alibi else None
+    got = window_attention(*inputs, is_key, window, slopes)
+    want = loop(*inputs, is_key, window, torch.zeros(HEADS) if slopes is None else slopes)
+    for a, b in zip(got, want, strict=True):
+        assert largest(a - b) < 1e-9
+    gradients = [
+        torch.autograd.grad(out.sin().sum() + mass.cos().sum(), inputs) for out, mass in (got, want)
+    ]
+    for a, b in zip(*gradients, strict=True):
+        assert largest(b) > 1e-3 or (window == 1 and not context)
+        assert largest(a - b) < 1e-9
+
+
+@every_window
+def test_the_older_sums_equal_a_loop_in_value_and_gradient(window):
+    query, key, value = (x.requires_grad_() for x in draw_qkv())
+    got = older_sums(elu1(query), elu1(key), value, window)
+    numerator = torch.zeros(BATCH, HEADS, TOKENS, VALUE, dtype=torch.float64)
+    denominator = torch.zeros(BATCH, HEADS, TOKENS, 1, dtype=torch.float64)
+    for h in range(HEADS):
+        for t in range(TOKENS):
+            for s in range(t - window + 1):
+                n = h // GROUP
+                for b in range(BATCH):
+                    common = naive_feature(query[b, h, t]) @ naive_feature(key[b, n, s])
+                    numerator[b, h, t] += common * value[b, n, s]
+                    denominator[b, h, t] += common
+    assert largest(got[0] - numerator) < 1e-9
+    assert largest(got[1] - denominator) < 1e-9
+    if window < TOKENS:
+        for x in (query, key, value):
+            a, b = (
+                torch.autograd.grad(y[0].sin().sum() + y[1].sin().sum(), x, retain_graph=True)[0]
+                for y in (got, (numerator, denominator))
+            )
+            assert largest(a - b) < 1e-9
+
+
+def test_a_window_that_holds_everything_is_plain_softmax():
+    query, key, value = draw_qkv(CONTEXT)
+    out, _ = window_attention(query, key, value, some_keys(), TOKENS)
+    assert largest(out - softmax_attention(query, key, value, some_keys())) < 1e-12
+    narrow, _ = window_attention(query, key, value, some_keys(), TOKENS - 1)
+    assert largest(narrow - out) > 0.01
+    assert largest((narrow - out)[:, :, :-1]) == 0
+
+
+@every_window
+def test_every_token_before_a_query_is_in_the_window_or_older_and_none_in_both(window):
+    """Give all keys the same weight: then every value must count once."""
+    value = torch.eye(TOKENS).expand(BATCH, KV_HEADS, -1, -1)
+    zeros = torch.zeros(BATCH, HEADS, TOKENS, KEY)
+    key = zeros[:, :KV_HEADS]
+    out, log_mass = window_attention(zeros, key, value, None, window)
+    older, num_older = older_sums(elu1(zeros), elu1(key), value, window)
+    counted = out * log_mass.exp() + older / KEY
+    want = torch.ones(TOKENS, TOKENS).tril().expand_as(counted)
+    torch.testing.assert_close(counted, want)
+    torch.testing.assert_close(log_mass.exp() + num_older / KEY, want.sum(-1, keepdim=True))
+
+
+def shared(
+    window: tuple[Tensor, Tensor], sums: tuple[Tensor, Tensor], logit: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Blend as the layer does; return the output and the share of the sums."""
+    out, log_mass = window
+    numerator, denominator = sums
+    mass = denominator.clamp_min(1e-18).log()
+    share = memory_share(denominator, logit + mass - log_mass)
+    return mix(out, numerator, denominator, share), share
+
+
+def test_the_parts_share_one_denominator_as_in_equation_7():
+    query, key, value = draw_qkv()
+    far_key, far_value = torch.randn(BATCH, KV_HEADS, 9, KEY).double(), torch.randn(9, VALUE)
+    far_value = far_value.double().expand(BATCH, KV_HEADS, -1, -1)
+    state = write_segments(Write(elu1(far_key), far_value))
+    assert isinstance(state, MemoryState)
+    older, found = older_sums(elu1(query), elu1(key), value, 2), retrieve(elu1(query), state)
+    sums = (older[0] + found[0], older[1] + found[1])
+    logit = torch.full((1, 1, 1, 1), -0.7, dtype=torch.float64)
+    got, share = shared(window_attention(query, key, value, None, 2), sums, logit)
+    for b, h, t in torch.cartesian_prod(*map(torch.arange, (BATCH, HEADS, TOKENS))):
+        n, near = h // GROUP, slice(max(0, t - 1), t + 1)
+        scores = key[b, n, near] @ query[b, h, t] / KEY**0.5
+        weights = (scores - scores.max()).exp()
+        far = [*key[b, n, : max(0, t - 1)], *far_key[b, n]]
+        linear = torch.stack([naive_feature(query[b, h, t]) @ naive_feature(k) for k in far])
+        linear = linear * torch.tensor(-0.7).double().exp()
+        values = torch.cat([value[b, n, : max(0, t - 1)], far_value[b, n]])
+        total = weights.sum() + linear.sum()
+        want = (weights @ value[b, n, near] + linear @ values) / total
+        assert largest(got[b, h, t] - want) < 1e-9
+        assert largest(share[b, h, t] - linear.sum() / total) < 1e-9
+
+
+def window_one_off(num_queries: int, num_keys: int, window: int, device: torch.device) -> Tensor:
+    return OLDER(num_queries, num_keys, window + 1, device)
+
+
+OLDER = module._older_own
+
+
+def test_a_window_of_one_token_more_is_noticed(monkeypatch):
+    query, key, value = draw_qkv()
+    want, _ = loop(query, key, value, None, 2, torch.zeros(HEADS))
+    monkeypatch.setattr(module, "_older_own", window_one_off)
+    assert largest(window_attention(query, key, value, None, 2)[0] - want) > 0.01
+
+
+@pytest.mark.parametrize(("repeated", "same"), [("repeat_interleave", True), ("repeat", False)])
+def test_grouped_heads_equal_repeated_heads(repeated, same):
+    query, key, value = draw_qkv()
+
+    def run(key: Tensor, value: Tensor) -> Tensor:
+        out, _ = window_attention(query, key, value, None, 2)
+        return out + older_sums(elu1(query), elu1(key), value, 2)[0]
+
+    grouped = run(key, value)
+    if repeated == "repeat_interleave":
+        key, value = (x.repeat_interleave(GROUP, dim=1) for x in (key, value))
+    else:
+        key, value = (x.repeat(1, GROUP, 1, 1) for x in (key, value))
+    difference = largest(grouped - run(key, value))
+    assert difference < 1e-12 if same else difference > 0.1
+
+
+def test_scores_far_beyond_the_range_of_exponentials_stay_finite():
+    query, key, value = draw_qkv(dtype=torch.float32)
+    inputs = [(x * scale).requires_grad_() for x, scale in ((query, 1e3), (key, 1e3), (value, 1))]
+    out, log_mass = window_attention(*inputs, None, 3)
+    gradients = torch.autograd.grad(out.sum() + log_mass.sum(), inputs)
+    assert all(x.isfinite().all() for x in (out, log_mass, *gradients))
+    assert not (inputs[0] @ inputs[1].repeat_interleave(GROUP, 1).mT).exp().isfinite().all()
+
+
+def test_bfloat16_is_close_to_float64_and_its_mass_is_float32():
+    inputs = draw_qkv(CONTEXT, torch.bfloat16)
+    out, log_mass = window_attention(*inputs, some_keys(), 3)
+    want, want_mass = window_attention(*(x.double() for x in inputs), some_keys(), 3)
+    assert out.dtype is torch.bfloat16
+    assert log_mass.dtype is torch.float32
+    assert largest(out.double() - want) < 2e-2
+    assert largest(log_mass.double() - want_mass) < 2e-2
