@@ -69,7 +69,7 @@ def agree(key: str, before: Any, now: Any) -> bool:
     if leaf.endswith("_ppl"):
         ratio = T2_RATIO if leaf.startswith("t2_") else PPL_RATIO
         return 0 < before <= now * ratio and 0 < now <= before * ratio
-    if leaf.startswith("gain_over_"):
+    if leaf.startswith(("gain_over_", "gap_test_nats")):
         return abs(now - before) <= GAIN_DIFFERENCE
     return leaf != "gap_recovered" or abs(now - before) <= GAP_DIFFERENCE
 

@@ -17,7 +17,10 @@ PROTOCOLS = (
     "segment_kv_test_ppl",
     "t2_test_ppl",
 )
-OTHERS = ("unigram_test_ppl", "gap_recovered", "state_bytes", "num_documents")
+OTHERS = (
+    *("unigram_test_ppl", "gap_test_nats", "gap_recovered", "state_bytes"),
+    *("num_documents", "num_articles"),
+)
 
 
 def table(metrics: dict[str, dict[str, float]]) -> str:

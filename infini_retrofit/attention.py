@@ -76,10 +76,13 @@ class InfiniAttention(nn.Module):
         self.k_proj = nn.Linear(shape.hidden_size, kv_size, bias=shape.qkv_bias)
         self.v_proj = nn.Linear(shape.hidden_size, kv_size, bias=shape.qkv_bias)
         self.o_proj = nn.Linear(q_size, shape.hidden_size, bias=shape.o_bias)
-        heads, num_features = shape.num_heads, params.count_features(shape.head_dim)
-        self.feature_maps = FeatureMaps(
-            params.feature_map, heads, shape.num_kv_heads, shape.head_dim, num_features
-        )
+        num_features = params.count_features(shape.head_dim)
+        self.feature_maps = None
+        if params.memory == "on" or params.local != "softmax":
+            heads = (shape.num_heads, shape.num_kv_heads)
+            self.feature_maps = FeatureMaps(
+                params.feature_map, *heads, shape.head_dim, num_features
+            )
         slopes = alibi_slopes(shape.num_heads) if params.positions == "alibi" else None
         self.register_buffer("slopes", slopes, persistent=False)
         self.memory = self.gate_logit = self.alpha = None
@@ -101,12 +104,13 @@ class InfiniAttention(nn.Module):
     def memory_parameters(self) -> dict[str, list[nn.Parameter]]:
         """Return what a base's attention has no counterpart of, in groups of a learning rate."""
         memory = [] if self.memory is None else list(self.memory.parameters())
+        maps = [] if self.feature_maps is None else list(self.feature_maps.parameters())
         gates = [] if self.memory is None else self.memory.gates()
         others = [p for p in memory if not any(p is g for g in gates)]
         return {
             "gate": gates + ([] if self.gate_logit is None else [self.gate_logit]),
             "alpha": [] if self.alpha is None else [self.alpha],
-            "memory": others + list(self.feature_maps.parameters()),
+            "memory": others + maps,
         }
 
     def start_memory(self) -> None:
@@ -158,7 +162,9 @@ class InfiniAttention(nn.Module):
         if reads:
             states = self.memory.states(key, key_feature, value, cut.is_token, before.memory)
             found, memory = states
-            found = found.roll_batch() if carrier.read == "swapped" else found
+            if carrier.found is not None:
+                carrier.found[self.layer_index] = found
+            found = carrier.strangers.get(self.layer_index, found)
             sums.append(self.memory.read(query, query_feature, found))
         out = self._mix(local, sums, carrier) if sums else local.out
         carrier.after[self.layer_index] = Carried(memory, context)

@@ -24,8 +24,6 @@ from torch import Tensor
 from infini_retrofit.local_context import LocalContext
 from infini_retrofit.memory import MemoryState
 
-Read = Literal["off", "own", "swapped"]
-
 
 @dataclass(frozen=True)
 class Carried:
@@ -40,7 +38,9 @@ class MemoryReading:
     """How much one layer made of its memory, for diagnostics.
 
     Attributes:
-        share: of the memory in each query's output.
+        share: of the memory in each query's output. With the local attention `window_linear`,
+            of all linear sums, the segment's own older tokens among them; of a parallel branch,
+            in the branch's output, before `alpha`.
         recalled_norm: length of what was recalled, before its share.
         local_norm: length of the local attention's output.
     """
@@ -61,22 +61,26 @@ class Carrier:
         num_segments: rows of the batch that make up one document (folded); None: every row
             is a document, which the layer cuts itself (in-layer).
         segment_length: tokens of a segment when cut in-layer; None: the layer's own.
-        read: whose memory a document reads: its `own`, `swapped` (that of the document before
-            it in the batch), or none (`off`).
+        read: the memory that a document wrote, or none (`off`).
         is_token: False where a row holds padding; None: no padding. In-layer a row may be
             padded on either side; folded, a document may be padded at its end only.
         before: what each layer starts with, by layer index; a layer not named starts empty.
         after: what each layer ends with, written by the layers. It continues the document
             only where that ended with a whole segment.
+        strangers: what layers read in the place of the memory that each segment (B, S) finds, by
+            layer index.
+        found: a dictionary to have each layer put there what its segments find; None: don't.
         readings: a dictionary to have each layer note its use of the memory there; None: don't.
     """
 
     num_segments: int | None = None
     segment_length: int | None = None
-    read: Read = "own"
+    read: Literal["own", "off"] = "own"
     is_token: Bool[Tensor, "R T"] | None = None
     before: dict[int, Carried] = field(default_factory=dict)
     after: dict[int, Carried] = field(default_factory=dict)
+    strangers: dict[int, MemoryState] = field(default_factory=dict)
+    found: dict[int, MemoryState] | None = None
     readings: dict[int, MemoryReading] | None = None
 
 

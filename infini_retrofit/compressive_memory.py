@@ -236,6 +236,7 @@ def _count_tokens(
 
 
 def _starting_decay(number: int) -> Float[Tensor, "_"]:
-    longest = math.log(LONGEST_HALF_LIFE)
-    half_lives = torch.linspace(math.log(SHORTEST_HALF_LIFE), longest, number)
+    shortest, longest = math.log(SHORTEST_HALF_LIFE), math.log(LONGEST_HALF_LIFE)
+    middle = torch.tensor([(shortest + longest) / 2])
+    half_lives = torch.linspace(shortest, longest, number) if number > 1 else middle
     return math.log(math.log(2)) - half_lives

@@ -1,4 +1,4 @@
-"""What a model takes out of its memory: shares, norms, and its perplexity without.
+"""What a model takes out of its memory: shares, norms, and its perplexity with and without.
 
 Knows nothing of files, training or which models are compared.
 
@@ -6,18 +6,27 @@ Axes:
     B  document
     S  segment of a document, but the first
     T  token of a document
+    D  model width
     H  query head
     L  token of a segment
 """
 
+from collections.abc import Iterator
+
 import numpy as np
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from infini_retrofit.carrier import Carrier, MemoryReading
-from infini_retrofit.perplexity import DOCUMENTS_PER_BATCH, score_segments, total
+from infini_retrofit.perplexity import (
+    DOCUMENTS_PER_BATCH,
+    Score,
+    next_token_nlls,
+    score_segments,
+    total,
+)
 from infini_retrofit.retrofit import infini_modules
 from infini_retrofit.segments import run_folded
 
@@ -32,19 +41,30 @@ def read_memory(
     Returns:
         Readings (B, S, H, L); none of a model without memory, nor of documents of one segment.
     """
-    layers = [index for index, m in infini_modules(model).items() if m.memory is not None]
-    if not layers or input_ids.shape[1] <= segment_length:
-        return {}
-    batches = []
+    return _join([readings for readings, _, _ in _runs(model, input_ids, segment_length)])
+
+
+def _runs(
+    model: PreTrainedModel, input_ids: Int[Tensor, "B T"], segment_length: int
+) -> Iterator[tuple[dict[int, MemoryReading], Int[Tensor, "_ T"], Float[Tensor, "_ T D"]]]:
+    """Run batches of documents: what each layer reads, the ids, the last hidden states."""
+    has_memory = any(m.memory is not None for m in infini_modules(model).values())
+    if not has_memory or input_ids.shape[1] <= segment_length:
+        return
     for ids in input_ids.to(model.device).split(DOCUMENTS_PER_BATCH):
         carrier = Carrier(readings={})
         with torch.no_grad():
-            run_folded(model, ids, segment_length, carrier=carrier)
-        batches.append(carrier.readings)
-    return {layer: _join([batch[layer] for batch in batches]) for layer in layers}
+            hidden_states = run_folded(model, ids, segment_length, carrier=carrier)
+        yield carrier.readings, ids, hidden_states
 
 
-def _join(readings: list[MemoryReading]) -> MemoryReading:
+def _join(batches: list[dict[int, MemoryReading]]) -> dict[int, MemoryReading]:
+    """Put batches together, by layer."""
+    layers = sorted(batches[0]) if batches else []
+    return {layer: _join_documents([batch[layer] for batch in batches]) for layer in layers}
+
+
+def _join_documents(readings: list[MemoryReading]) -> MemoryReading:
     """Put documents together and leave out the first segment of each."""
     return MemoryReading(
         share=torch.cat([r.share[:, 1:] for r in readings]).cpu(),
@@ -61,12 +81,25 @@ def memory_use(
     Returns:
         `memory_share_mean`, `_p05`, `_p50` and `_p95` over pairs of a query and a head,
         `recalled_over_local`, the mean norm of what is recalled over that of local attention,
-        and `ppl_memory_off`, the perplexity of segments without the memory. Nothing for a model
+        `segment_val_ppl`, and `segment_off_val_ppl` without the memory. Nothing for a model
         without memory, nor for documents of one segment.
     """
-    readings = read_memory(model, input_ids, segment_length)
-    if not readings:
+    batches, scores = [], []
+    for batch, ids, hidden_states in _runs(model, input_ids, segment_length):
+        batches.append(batch)
+        rows = zip(ids, hidden_states, strict=True)
+        scores += [Score.of(next_token_nlls(model, *row)) for row in rows]
+    if not batches:
         return {}
+    off = total(score_segments(model, input_ids, segment_length, "off"))
+    return _use(_join(batches)) | {
+        "segment_val_ppl": total(scores).ppl,
+        "segment_off_val_ppl": off.ppl,
+    }
+
+
+def _use(readings: dict[int, MemoryReading]) -> dict[str, float]:
+    """Pool shares and norms over layers."""
     share, recalled, local = (
         np.concatenate([getattr(r, name).flatten().numpy() for r in readings.values()])
         for name in ("share", "recalled_norm", "local_norm")
@@ -80,7 +113,6 @@ def memory_use(
         "recalled_over_local": float(
             recalled.mean(dtype=np.float64) / local.mean(dtype=np.float64)
         ),
-        "ppl_memory_off": total(score_segments(model, input_ids, segment_length, "off")).ppl,
     }
 
 

@@ -22,9 +22,8 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from infini_retrofit.carrier import Read
 from infini_retrofit.cross_entropy import token_nlls
-from infini_retrofit.segments import run_folded, run_in_layer
+from infini_retrofit.segments import Read, run_folded, run_in_layer
 
 # Windows that go through the model at once; memory, not speed, bounds it.
 WINDOWS_PER_BATCH = 8

@@ -10,7 +10,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from infini_retrofit.attention import InfiniAttention
 from infini_retrofit.infini_params import AttentionShape, InfiniParams
@@ -78,9 +78,8 @@ def infini_modules(model: PreTrainedModel) -> dict[int, InfiniAttention]:
     return found
 
 
-def attention_shape(model: PreTrainedModel) -> AttentionShape:
-    """Read the sizes of the base's attention from its config."""
-    config = model.config
+def attention_shape(config: PretrainedConfig) -> AttentionShape:
+    """Read the sizes of the base's attention."""
     head_dim = getattr(config, "head_dim", None)
     return AttentionShape(
         hidden_size=config.hidden_size,
@@ -115,7 +114,7 @@ def resolve_layers(layers: list[int] | str, num_layers: int) -> list[int]:
 def state_bytes(model: PreTrainedModel, params: InfiniParams) -> int:
     """Count the bytes that cross a segment border in all layers, for one document."""
     num_layers = len(resolve_layers(params.layers, len(decoder_layers(model))))
-    shape = attention_shape(model).of_heads(params.heads)
+    shape = attention_shape(model.config).of_heads(params.heads)
     num_features = params.count_features(shape.head_dim) if params.has_memory else 0
     return num_layers * shape.border_bytes(params.local_context, num_features)
 
@@ -132,7 +131,7 @@ def insert_infini(model: PreTrainedModel, params: InfiniParams, seed: int = 0) -
         ValueError: if a layer index is out of range.
     """
     family = FAMILIES[model.config.model_type]
-    shape = attention_shape(model)
+    shape = attention_shape(model.config)
     layers = decoder_layers(model)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -190,15 +189,15 @@ def without_memory(params: InfiniParams, local_context: int = 0) -> InfiniParams
 
 
 def carried_tokens(model: PreTrainedModel, params: InfiniParams) -> int:
-    """Count the tokens whose keys and values, of all layers, fit into a retrofit's bytes.
+    """Count the tokens whose keys and values, of all layers, take a retrofit's bytes or just more.
 
     At most a segment: what is carried comes from the segment before.
     """
     modules = attention_modules(model)
-    base_shape = attention_shape(model)
+    base_shape = attention_shape(model.config)
     shapes = [m.shape if isinstance(m, InfiniAttention) else base_shape for m in modules]
     token_bytes = sum(shape.carried_token_bytes() for shape in shapes)
-    return min(state_bytes(model, params) // token_bytes, params.segment_length)
+    return min(-(-state_bytes(model, params) // token_bytes), params.segment_length)
 
 
 def make_rival(model: PreTrainedModel, params: InfiniParams) -> None:

@@ -11,12 +11,17 @@ Axes:
     D  model width
 """
 
+from dataclasses import replace
+from typing import Literal
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from infini_retrofit.carrier import Carrier, Read
+from infini_retrofit.carrier import Carrier
+
+Read = Literal["own", "off", "swapped"]
 
 
 def fold(x: Int[Tensor, "B T"], segment_length: int) -> Int[Tensor, "BS L"]:
@@ -43,18 +48,26 @@ def run_folded(
 ) -> Float[Tensor, "B T D"]:
     """Return the last hidden states of documents of which each layer sees one segment.
 
+    Swapped, each document reads the memory of the document before it in the batch, as that one
+    wrote it for itself: nothing of its own comes back to it. This takes two passes.
+
     Args:
         model: a base or retrofitted model.
         input_ids: documents of equal length.
         segment_length: tokens.
-        read: whose memory a document reads.
+        read: whose memory a document reads: its `own`, none (`off`), or another's (`swapped`).
         carrier: what the layers start with, and where they leave what they end with; its
-            `num_segments` and `read` are set here.
+            `num_segments`, `read` and `strangers` are set here.
         first_position: tokens of the documents that came before these.
     """
     num_documents, num_tokens = input_ids.shape
     carrier = Carrier() if carrier is None else carrier
-    carrier.num_segments, carrier.read = num_tokens // segment_length, read
+    carrier.num_segments = num_tokens // segment_length
+    carrier.read = "off" if read == "off" else "own"
+    if read == "swapped":
+        own = replace(carrier, found={}, after={})
+        run_folded(model, input_ids, segment_length, "own", own, first_position)
+        carrier.strangers = {i: state.roll_batch() for i, state in own.found.items()}
     # Positions count through the document: scores see differences only, and keys carried into
     # the next segment are then already in their place.
     positions = torch.arange(num_tokens, device=input_ids.device) + first_position
@@ -72,7 +85,7 @@ def run_in_layer(
     model: PreTrainedModel,
     input_ids: Int[Tensor, "B T"],
     segment_length: int | None = None,
-    read: Read = "own",
+    read: Literal["own", "off"] = "own",
 ) -> Float[Tensor, "B T D"]:
     """Return the last hidden states of rows that the base's layers see whole.
 
@@ -80,7 +93,7 @@ def run_in_layer(
         model: a base or retrofitted model.
         input_ids: rows of equal length, each with a memory of its own that starts empty.
         segment_length: tokens after which an Infini layer updates its memory; None: its own.
-        read: whose memory a row reads.
+        read: the memory that a row wrote, or none.
     """
     carrier = Carrier(segment_length=segment_length, read=read)
     return model.base_model(input_ids=input_ids, use_cache=False, carrier=carrier).last_hidden_state

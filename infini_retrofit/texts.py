@@ -10,6 +10,7 @@ Axes:
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import torch
 from jaxtyping import Int
 from torch import Tensor
@@ -27,6 +28,11 @@ def read_documents(path: Path, max_documents: int) -> Int[Tensor, "B T"]:
     """Return the first documents, all of one length."""
     rows = read_token_rows(path)[:max_documents]
     return torch.from_numpy(np.stack(rows).astype(np.int64))
+
+
+def read_titles(path: Path, max_documents: int) -> list[str]:
+    """Return the title of the article that each of the first documents is cut from."""
+    return pq.read_table(path, columns=["title"])["title"].to_pylist()[:max_documents]
 
 
 def read_samples(path: Path, tokens_per_sample: int, max_samples: int) -> Int[Tensor, "B T"]:

@@ -22,7 +22,7 @@ from infini_retrofit.perplexity import score_unigram
 from infini_retrofit.pipeline import run_stage, unchanged
 from infini_retrofit.report import write_metrics, write_rows
 from infini_retrofit.runtime import start_run
-from infini_retrofit.texts import read_documents, read_stream
+from infini_retrofit.texts import read_documents, read_stream, read_titles
 
 BASE = Path("models/base")
 TRAIN_TEXT, TEST_TEXT = Path("data/wikitext/train.parquet"), Path("data/wikitext/test.parquet")
@@ -38,6 +38,7 @@ def main() -> None:
     text = TestText(
         read_stream(TEST_TEXT, params.sliding_tokens),
         read_documents(TEST_DOCUMENTS, params.documents),
+        read_titles(TEST_DOCUMENTS, params.documents),
     )
     device, dtype = start_run()
     model = load_base(BASE, dtype).to(device)

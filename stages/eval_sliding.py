@@ -20,8 +20,8 @@ from infini_retrofit.evaluation import (
     evaluate,
     gains,
     gap_recovered,
+    gap_test_nats,
     rows_of_documents,
-    rows_of_metrics,
     rows_of_positions,
 )
 from infini_retrofit.imports import first_party_files
@@ -30,7 +30,7 @@ from infini_retrofit.params import load_section
 from infini_retrofit.pipeline import run_stage, unchanged
 from infini_retrofit.report import verify_manifest, write_metrics, write_rows, write_text
 from infini_retrofit.runtime import start_run
-from infini_retrofit.texts import read_documents, read_stream
+from infini_retrofit.texts import read_documents, read_stream, read_titles
 
 BASE = Path("models/base")
 RETROFITS = {name: Path("models") / name for name in ("control", "distilled", "finetuned")}
@@ -41,8 +41,12 @@ BASE_POSITIONS = Path("plots/baseline_positions.tsv")
 METRICS, ROWS = Path("metrics/eval_sliding.json"), Path("plots/eval_sliding.tsv")
 DOCUMENTS, POSITIONS = Path("plots/eval_documents.tsv"), Path("plots/eval_positions.tsv")
 MEMORY_SHARE = Path("plots/memory_share.tsv")
-# Where a segment's cold start shows, and what full attention predicts at the same places.
-POSITION_PROTOCOLS = {"control": ("segment", "full"), "finetuned": ("segment",)}
+# Where a segment's cold start shows, what full attention predicts at the same places, and what a
+# memory has to beat there.
+POSITION_PROTOCOLS = {
+    "control": ("segment", "full", "segment_kv"),
+    "finetuned": ("segment", "segment_off", "segment_swapped", "segment_kv"),
+}
 HISTOGRAM_DOCUMENTS = 2  # of 30 layers, they hold 2 million pairs of a query and a head
 
 
@@ -52,6 +56,7 @@ def main() -> None:
     text = TestText(
         read_stream(TEST_TEXT, params.sliding_tokens),
         read_documents(TEST_DOCUMENTS, params.documents),
+        read_titles(TEST_DOCUMENTS, params.documents),
     )
     base = json.loads(read_baseline(BASELINE))
     documents, positions = (read_base_rows(path) for path in (BASE_DOCUMENTS, BASE_POSITIONS))
@@ -66,7 +71,7 @@ def main() -> None:
             if name == "finetuned":
                 readings = read_memory(model, text.documents[:HISTOGRAM_DOCUMENTS], length)
             found[name] = evaluate(model, infini, params, text)
-    metrics = {"base": base} | compare(found)
+    metrics = {"base": base} | compare(found, text.titles)
     write_metrics(METRICS, metrics)
     write_rows(ROWS, [r for name, m in metrics.items() for r in rows_of_metrics(name, m)])
     for name, evaluation in found.items():
@@ -78,13 +83,26 @@ def main() -> None:
     write_histogram(share_histogram(readings))
 
 
-def compare(found: dict[str, Evaluation]) -> dict[str, dict[str, float | int]]:
+def compare(found: dict[str, Evaluation], titles: list[str]) -> dict[str, dict[str, float | int]]:
     """Return each model's metrics, those of retrofitted models with what their memory gains."""
     metrics = {name: dict(evaluation.metrics) for name, evaluation in found.items()}
+    control = metrics["control"]
+    control["gap_test_nats"] = gap_test_nats(control)
     for name in ("distilled", "finetuned"):
-        metrics[name]["gap_recovered"] = gap_recovered(metrics[name], metrics["control"])
-        metrics[name] |= gains(found[name], found["control"])
+        if control["gap_test_nats"] > 0:
+            metrics[name]["gap_recovered"] = gap_recovered(metrics[name], control)
+        metrics[name] |= gains(found[name], found["control"], titles)
     return metrics
+
+
+def rows_of_metrics(name: str, metrics: dict[str, float | int]) -> list[dict[str, float | str]]:
+    """Turn one model's metrics into rows of a plot: model, protocol, ppl."""
+    suffix = "_test_ppl"
+    return [
+        {"model": name, "protocol": key.removesuffix(suffix), "ppl": value}
+        for key, value in metrics.items()
+        if key.endswith(suffix)
+    ]
 
 
 def write_histogram(rows: list[dict[str, int | float]]) -> None:

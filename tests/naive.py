@@ -99,7 +99,7 @@ class NaiveLayer:
 
     def feature(self, x: Tensor, head: int, of: str) -> Tensor:
         """Map one vector of a head of queries or of keys."""
-        weight = getattr(self.layer.feature_maps, f"{of}_weight")
+        weight = getattr(self.layer.feature_maps, f"{of}_weight", None)
         return naive_feature(x, self.params.feature_map, None if weight is None else weight[head])
 
     def written(self, heads: Heads, n: int) -> dict[int, list[Entry]]:

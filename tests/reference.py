@@ -9,12 +9,14 @@ Axes:
     P  rotated channel
 """
 
+from typing import Literal
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from infini_retrofit.carrier import Carried, Carrier, Read
+from infini_retrofit.carrier import Carried, Carrier
 from infini_retrofit.infini_params import InfiniParams
 from infini_retrofit.retrofit import FAMILIES, decoder_layers
 
@@ -115,7 +117,10 @@ def place_at(x: Tensor, position: int, tables: Tables | None) -> Tensor:
 
 
 def segment_loop(
-    model: PreTrainedModel, input_ids: Tensor, segment_length: int, read: Read = "own"
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    segment_length: int,
+    read: Literal["own", "off"] = "own",
 ) -> Tensor:
     """Run documents one segment after another, handing over what crosses the border."""
     outputs: list[Tensor] = []

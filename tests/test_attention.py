@@ -129,7 +129,10 @@ SWAPPED = [
 def test_swapped_reads_the_memory_of_the_document_before(over):
     over = FORMS[0] | over
     layer, x = make_layer(**over), draw_input(13, num_rows=3)
-    got = run(layer, x, Carrier(read="swapped"))
+    noted = Carrier(found={})
+    run(layer, x, noted)
+    strangers = {index: state.roll_batch() for index, state in noted.found.items()}
+    got = run(layer, x, Carrier(strangers=strangers))
     assert largest(got - loop(layer, x, over, memory_of=x[[2, 0, 1]])) < 1e-9
     assert largest(got - run(layer, x)) > 0.01
     assert largest((got - run(layer, x))[:, :SEGMENT]) == 0

@@ -117,3 +117,21 @@ def test_a_retrofit_that_is_not_there_says_what_makes_it(tmp_path):
     base_dir = tiny_base_folder(tmp_path / "base")
     with pytest.raises(FileNotFoundError, match=r"run `dvc repro distill` to make it"):
         load_retrofit(base_dir, tmp_path / "out", torch.float32, "dvc repro distill")
+
+
+@both_families
+@pytest.mark.parametrize("insertion", ["replace", "parallel"])
+def test_what_a_run_froze_and_rounded_comes_back_from_the_base_unrounded(
+    family, insertion, tmp_path
+):
+    base_dir = tiny_base_folder(tmp_path / "base", family)
+    model, params = load_base(base_dir, torch.float32), infini_params(insertion=insertion)
+    insert_infini(model, params)
+    exact = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    (gate,) = set_trainable(model, "memory", frozen_dtype=torch.bfloat16)["gate"][:1]
+    gate.data += 1
+    save_retrofit(model, params, base_dir, tmp_path / "out")
+    loaded, _ = load_retrofit(base_dir, tmp_path / "out", torch.float32)
+    moved = {n for n, x in loaded.state_dict().items() if not torch.equal(x, exact[n])}
+    assert [name.rpartition(".")[2] for name in moved] == ["gate_logit"]
+    assert len(load_file(tmp_path / "out" / WEIGHTS)) == 1

@@ -53,7 +53,8 @@ def test_how_the_memory_is_used_is_written_for_each_epoch_and_reported_of_the_be
         for epoch in (0, metrics["best_epoch"])
     ]
     start, best = numbers
-    assert {"memory_share_mean", "recalled_over_local", "ppl_memory_off"} <= set(best)
+    assert {"memory_share_mean", "recalled_over_local", "segment_off_val_ppl"} <= set(best)
+    assert best["segment_val_ppl"] == pytest.approx(metrics["val_ppl"], rel=1e-5)
     assert best == {name: metrics[name] for name in best}
     assert start["memory_share_mean"] == pytest.approx(INFINI.initial_memory_share, rel=1e-4)
     assert start != best

@@ -7,11 +7,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from infini_retrofit import diagnostics
+from infini_retrofit import diagnostics, perplexity
 from infini_retrofit.carrier import MemoryReading
 from infini_retrofit.diagnostics import memory_use, read_memory, share_histogram
 from infini_retrofit.perplexity import score_segments, total
 from infini_retrofit.retrofit import FAMILIES, infini_modules, insert_infini
+from infini_retrofit.segments import run_folded
 from tests.naive import naive_heads
 from tests.reference import (
     infini_params,
@@ -25,7 +26,7 @@ from tests.tiny import random_ids, tiny_model
 SEGMENT, DOCUMENT = 5, 15
 NAMES = {
     *("memory_share_mean", "memory_share_p05", "memory_share_p50", "memory_share_p95"),
-    *("recalled_over_local", "ppl_memory_off"),
+    *("recalled_over_local", "segment_val_ppl", "segment_off_val_ppl"),
 }
 both_families = pytest.mark.parametrize("family", sorted(FAMILIES))
 
@@ -65,12 +66,27 @@ def test_shares_are_pooled_over_layers_heads_and_queries():
 
 
 @both_families
-def test_the_perplexity_without_memory_is_that_of_the_protocol(family):
+def test_the_perplexities_are_those_of_the_protocols(family):
     model = retrofitted(family)
     ids = ids_for(model)
     off, own = (total(score_segments(model, ids, SEGMENT, read)) for read in ("off", "own"))
-    assert memory_use(model, ids, SEGMENT)["ppl_memory_off"] == off.ppl
+    used = memory_use(model, ids, SEGMENT)
+    assert used["segment_off_val_ppl"] == off.ppl
+    assert used["segment_val_ppl"] == pytest.approx(own.ppl, rel=1e-5)
     assert off.ppl != pytest.approx(own.ppl, rel=1e-3)
+
+
+def test_both_take_one_pass_each_over_every_document(monkeypatch):
+    model, lengths = retrofitted("llama"), []
+
+    def spy(model: PreTrainedModel, ids: Tensor, *others: object, **named: object) -> Tensor:
+        lengths.append(len(ids))
+        return run_folded(model, ids, *others, **named)
+
+    for module in (diagnostics, perplexity):
+        monkeypatch.setattr(module, "run_folded", spy)
+    memory_use(model, ids_for(model), SEGMENT)
+    assert sum(lengths) == 2 * 3
 
 
 @both_families

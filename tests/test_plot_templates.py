@@ -16,6 +16,7 @@ from infini_retrofit.diagnostics import share_histogram
 from infini_retrofit.evaluation import Evaluation, gains, rows_of_documents, rows_of_positions
 from infini_retrofit.history import memory_history
 from infini_retrofit.offline_plots import VEGA_LITE
+from stages.eval_sliding import POSITION_PROTOCOLS
 
 ROOT = Path(__file__).parent.parent
 TEMPLATES = ROOT / ".dvc" / "plots"
@@ -28,6 +29,7 @@ PLOTS = {
 }
 PROTOCOLS = ("full", "segment", "t2", "segment_off", "segment_swapped", "segment_kv")
 NUM_DOCUMENTS, SEGMENT, NUM_BINS = 3, 8, 20
+TITLES = ["a", "b", "a"]
 TRIED = {"documents", "positions", "memory_use", "memory_share"}
 OFF_THE_PAGE = 9.0  # nats, of the doubly shifted score
 
@@ -49,17 +51,19 @@ MODELS = {
 
 
 def position_rows(*names: str) -> list[Row]:
-    protocols = {"control": ("segment", "full")}
     return [
         row
         for name in names
-        for row in rows_of_positions(name, MODELS[name], SEGMENT, protocols.get(name, ("segment",)))
+        for row in rows_of_positions(
+            name, MODELS[name], SEGMENT, POSITION_PROTOCOLS.get(name, ("segment",))
+        )
     ]
 
 
 def memory_rows() -> list[Row]:
     shares = {"memory_share_mean": 0.11, "memory_share_p05": 0.01, "memory_share_p50": 0.1}
-    used = shares | {"memory_share_p95": 0.3, "recalled_over_local": 0.5, "ppl_memory_off": 42.0}
+    used = shares | {"memory_share_p95": 0.3, "recalled_over_local": 0.5}
+    used |= {"segment_val_ppl": 41.0, "segment_off_val_ppl": 42.0}
     logged = {f"eval_{name}": value for name, value in used.items()}
     return memory_history([{"epoch": e, "eval_val_loss": 1.0} | logged for e in (0, 1, 2)])
 
@@ -181,7 +185,9 @@ def test_the_gains_drawn_are_those_of_the_metrics():
     for mark in drawn:
         means[labels[mark["over"]]].append(number(mark["nats a token gained"]))
     for name in labels.values():
-        expected = [gains(e, MODELS["control"])[f"gain_over_{name}"] for e in MODELS.values()]
+        expected = [
+            gains(e, MODELS["control"], TITLES)[f"gain_over_{name}"] for e in MODELS.values()
+        ]
         assert means[name] == pytest.approx(expected, abs=6e-4)
 
 
@@ -192,18 +198,38 @@ def test_a_base_alone_is_measured_against_its_own_full_attention():
     assert not marks(svg, over="over the control")
 
 
-def test_positions_show_the_gain_over_the_control_where_there_is_one():
-    gained = "nats a token gained over the control"
-    assert gained in draw(filled("plots/eval_positions.tsv", "v1"))
+def test_positions_show_what_finetuned_gains_over_each_rival_where_it_is_one():
+    gained = "nats a token that finetuned gains over each rival"
+    svg = draw(filled("plots/eval_positions.tsv", "v1"))
+    assert gained in svg
     assert gained not in draw(filled("plots/baseline_positions.tsv", "v1"))
+    shown = [m for m in marks(svg) if "shown" in m]
+    drawn = {(m["model"], m["protocol"]): [] for m in shown}
+    for mark in shown:
+        drawn[mark["model"], mark["protocol"]].append(number(mark["shown"]))
+    nlls = {(r["model"], r["protocol"]): [] for r in ROWS["plots/eval_positions.tsv"]}
+    for row in ROWS["plots/eval_positions.tsv"]:
+        nlls[row["model"], row["protocol"]].append(row["nll"])
+    better_kv = min(
+        ("control", "finetuned"), key=lambda m: MODELS[m].of_documents("segment_kv").mean()
+    )
+    rivals = {("finetuned", "segment_off"), ("finetuned", "segment_swapped")}
+    rivals |= {("control", "segment"), (better_kv, "segment_kv")}
+    assert drawn.keys() == nlls.keys()
+    for line, values in nlls.items():
+        own = nlls["finetuned", "segment"]
+        gains_of_line = [v - o for v, o in zip(values, own, strict=True)] if line in rivals else []
+        gains_drawn = {value for value in drawn[line] if abs(value) < 2}
+        assert sorted(gains_drawn) == pytest.approx(sorted(gains_of_line), abs=6e-3), line
 
 
 def test_each_quantity_of_the_memory_s_use_has_its_own_scale():
     svg = draw(filled("plots/finetune_memory.tsv", "v1"))
     panels = ("share of the memory (a query and a head)", "norm of recalled / of local attention")
-    for panel in (*panels, "validation perplexity, memory off"):
-        assert f">{panel}</text>" in svg
-    assert {m["statistic"] for m in marks(svg)} == {"mean", "p05", "p50", "p95"}
+    for panel in (*panels, "validation perplexity"):
+        assert svg.count(f">{panel}</text>") == 1
+    statistics = {"mean", "p05", "p50", "p95", "segment", "segment_off"}
+    assert {m["statistic or protocol"] for m in marks(svg)} == statistics
 
 
 def test_the_heat_map_has_a_cell_for_every_bin_that_is_not_empty():

@@ -73,7 +73,7 @@ def test_the_equal_bytes_rival_carries_keys_and_values_in_every_layer(family, fo
     base, model = tiny_model(family).double(), tiny_model(family).double()
     params = infini_params(**RIVALS[form])
     num_carried = carried_tokens(model, params)
-    assert num_carried in {"one token": (1,), "a whole segment": (5,)}.get(form, (2, 3))
+    assert num_carried in {"one token": (1,), "a whole segment": (5,)}.get(form, (2, 3, 4))
     if inserted:
         insert_infini(model, params)
     make_rival(model, params)
@@ -157,9 +157,9 @@ SPENDING = [
 
 
 @pytest.mark.parametrize("over", SPENDING)
-def test_the_rival_spends_no_more_than_the_retrofit_and_one_token_more_would(over):
+def test_the_rival_spends_no_less_than_the_retrofit_and_one_token_less_would(over):
     model, params = tiny_model("llama"), infini_params(**over, segment_length=16)
     budget, num_carried = state_bytes(model, params), carried_tokens(model, params)
     make_rival(model, params)
     spent = sum(module.border_bytes for module in infini_modules(model).values())
-    assert spent <= budget < spent / num_carried * (num_carried + 1)
+    assert spent / num_carried * (num_carried - 1) < budget <= spent

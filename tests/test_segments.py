@@ -151,16 +151,43 @@ def test_one_infini_layer_alone_is_the_same_in_layer_and_folded(family):
 
 
 @both_families
-def test_swapped_memories_equal_a_loop_that_swaps(family):
-    model = retrofitted(family, torch.float64, layers=[0])
+def test_swapped_a_document_reads_what_another_wrote_for_itself(family):
+    model = retrofitted(family, torch.float64)
     ids = ids_for(model, num_rows=3)
     with torch.no_grad():
         got = run_folded(model, ids, SEGMENT, "swapped")
-        assert largest(got - segment_loop(model, ids, SEGMENT, "swapped")) < 1e-9
+        for row in range(3):
+            other = Carrier(found={})
+            run_folded(model, ids[[row - 1]], SEGMENT, carrier=other)
+            reader = Carrier(num_segments=3, strangers=other.found)
+            positions = torch.arange(DOCUMENT).view(3, SEGMENT)
+            want = model.base_model(
+                input_ids=ids[row].view(3, SEGMENT),
+                position_ids=positions,
+                use_cache=False,
+                carrier=reader,
+            ).last_hidden_state
+            assert largest(got[row] - want.flatten(0, 1)) < 1e-9
         assert largest(got - run_folded(model, ids, SEGMENT)) > 0.01
         same = ids[:1].expand(3, -1)
         own, swapped = run_folded(model, same, SEGMENT), run_folded(model, same, SEGMENT, "swapped")
         assert largest(own - swapped) < 1e-9
+
+
+@both_families
+def test_swapped_nothing_of_a_document_comes_back_to_its_later_segments(family):
+    model = retrofitted(family, torch.float64)
+    ids = ids_for(model, num_rows=2)
+    other = ids.clone()
+    other[0, :SEGMENT] = (other[0, :SEGMENT] + 1) % model.config.vocab_size
+    with torch.no_grad():
+        moved = [
+            largest((run_folded(model, x, SEGMENT, read)[0] - want[0])[SEGMENT:])
+            for read in ("own", "swapped")
+            for want, x in [(run_folded(model, ids, SEGMENT, read), other)]
+        ]
+    assert moved[0] > 0.01
+    assert moved[1] == 0
 
 
 def test_a_document_that_is_no_whole_number_of_segments_is_refused():

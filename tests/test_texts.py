@@ -5,8 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from infini_retrofit.corpus import TokenizedArticle, write_articles
-from infini_retrofit.texts import read_documents, read_samples, read_stream
+from infini_retrofit.corpus import Document, TokenizedArticle, write_articles, write_documents
+from infini_retrofit.texts import read_documents, read_samples, read_stream, read_titles
 
 LENGTHS = (7, 3, 12)
 
@@ -39,7 +39,12 @@ def test_samples_longer_than_every_article_are_refused(path):
         read_samples(path, 13, 9)
 
 
-def test_documents_are_the_first_rows(tmp_path):
+def test_documents_are_the_first_rows_and_each_has_its_article_s_title(tmp_path):
     rows = np.arange(12, dtype=np.int32).reshape(4, 3)
-    write_articles(tmp_path, "test", [TokenizedArticle(str(i), "", r) for i, r in enumerate(rows)])
-    assert read_documents(tmp_path / "test.parquet", 3).tolist() == rows[:3].tolist()
+    pieces = [("b", 0), ("a", 0), ("b", 1), ("c", 0)]
+    documents = [Document(*piece, row) for piece, row in zip(pieces, rows, strict=True)]
+    write_documents(tmp_path, "test", documents)
+    path = tmp_path / "test.parquet"
+    assert read_documents(path, 3).tolist() == rows[:3].tolist()
+    assert read_titles(path, 3) == ["b", "a", "b"]
+    assert read_titles(path, 9) == ["b", "a", "b", "c"]

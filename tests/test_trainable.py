@@ -31,6 +31,7 @@ FORMS = {
     },
     "window": {"local": "window_linear", "feature_map": "hedgehog", "memory": "off"},
     "nothing": {"memory": "off"},
+    "maps that nothing uses": {"memory": "off", "feature_map": "hedgehog"},
 }
 every_form = pytest.mark.parametrize("form", FORMS)
 GATES = ("gate_logit", "decay_logit")
@@ -90,7 +91,7 @@ def test_the_memory_of_a_form_is_all_that_its_base_has_no_counterpart_of(family,
     extra = [n for n, _ in layer.named_parameters() if "proj" not in n]
     assert sum(len(groups[n]) for n in ("gate", "alpha", "memory")) == 2 * len(extra)
     assert groups["infini"] == groups["rest"] == []
-    assert (len(extra) == 0) is (form == "nothing")
+    assert (len(extra) == 0) is (form in ("nothing", "maps that nothing uses"))
 
 
 def test_whole_layers_train_their_mlp_and_norms_as_infini():
