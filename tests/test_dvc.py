@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.tiny_checkout import keep_settings_apart
 from tests.tiny_project import ROOT, STAGES, contents
 
 CODE = ("infini_retrofit", "stages", ".dvc/plots", ".dvc/config", "dvc.yaml")
@@ -24,12 +25,7 @@ def repository(project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         (project / name).parent.mkdir(parents=True, exist_ok=True)
         copy(ROOT / name, project / name)
     monkeypatch.setenv("PATH", str(Path(sys.executable).parent), prepend=os.pathsep)
-    monkeypatch.setenv("GIT_CONFIG_GLOBAL", os.devnull)
-    for role in ("AUTHOR", "COMMITTER"):
-        monkeypatch.setenv(f"GIT_{role}_NAME", "a test")
-        monkeypatch.setenv(f"GIT_{role}_EMAIL", "test@example.org")
-    for kind in ("SITE_CACHE", "GLOBAL_CONFIG", "SYSTEM_CONFIG"):
-        monkeypatch.setenv(f"DVC_{kind}_DIR", str(tmp_path / kind))
+    keep_settings_apart(tmp_path, monkeypatch)
     run("git", "init", "--quiet")
     run("dvc", "commit", "--force")
     run("git", "add", "--all")

@@ -83,7 +83,8 @@ def test_values_that_no_base_could_make_sense_of_are_refused_by_name(over, messa
     ],
 )
 def test_values_at_the_edge_of_what_makes_sense_are_taken(over):
-    infini_params(**over)
+    params = infini_params(**over)
+    assert {name: getattr(params, name) for name in over} == over
 
 
 def test_there_is_a_memory_where_it_is_on_and_there_is_a_layer_to_have_it():

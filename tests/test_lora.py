@@ -11,7 +11,14 @@ from infini_retrofit.retrofit import attention_modules, infini_modules, insert_i
 from infini_retrofit.segments import run_folded
 from tests.reference import infini_params, largest
 from tests.tiny import FAMILIES, Family, random_ids, tiny_base_folder, tiny_model
-from tests.tiny_training import INFINI, SEGMENT, TOKENS, finetuning, run
+from tests.tiny_training import (
+    INFINI,
+    SEGMENT,
+    TOKENS,
+    die_in_the_third_validation,
+    finetuning,
+    run,
+)
 
 LORA = LoraParams(rank=2, alpha=6.0)
 PROJECTIONS = {
@@ -144,15 +151,7 @@ def test_a_killed_run_with_adapters_resumes_to_the_same_weights(tmp_path, monkey
     assert metrics["num_trainable_parameters"] < 1500
 
     killed = finetuning(trainable="lora")
-    validate, calls = killed.validate, []
-
-    def die_in_the_third_validation(val: torch.Tensor) -> dict[str, float]:
-        calls.append(1)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return validate(val)
-
-    monkeypatch.setattr(killed, "validate", die_in_the_third_validation)
+    die_in_the_third_validation(killed, monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         run(killed, tmp_path / "killed", epochs=2)
     (checkpoint,) = (tmp_path / "killed" / "run").glob("checkpoint-*")

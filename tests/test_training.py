@@ -12,7 +12,14 @@ from infini_retrofit.schedule import FullLrScale, rate_factor
 from infini_retrofit.training import ALPHA_TRAVEL, GATE_TRAVEL
 from tests.reference import largest
 from tests.tiny import FAMILIES, random_ids, tiny_llama
-from tests.tiny_training import INFINI, SEGMENT, finetune_params, finetuning, run
+from tests.tiny_training import (
+    INFINI,
+    SEGMENT,
+    die_in_the_third_validation,
+    finetune_params,
+    finetuning,
+    run,
+)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -99,15 +106,7 @@ def test_a_killed_run_resumes_to_the_same_weights_and_history(tmp_path, monkeypa
     metrics = run(whole, tmp_path / "whole")
 
     killed = finetuning()
-    validate, calls = killed.validate, []
-
-    def die_in_the_third_validation(val: torch.Tensor) -> dict[str, float]:
-        calls.append(1)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return validate(val)
-
-    monkeypatch.setattr(killed, "validate", die_in_the_third_validation)
+    die_in_the_third_validation(killed, monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         run(killed, tmp_path / "killed")
     resumed = finetuning()

@@ -11,11 +11,11 @@ from recipes import overlays
 from tests.tiny_project import ROOT
 
 
-def make_checkout(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make the working folder a git repository that holds the project's params.yaml.
+def keep_settings_apart(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Give git an author and let neither git nor DVC see settings of this machine.
 
     Args:
-        folder: an empty one; settings of git and DVC that are not the test's stay outside.
+        folder: where DVC may keep settings of its own.
         monkeypatch: undoes it all.
     """
     monkeypatch.setenv("GIT_CONFIG_GLOBAL", os.devnull)
@@ -24,6 +24,16 @@ def make_checkout(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv(f"GIT_{role}_EMAIL", "test@example.org")
     for kind in ("SITE_CACHE", "GLOBAL_CONFIG", "SYSTEM_CONFIG"):
         monkeypatch.setenv(f"DVC_{kind}_DIR", str(folder / kind))
+
+
+def make_checkout(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make the working folder a git repository that holds the project's params.yaml.
+
+    Args:
+        folder: an empty one; settings of git and DVC that are not the test's stay outside.
+        monkeypatch: undoes it all.
+    """
+    keep_settings_apart(folder, monkeypatch)
     (folder / "checkout").mkdir()
     monkeypatch.chdir(folder / "checkout")
     shutil.copyfile(ROOT / "params.yaml", "params.yaml")

@@ -3,6 +3,7 @@
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
 import torch
 
 from infini_retrofit.distillation import DistillParams
@@ -84,3 +85,16 @@ def run(trainee: Finetuning, folder: Path, **over: object) -> dict:
         folder / "history.tsv",
         folder / "memory.tsv",
     )
+
+
+def die_in_the_third_validation(trainee: Finetuning, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a run end as if it had been killed, its first epoch saved."""
+    validate, calls = trainee.validate, []
+
+    def count_and_die(val: torch.Tensor) -> dict[str, float]:
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return validate(val)
+
+    monkeypatch.setattr(trainee, "validate", count_and_die)
