@@ -160,8 +160,8 @@ class InfiniAttention(nn.Module):
         if self.local == "window_linear":
             sums.append(self._older(query_feature, key_feature, value))
         if reads:
-            states = self.memory.states(key, key_feature, value, cut.is_token, before.memory)
-            found, memory = states
+            write = self.memory.recent_states if carrier.read == "recent" else self.memory.states
+            found, memory = write(key, key_feature, value, cut.is_token, before.memory)
             if carrier.found is not None:
                 carrier.found[self.layer_index] = found
             found = carrier.strangers.get(self.layer_index, found)

@@ -24,6 +24,9 @@ from torch import Tensor
 from infini_retrofit.local_context import LocalContext
 from infini_retrofit.memory import MemoryState
 
+# Which memory a segment reads: of all segments before it, of the one just before it, or none.
+Read = Literal["own", "recent", "off"]
+
 
 @dataclass(frozen=True)
 class Carried:
@@ -61,7 +64,8 @@ class Carrier:
         num_segments: rows of the batch that make up one document (folded); None: every row
             is a document, which the layer cuts itself (in-layer).
         segment_length: tokens of a segment when cut in-layer; None: the layer's own.
-        read: the memory that a document wrote, or none (`off`).
+        read: what a document's segments wrote (`own`), of that only what the segment just before
+            wrote (`recent`), or nothing (`off`).
         is_token: False where a row holds padding; None: no padding. In-layer a row may be
             padded on either side; folded, a document may be padded at its end only.
         before: what each layer starts with, by layer index; a layer not named starts empty.
@@ -75,7 +79,7 @@ class Carrier:
 
     num_segments: int | None = None
     segment_length: int | None = None
-    read: Literal["own", "off"] = "own"
+    read: Read = "own"
     is_token: Bool[Tensor, "R T"] | None = None
     before: dict[int, Carried] = field(default_factory=dict)
     after: dict[int, Carried] = field(default_factory=dict)

@@ -143,6 +143,28 @@ class CompressiveMemory(nn.Module):
                 retention = torch.exp(-self._rate(feature.dtype) * num_tokens[..., None, None])
             return scan_states(write, self.rule, before, retention, self.bptt_segments)
 
+    def recent_states(
+        self,
+        key: Float[Tensor, "B S N L K"],
+        feature: Float[Tensor, "B S N L F"],
+        value: Float[Tensor, "B S N L V"],
+        is_token: Bool[Tensor, "B S L"] | None,
+        before: MemoryState | None,
+    ) -> tuple[MemoryState, MemoryState]:
+        """Do what `states` does, every segment but the first finding what the last one wrote.
+
+        How much of a memory's gain is older than a segment can be told from that.
+        """
+        alone = [x.flatten(0, 1)[:, None] for x in (key, feature, value)]
+        mask = None if is_token is None else is_token.flatten(0, 1)[:, None]
+        first, _ = self.states(key[:, :1], feature[:, :1], value[:, :1], None, before)
+        _, after = self.states(*alone, mask, None)
+        found = []
+        for name in ("matrix", "normalizer"):
+            written = getattr(after, name).unflatten(0, key.shape[:2])
+            found.append(torch.cat([getattr(first, name), written], dim=1))
+        return MemoryState(*(x[:, :-1] for x in found)), MemoryState(*(x[:, -1] for x in found))
+
     def read(
         self,
         query: Float[Tensor, "B S H L K"],

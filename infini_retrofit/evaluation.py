@@ -24,6 +24,7 @@ from infini_retrofit.perplexity import (
     Run,
     Score,
     full_runs,
+    memory_runs,
     next_token_nlls,
     score_positions,
     score_sliding,
@@ -39,6 +40,9 @@ from infini_retrofit.retrofit import (
     state_bytes,
 )
 
+# What becomes of a segment when its memory is another: none, what the segment before wrote, or
+# another document's.
+MEMORY_PROTOCOLS = ("off", "recent", "swapped")
 # Fewer articles give too narrow a bootstrap interval: of 10 a nominal 95% interval holds the truth
 # about 90% of the time, of 5 about 84%, of 2 half of the time.
 MIN_ARTICLES_FOR_INTERVAL = 10
@@ -133,18 +137,20 @@ def _document_nlls(
     def scored(runs: Iterable[Run]) -> Tensor:
         return torch.stack([next_token_nlls(model, *run).cpu() for run in runs])
 
-    nlls = {"full": scored(full_runs(model, documents))}
-    pairs = [
-        (next_token_nlls(model, *run).cpu(), t2_nlls(model, *run, length).cpu())
-        for run in segment_runs(model, documents, length)
-    ]
-    nlls["segment"], nlls["t2"] = (torch.stack(rows) for rows in zip(*pairs, strict=True))
-    # Where nothing crosses a border there is nothing to switch off, to swap or to spend.
-    same = {f"segment_{name}": nlls["segment"] for name in ("off", "swapped", "kv")}
-    nlls |= same
-    if any(m.memory is not None for m in infini_modules(model).values()):
-        for read in ("off", "swapped"):
-            nlls[f"segment_{read}"] = scored(segment_runs(model, documents, length, read))
+    has_memory = any(m.memory is not None for m in infini_modules(model).values())
+    reads = ("own", *MEMORY_PROTOCOLS) if has_memory else ("own",)
+    rows: dict[str, list[Tensor]] = {"t2": [], **{read: [] for read in reads}}
+    for runs in memory_runs(model, documents, length, reads):
+        rows["t2"].append(t2_nlls(model, *runs["own"], length).cpu())
+        for read, run in runs.items():
+            rows[read].append(next_token_nlls(model, *run).cpu())
+    found = {name: torch.stack(row) for name, row in rows.items()}
+    nlls = {"full": scored(full_runs(model, documents)), "t2": found["t2"]}
+    nlls["segment"] = found["own"]
+    # Where nothing crosses a border there is nothing to switch off, to cut, to swap or to spend.
+    for name in MEMORY_PROTOCOLS:
+        nlls[f"segment_{name}"] = found.get(name, found["own"])
+    nlls["segment_kv"] = found["own"]
     if state_bytes(model, infini):
         make_rival(model, infini)
         nlls["segment_kv"] = scored(segment_runs(model, documents, length))
@@ -167,8 +173,7 @@ def gains(model: Evaluation, control: Evaluation, titles: Sequence[str]) -> dict
     """
     rivals = [evaluation.of_documents("segment_kv") for evaluation in (model, control)]
     others = {
-        "off": model.of_documents("segment_off"),
-        "swapped": model.of_documents("segment_swapped"),
+        **{name: model.of_documents(f"segment_{name}") for name in MEMORY_PROTOCOLS},
         "control": control.of_documents("segment"),
         "kv": min(rivals, key=np.mean),
     }
@@ -217,10 +222,22 @@ def check_fit(model: PreTrainedModel, infini: InfiniParams, text: TestText) -> N
         )
 
 
-def rows_of_documents(name: str, evaluation: Evaluation) -> list[dict[str, float | str]]:
-    """Turn one model's scores of documents into rows: model, protocol, document, nll."""
+def rows_of_documents(
+    name: str, evaluation: Evaluation, titles: Sequence[str]
+) -> list[dict[str, float | str]]:
+    """Turn one model's scores of documents into rows: model, protocol, document, article, nll.
+
+    An article is named by its number in the order of its first document.
+    """
+    articles = list(dict.fromkeys(titles))
     return [
-        {"model": name, "protocol": protocol, "document": document, "nll": float(nll)}
+        {
+            "model": name,
+            "protocol": protocol,
+            "document": document,
+            "article": articles.index(titles[document]),
+            "nll": float(nll),
+        }
         for protocol in evaluation.nlls
         for document, nll in enumerate(evaluation.of_documents(protocol))
     ]

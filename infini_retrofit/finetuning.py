@@ -9,7 +9,7 @@ Axes:
     L  token of a piece
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Literal
 
 import torch
@@ -55,6 +55,23 @@ class FinetuneParams(Schedule):
         self.require_scales(self.lr_scale)
         if not 0 <= self.kl_weight <= 1:
             raise ValueError(f"finetune.kl_weight must be in 0..1, got {self.kl_weight}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ControlParams:
+    """Section `finetune_control` of params.yaml: where the control trains differently."""
+
+    trainable: Trainable | Literal["same"]  # same: as `finetune` says
+    lr: float | Literal["same"]
+
+    def __post_init__(self) -> None:
+        """Refuse a learning rate that would not train."""
+        if self.lr != "same" and self.lr <= 0:
+            raise ValueError(f"finetune_control.lr must be same or above 0, got {self.lr}")
+
+    def applied_to(self, params: FinetuneParams) -> FinetuneParams:
+        """Return section `finetune` as it holds for the control."""
+        return replace(params, **{k: v for k, v in asdict(self).items() if v != "same"})
 
 
 class Finetuning(Trainee):
@@ -129,7 +146,7 @@ class Finetuning(Trainee):
             self.adapters.merge()
 
 
-def check_trainable(trainable: Trainable, infini: InfiniParams) -> None:
+def check_trainable(trainable: str, infini: InfiniParams, section: str = "finetune") -> None:
     """Refuse to train Infini layers where there are none.
 
     Raises:
@@ -137,7 +154,7 @@ def check_trainable(trainable: Trainable, infini: InfiniParams) -> None:
     """
     if infini.layers == [] and trainable in ("memory", "infini"):
         raise ValueError(
-            "finetune.trainable must be one of all, attention, lora when infini.layers is [], "
+            f"{section}.trainable must be one of all, attention, lora when infini.layers is [], "
             f"where no Infini layer could train, got {trainable}"
         )
 

@@ -15,6 +15,7 @@ Axes:
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -22,8 +23,9 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from infini_retrofit.carrier import Carrier, Read
 from infini_retrofit.cross_entropy import token_nlls
-from infini_retrofit.segments import Read, run_folded, run_in_layer
+from infini_retrofit.segments import run_folded, run_in_layer, run_swapped
 
 # Windows that go through the model at once; memory, not speed, bounds it.
 WINDOWS_PER_BATCH = 8
@@ -31,6 +33,8 @@ DOCUMENTS_PER_BATCH = 2
 
 # A document's or row's ids, (T), and its last hidden states, (T D).
 Run = tuple[Tensor, Tensor]
+# Whose memory a document reads: as a `Carrier` says, or another document's.
+Whose = Literal[Read, "swapped"]
 
 
 @dataclass(frozen=True)
@@ -116,20 +120,52 @@ def segment_runs(
     model: PreTrainedModel,
     documents: Int[Tensor, "B T"],
     segment_length: int,
-    read: Read = "own",
+    read: Whose = "own",
 ) -> Iterator[Run]:
     """Run documents of which every layer sees one segment at a time (folded).
 
     Raises:
         ValueError: if memories are to be swapped and there is only one document.
     """
-    if read == "swapped" and len(documents) < 2:
+    for runs in memory_runs(model, documents, segment_length, (read,)):
+        yield runs[read]
+
+
+def memory_runs(
+    model: PreTrainedModel,
+    documents: Int[Tensor, "B T"],
+    segment_length: int,
+    reads: Sequence[Whose],
+) -> Iterator[dict[Whose, Run]]:
+    """Run documents as `segment_runs` does, once for each memory that they are to read.
+
+    Raises:
+        ValueError: if memories are to be swapped and there is only one document.
+    """
+    if "swapped" in reads and len(documents) < 2:
         raise ValueError("swapped memories need at least 2 documents, got 1")
-    for batch in tqdm(_document_batches(documents), desc=f"segments, memory {read}", leave=False):
+    name = f"segments, memory {', '.join(reads)}"
+    for batch in tqdm(_document_batches(documents), desc=name, leave=False):
         ids = batch.to(model.device)
         with torch.inference_mode():
-            hidden_states = run_folded(model, ids, segment_length, read)
-        yield from zip(ids, hidden_states, strict=True)
+            hidden_states = _hidden_states(model, ids, segment_length, reads)
+        for row, document in enumerate(ids):
+            yield {read: (document, hidden_states[read][row]) for read in reads}
+
+
+def _hidden_states(
+    model: PreTrainedModel, ids: Int[Tensor, "B T"], segment_length: int, reads: Sequence[Whose]
+) -> dict[Whose, Float[Tensor, "B T D"]]:
+    """Run one batch; what is swapped is found in the run of `own`, whether asked for or not."""
+    found, carrier = {}, Carrier(found={} if "swapped" in reads else None)
+    if "own" in reads or "swapped" in reads:
+        found["own"] = run_folded(model, ids, segment_length, carrier=carrier)
+    for read in reads:
+        if read == "swapped":
+            found[read] = run_swapped(model, ids, segment_length, carrier.found)
+        elif read != "own":
+            found[read] = run_folded(model, ids, segment_length, read)
+    return found
 
 
 def full_runs(model: PreTrainedModel, documents: Int[Tensor, "B T"]) -> Iterator[Run]:
@@ -170,7 +206,7 @@ def score_segments(
     model: PreTrainedModel,
     documents: Int[Tensor, "B T"],
     segment_length: int,
-    read: Read = "own",
+    read: Whose = "own",
 ) -> list[Score]:
     """Score documents of which every layer sees one segment at a time; see `segment_runs`."""
     runs = segment_runs(model, documents, segment_length, read)

@@ -11,17 +11,15 @@ Axes:
     D  model width
 """
 
-from dataclasses import replace
-from typing import Literal
+from collections.abc import Mapping
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from infini_retrofit.carrier import Carrier
-
-Read = Literal["own", "off", "swapped"]
+from infini_retrofit.carrier import Carrier, Read
+from infini_retrofit.memory import MemoryState
 
 
 def fold(x: Int[Tensor, "B T"], segment_length: int) -> Int[Tensor, "BS L"]:
@@ -48,26 +46,18 @@ def run_folded(
 ) -> Float[Tensor, "B T D"]:
     """Return the last hidden states of documents of which each layer sees one segment.
 
-    Swapped, each document reads the memory of the document before it in the batch, as that one
-    wrote it for itself: nothing of its own comes back to it. This takes two passes.
-
     Args:
         model: a base or retrofitted model.
         input_ids: documents of equal length.
         segment_length: tokens.
-        read: whose memory a document reads: its `own`, none (`off`), or another's (`swapped`).
+        read: the memory that is read, see `Carrier`.
         carrier: what the layers start with, and where they leave what they end with; its
-            `num_segments`, `read` and `strangers` are set here.
+            `num_segments` and `read` are set here.
         first_position: tokens of the documents that came before these.
     """
     num_documents, num_tokens = input_ids.shape
     carrier = Carrier() if carrier is None else carrier
-    carrier.num_segments = num_tokens // segment_length
-    carrier.read = "off" if read == "off" else "own"
-    if read == "swapped":
-        own = replace(carrier, found={}, after={})
-        run_folded(model, input_ids, segment_length, "own", own, first_position)
-        carrier.strangers = {i: state.roll_batch() for i, state in own.found.items()}
+    carrier.num_segments, carrier.read = num_tokens // segment_length, read
     # Positions count through the document: scores see differences only, and keys carried into
     # the next segment are then already in their place.
     positions = torch.arange(num_tokens, device=input_ids.device) + first_position
@@ -81,11 +71,31 @@ def run_folded(
     return hidden_states.reshape(num_documents, num_tokens, -1)
 
 
+def run_swapped(
+    model: PreTrainedModel,
+    input_ids: Int[Tensor, "B T"],
+    segment_length: int,
+    found: Mapping[int, MemoryState],
+) -> Float[Tensor, "B T D"]:
+    """Do what `run_folded` does, each document reading the memory of the one before it.
+
+    That memory is what the other document wrote for itself: nothing of its own comes back.
+
+    Args:
+        model: a retrofitted model.
+        input_ids: at least two documents of equal length.
+        segment_length: tokens.
+        found: what `run_folded` noted in `Carrier.found` for the same documents.
+    """
+    strangers = {layer: state.roll_batch() for layer, state in found.items()}
+    return run_folded(model, input_ids, segment_length, carrier=Carrier(strangers=strangers))
+
+
 def run_in_layer(
     model: PreTrainedModel,
     input_ids: Int[Tensor, "B T"],
     segment_length: int | None = None,
-    read: Literal["own", "off"] = "own",
+    read: Read = "own",
 ) -> Float[Tensor, "B T D"]:
     """Return the last hidden states of rows that the base's layers see whole.
 
@@ -93,7 +103,7 @@ def run_in_layer(
         model: a base or retrofitted model.
         input_ids: rows of equal length, each with a memory of its own that starts empty.
         segment_length: tokens after which an Infini layer updates its memory; None: its own.
-        read: the memory that a row wrote, or none.
+        read: the memory that is read, see `Carrier`.
     """
     carrier = Carrier(segment_length=segment_length, read=read)
     return model.base_model(input_ids=input_ids, use_cache=False, carrier=carrier).last_hidden_state

@@ -48,7 +48,7 @@ def main() -> None:
     with unchanged("baseline_eval", sections, first_party_files(Path(__file__))):
         base = evaluate(model, infini, params, text)
     write_metrics(METRICS, base.metrics | {"unigram_test_ppl": unigram.ppl})
-    write_rows(DOCUMENTS, rows_of_documents("base", base))
+    write_rows(DOCUMENTS, rows_of_documents("base", base, text.titles))
     write_rows(POSITIONS, rows_of_positions("base", base, infini.segment_length))
 
 

@@ -13,7 +13,7 @@ from infini_retrofit.checkpoints import check_layers
 from infini_retrofit.corpus import CORPORA, LongdocsParams
 from infini_retrofit.distillation import DistillParams
 from infini_retrofit.evaluation import EvalParams
-from infini_retrofit.finetuning import FinetuneParams, check_trainable
+from infini_retrofit.finetuning import ControlParams, FinetuneParams, check_trainable
 from infini_retrofit.infini_params import InfiniParams
 from infini_retrofit.params import load_choice, load_presets, load_section, read_params
 from infini_retrofit.pipeline import run_stage
@@ -30,6 +30,7 @@ class Sections(NamedTuple):
     infini: InfiniParams
     distill: DistillParams
     finetune: FinetuneParams
+    finetune_control: ControlParams
     eval: EvalParams
 
 
@@ -43,6 +44,7 @@ def main() -> None:
         infini=load_section(InfiniParams, "infini"),
         distill=load_section(DistillParams, "distill"),
         finetune=load_section(FinetuneParams, "finetune"),
+        finetune_control=load_section(ControlParams, "finetune_control"),
         eval=load_section(EvalParams, "eval"),
     )
     check_between(sections)
@@ -94,6 +96,7 @@ def check_between(sections: Sections) -> None:
             f"{segment_length} tokens), or nothing crosses a border, got {segment_length}"
         )
     check_trainable(sections.finetune.trainable, sections.infini)
+    check_trainable(sections.finetune_control.trainable, sections.infini, "finetune_control")
     check_objective(sections.infini, sections.distill)
 
 

@@ -45,7 +45,7 @@ MEMORY_SHARE = Path("plots/memory_share.tsv")
 # memory has to beat there.
 POSITION_PROTOCOLS = {
     "control": ("segment", "full", "segment_kv"),
-    "finetuned": ("segment", "segment_off", "segment_swapped", "segment_kv"),
+    "finetuned": ("segment", "segment_off", "segment_recent", "segment_swapped", "segment_kv"),
 }
 HISTOGRAM_DOCUMENTS = 2  # of 30 layers, they hold 2 million pairs of a query and a head
 
@@ -75,7 +75,7 @@ def main() -> None:
     write_metrics(METRICS, metrics)
     write_rows(ROWS, [r for name, m in metrics.items() for r in rows_of_metrics(name, m)])
     for name, evaluation in found.items():
-        documents += rows_of_documents(name, evaluation)
+        documents += rows_of_documents(name, evaluation, text.titles)
         protocols = POSITION_PROTOCOLS.get(name, ())
         positions += rows_of_positions(name, evaluation, length, protocols)
     write_rows(DOCUMENTS, documents)

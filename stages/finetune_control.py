@@ -1,6 +1,6 @@
 """Stage `finetune_control`: the base's own attention, fine-tuned alike, without a memory.
 
-Reads:  params.yaml (infini, finetune), models/base, data/longdocs
+Reads:  params.yaml (infini, finetune, finetune_control), models/base, data/longdocs
 Writes: models/control, metrics/finetune_control.json, plots/finetune_control.tsv
 """
 
@@ -10,7 +10,7 @@ import torch
 
 from infini_retrofit.base import load_base
 from infini_retrofit.checkpoints import check_layers, save_retrofit
-from infini_retrofit.finetuning import FinetuneParams, Finetuning, make_control
+from infini_retrofit.finetuning import ControlParams, FinetuneParams, Finetuning, make_control
 from infini_retrofit.imports import first_party_files
 from infini_retrofit.infini_params import InfiniParams
 from infini_retrofit.params import load_section
@@ -26,7 +26,10 @@ METRICS, HISTORY = Path("metrics/finetune_control.json"), Path("plots/finetune_c
 
 def main() -> None:
     """Run the stage."""
-    infini, params = load_section(InfiniParams, "infini"), load_section(FinetuneParams, "finetune")
+    infini = load_section(InfiniParams, "infini")
+    params = load_section(ControlParams, "finetune_control").applied_to(
+        load_section(FinetuneParams, "finetune")
+    )
     sections = {"infini": infini, "finetune": params}
     check_layers(infini, BASE)
     train_documents = read_documents(DOCUMENTS / "train.parquet", params.train_documents)

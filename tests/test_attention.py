@@ -138,6 +138,22 @@ def test_swapped_reads_the_memory_of_the_document_before(over):
     assert largest((got - run(layer, x))[:, :SEGMENT]) == 0
 
 
+@pytest.mark.parametrize("over", [*SWAPPED, {"local_context": 2}, {"update_rule": "delta"}])
+def test_recent_a_segment_finds_what_a_document_of_two_segments_would(over):
+    over = FORMS[0] | over
+    layer, x, carrier = make_layer(**over), draw_input(3 * SEGMENT), Carrier(read="recent")
+    own, recent = run(layer, x), run(layer, x, carrier)
+    assert largest((recent - own)[:, : 2 * SEGMENT]) < 1e-12
+    last = run(layer, x[:, SEGMENT:], first=SEGMENT)[:, SEGMENT:]
+    if not over.get("local_context"):
+        assert largest(recent[:, 2 * SEGMENT :] - last) < 1e-9
+    assert largest((recent - own)[:, 2 * SEGMENT :]) > 1e-3
+    cut, first = 2 * SEGMENT, Carrier(read="recent")
+    run(layer, x[:, :cut], first)
+    rest = run(layer, x[:, cut:], Carrier(read="recent", before=first.after), first=cut)
+    assert largest(rest - recent[:, cut:]) < 1e-9
+
+
 def test_memory_off_is_the_local_attention_alone():
     layer, without = make_layer(), make_layer(memory="off")
     missing = without.load_state_dict(layer.state_dict(), strict=False)

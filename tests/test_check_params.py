@@ -55,6 +55,16 @@ def test_the_project_s_own_parameters_pass_and_the_output_is_constant(earlier):
         ({"infini__memory": True}, r"infini\.memory must be one of on, off, got True"),
         ({"infini__local_context": 257}, r"infini\.local_context must be .* got 257"),
         ({"distill__lr": "fast"}, r"distill\.lr must be a finite number, got 'fast'"),
+        ({"finetune_control__lr": -1}, r"finetune_control\.lr must be same or above 0, got -1"),
+        (
+            {"finetune_control__trainable": "nothing"},
+            r"finetune_control\.trainable must be .*same.* got 'nothing'",
+        ),
+        (
+            {"infini__layers": [], "finetune__trainable": "all"}
+            | {"finetune_control__trainable": "infini"},
+            r"finetune_control\.trainable must be one of all, attention, lora .* got infini",
+        ),
         ({"distill__lr": -1}, r"distill\.lr must be greater than 0, got -1"),
         ({"distill__epochs": -1}, r"distill\.epochs must be at least 0, got -1"),
         ({"distill__epochs": None}, r"distill must .* missing \['epochs'\]"),

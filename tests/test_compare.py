@@ -6,14 +6,14 @@ import torch
 from infini_retrofit.evaluation import Evaluation
 from stages.eval_sliding import compare
 
-GAINS = {f"gain_over_{other}" for other in ("off", "swapped", "control", "kv")}
+GAINS = {f"gain_over_{other}" for other in ("off", "recent", "swapped", "control", "kv")}
 ENDS = {f"{gain}{end}" for gain in GAINS for end in ("_low", "_high")}
 
 
 def evaluated(full_nll: float) -> dict[str, Evaluation]:
     """Make scores of twelve documents; the control's segments cost 3 nats a token."""
     metrics = {"segment_test_nll": 3.0, "full_test_nll": full_nll}
-    protocols = ("segment", "segment_off", "segment_swapped", "segment_kv")
+    protocols = ("segment", "segment_off", "segment_recent", "segment_swapped", "segment_kv")
     nlls = dict.fromkeys(protocols, torch.full((12, 5), 3.0))
     return {name: Evaluation(metrics, nlls) for name in ("control", "distilled", "finetuned")}
 

@@ -1,6 +1,7 @@
 """Which score stands under which name, and what a memory gains over what."""
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from transformers import PreTrainedModel
 from infini_retrofit import evaluation, perplexity
 from infini_retrofit.bootstrap import paired_bootstrap
 from infini_retrofit.evaluation import (
+    MEMORY_PROTOCOLS,
     EvalParams,
     Evaluation,
     evaluate,
@@ -65,6 +67,7 @@ def test_every_name_stands_for_its_own_protocol(family, inserted):
         "segment": total(score_segments(model, text.documents, SEGMENT)),
         "t2": total(Score.of(t2_nlls(model, *run, SEGMENT)) for run in runs),
         "segment_off": total(score_segments(model, text.documents, SEGMENT, "off")),
+        "segment_recent": total(score_segments(model, text.documents, SEGMENT, "recent")),
         "segment_swapped": total(score_segments(model, text.documents, SEGMENT, "swapped")),
         "segment_kv": total(score_segments(rival, text.documents, SEGMENT)),
     }
@@ -78,7 +81,7 @@ def test_every_name_stands_for_its_own_protocol(family, inserted):
         "num_articles": 2,
     }
     different = {round(score.nll, 4) for score in want.values()}
-    assert len(different) == (len(want) if inserted else len(want) - 2)
+    assert len(different) == (len(want) if inserted else len(want) - 3)
 
 
 # Memory in float32, and two tokens' keys and values at two bytes a channel.
@@ -104,16 +107,19 @@ def test_documents_weighed_by_their_tokens_give_the_total_and_are_each_their_own
         assert mean == pytest.approx(found.metrics[f"{name}_test_nll"], rel=1e-12)
 
 
-@pytest.mark.parametrize(("inserted", "num_runs"), [(True, 4), (False, 2)])
+@pytest.mark.parametrize(("inserted", "num_runs"), [(True, 5), (False, 2)])
 def test_no_protocol_runs_twice(inserted, num_runs, monkeypatch):
     model, lengths = make_model("llama", inserted), []
-    run_folded = perplexity.run_folded
 
-    def spy(model: PreTrainedModel, ids: torch.Tensor, *others: object) -> torch.Tensor:
-        lengths.append(len(ids))
-        return run_folded(model, ids, *others)
+    def spied(run: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        def spy(model: PreTrainedModel, ids: torch.Tensor, *others: object, **named: object):
+            lengths.append(len(ids))
+            return run(model, ids, *others, **named)
 
-    monkeypatch.setattr(perplexity, "run_folded", spy)
+        return spy
+
+    for name in ("run_folded", "run_swapped"):
+        monkeypatch.setattr(perplexity, name, spied(getattr(perplexity, name)))
     text = text_for(model)
     evaluate(model, INFINI, EvalParams(**EVAL), text)
     assert sum(lengths) == num_runs * len(text.documents)
@@ -127,7 +133,7 @@ def test_a_form_that_carries_nothing_has_no_rival_and_nothing_to_gain(over, inse
         insert_infini(model, infini)
     found = evaluate(model, infini, EvalParams(**EVAL), text_for(model))
     assert found.metrics["state_bytes"] == 0
-    for name in ("segment_off", "segment_swapped", "segment_kv"):
+    for name in ("segment_off", "segment_recent", "segment_swapped", "segment_kv"):
         assert found.metrics[f"{name}_test_ppl"] == found.metrics["segment_test_ppl"]
         assert torch.equal(found.nlls[name], found.nlls["segment"])
     assert set(gains(found, found, TITLES).values()) == {0.0}
@@ -153,10 +159,12 @@ OWN = [2.0, 3.0, 4.0]
     ],
 )
 def test_a_gain_is_what_the_other_loses_more_document_by_document(own_kv, control_kv, better):
-    off, swapped, control = [2.3, 3.1, 4.0], [1.9, 3.6, 4.2], [2.5, 2.9, 4.4]
-    model = made_up(segment=OWN, segment_off=off, segment_swapped=swapped, segment_kv=own_kv)
+    control = [2.5, 2.9, 4.4]
+    others = {"off": [2.3, 3.1, 4.0], "recent": [2.1, 3.0, 4.3], "swapped": [1.9, 3.6, 4.2]}
+    cut = {f"segment_{name}": values for name, values in others.items()}
+    model = made_up(segment=OWN, segment_kv=own_kv, **cut)
     found = gains(model, made_up(segment=control, segment_kv=control_kv), TITLES)
-    others = {"off": off, "swapped": swapped, "control": control, "kv": better}
+    others |= {"control": control, "kv": better}
     assert found == {
         f"gain_over_{name}": pytest.approx(np.mean(other) - np.mean(OWN))
         for name, other in others.items()
@@ -171,7 +179,7 @@ def test_only_enough_articles_give_an_interval_and_they_are_what_is_resampled(
     gain = np.random.default_rng(0).normal(0.1, 0.3, size=12)
     titles = [f"article {i % num_articles}" for i in range(12)]
     own = dict.fromkeys(("segment", "segment_kv"), [3.0] * 12)
-    others = {f"segment_{name}": list(3 + gain) for name in ("off", "swapped")}
+    others = {f"segment_{name}": list(3 + gain) for name in MEMORY_PROTOCOLS}
     found = gains(made_up(**own, **others), made_up(**own), titles)
     want = paired_bootstrap(gain, titles)
     assert found["gain_over_off"] == pytest.approx(gain.mean())
@@ -188,8 +196,9 @@ def test_only_enough_articles_give_an_interval_and_they_are_what_is_resampled(
 def test_rows_hold_every_document_and_every_position_of_the_protocols_asked_for():
     model = make_model("llama", True)
     found = evaluate(model, INFINI, EvalParams(**EVAL), text_for(model))
-    documents = rows_of_documents("tuned", found)
+    documents = rows_of_documents("tuned", found, ["x", "y", "x"])
     assert [row["document"] for row in documents] == [0, 1, 2] * len(found.nlls)
+    assert [row["article"] for row in documents] == [0, 1, 0] * len(found.nlls)
     for protocol in found.nlls:
         rows = [row for row in documents if row["protocol"] == protocol]
         assert [row["nll"] for row in rows] == list(found.of_documents(protocol))

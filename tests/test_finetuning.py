@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from infini_retrofit.finetuning import Finetuning, check_trainable, make_control
+from infini_retrofit.finetuning import ControlParams, Finetuning, check_trainable, make_control
 from infini_retrofit.perplexity import score_segments, total
 from infini_retrofit.retrofit import insert_infini
 from infini_retrofit.segments import run_folded, run_in_layer
@@ -171,6 +171,15 @@ def test_the_control_is_the_base_confined_to_segments():
     groups = Finetuning(model, INFINI, finetune_params(), torch.float32).groups
     assert not groups["gate"]
     assert len(groups["infini"]) == 4
+
+
+def test_the_control_trains_as_the_retrofit_does_but_for_what_its_own_section_says():
+    params = finetune_params(trainable="memory", lr=1e-2)
+    assert ControlParams(trainable="same", lr="same").applied_to(params) == params
+    own = ControlParams(trainable="attention", lr=1e-4).applied_to(params)
+    assert own == finetune_params(trainable="attention", lr=1e-4) != params
+    with pytest.raises(ValueError, match=r"finetune_control\.lr must be same or above 0, got 0"):
+        ControlParams(trainable="same", lr=0.0)
 
 
 def test_the_control_trains_the_same_layers_as_a_retrofit_of_whole_layers():

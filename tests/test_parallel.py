@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from infini_retrofit import retrofit
-from infini_retrofit.carrier import Carrier
+from infini_retrofit.carrier import Carrier, Read
 from infini_retrofit.retrofit import (
     FAMILIES,
     attention_modules,
@@ -17,7 +17,7 @@ from infini_retrofit.retrofit import (
     infini_modules,
     insert_infini,
 )
-from infini_retrofit.segments import Read, run_folded, run_in_layer
+from infini_retrofit.segments import run_folded, run_in_layer
 from tests.reference import infini_params, largest
 from tests.tiny import random_ids, tiny_model
 

@@ -12,6 +12,7 @@ from infini_retrofit import perplexity
 from infini_retrofit.carrier import Carrier
 from infini_retrofit.perplexity import (
     Score,
+    Whose,
     score_full,
     score_rows,
     score_segments,
@@ -23,7 +24,7 @@ from infini_retrofit.perplexity import (
     total,
 )
 from infini_retrofit.retrofit import FAMILIES, insert_infini
-from infini_retrofit.segments import Read, run_in_layer
+from infini_retrofit.segments import run_in_layer
 from tests.reference import infini_params, segment_loop
 from tests.tiny import random_ids, tiny_llama, tiny_model
 
@@ -235,7 +236,7 @@ def test_a_base_that_knows_its_text_is_below_the_unigram_on_every_path_but_the_d
     base = rote_model()
     documents = torch.stack([(torch.arange(DOCUMENT) * 7 + i) % 23 for i in range(3)])
     unigram = score_unigram(documents.flatten(), documents.flatten(), 23).nll
-    reads: tuple[Read, ...] = ("own", "off", "swapped")
+    reads: tuple[Whose, ...] = ("own", "recent", "off", "swapped")
     scores = [total(score_segments(base, documents, SEGMENT, read)) for read in reads]
     scores += [total(score_full(base, documents)), total(score_rows(base, documents))]
     scores += [score_sliding(base, documents[0], 11, 4)]

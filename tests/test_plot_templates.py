@@ -13,7 +13,13 @@ from dvc_render.vega import VegaRenderer
 
 from infini_retrofit.carrier import MemoryReading
 from infini_retrofit.diagnostics import share_histogram
-from infini_retrofit.evaluation import Evaluation, gains, rows_of_documents, rows_of_positions
+from infini_retrofit.evaluation import (
+    MEMORY_PROTOCOLS,
+    Evaluation,
+    gains,
+    rows_of_documents,
+    rows_of_positions,
+)
 from infini_retrofit.history import memory_history
 from infini_retrofit.offline_plots import VEGA_LITE
 from stages.eval_sliding import POSITION_PROTOCOLS
@@ -27,7 +33,7 @@ PLOTS = {
     for entry in stage.get("plots", [])
     for path, options in entry.items()
 }
-PROTOCOLS = ("full", "segment", "t2", "segment_off", "segment_swapped", "segment_kv")
+PROTOCOLS = ("full", "segment", "t2", *(f"segment_{p}" for p in (*MEMORY_PROTOCOLS, "kv")))
 NUM_DOCUMENTS, SEGMENT, NUM_BINS = 3, 8, 20
 TITLES = ["a", "b", "a"]
 TRIED = {"documents", "positions", "memory_use", "memory_share"}
@@ -74,11 +80,13 @@ def share_rows() -> list[Row]:
 
 
 ROWS: dict[str, list[Row]] = {
-    "plots/baseline_documents.tsv": rows_of_documents("base", MODELS["base"]),
+    "plots/baseline_documents.tsv": rows_of_documents("base", MODELS["base"], TITLES),
     "plots/baseline_positions.tsv": position_rows("base"),
     "plots/distill_memory.tsv": memory_rows(),
     "plots/finetune_memory.tsv": memory_rows(),
-    "plots/eval_documents.tsv": [r for n, e in MODELS.items() for r in rows_of_documents(n, e)],
+    "plots/eval_documents.tsv": [
+        row for name, e in MODELS.items() for row in rows_of_documents(name, e, TITLES)
+    ],
     "plots/eval_positions.tsv": position_rows("base", "control", "finetuned"),
     "plots/memory_share.tsv": share_rows(),
 }
@@ -177,6 +185,7 @@ def test_the_gains_drawn_are_those_of_the_metrics():
     drawn = [m for m in marks(svg, rev="v1") if "over" in m and "revision" not in m]
     labels = {
         "over memory off": "off",
+        "over memory of one segment": "recent",
         "over memory swapped": "swapped",
         "over the control": "control",
         "over the same bytes of KV": "kv",
@@ -213,7 +222,7 @@ def test_positions_show_what_finetuned_gains_over_each_rival_where_it_is_one():
     better_kv = min(
         ("control", "finetuned"), key=lambda m: MODELS[m].of_documents("segment_kv").mean()
     )
-    rivals = {("finetuned", "segment_off"), ("finetuned", "segment_swapped")}
+    rivals = {("finetuned", f"segment_{name}") for name in MEMORY_PROTOCOLS}
     rivals |= {("control", "segment"), (better_kv, "segment_kv")}
     assert drawn.keys() == nlls.keys()
     for line, values in nlls.items():

@@ -14,7 +14,7 @@ from infini_retrofit.retrofit import (
     infini_modules,
     insert_infini,
 )
-from infini_retrofit.segments import fold, run_folded, run_in_layer
+from infini_retrofit.segments import fold, run_folded, run_in_layer, run_swapped
 from tests.reference import infini_params, largest, segment_loop
 from tests.tiny import random_ids, tiny_model
 
@@ -150,12 +150,22 @@ def test_one_infini_layer_alone_is_the_same_in_layer_and_folded(family):
     assert largest(got - want) < 1e-9
 
 
+def own(model: PreTrainedModel, ids: Tensor) -> Tensor:
+    return run_folded(model, ids, SEGMENT)
+
+
+def swapped(model: PreTrainedModel, ids: Tensor) -> Tensor:
+    carrier = Carrier(found={})
+    run_folded(model, ids, SEGMENT, carrier=carrier)
+    return run_swapped(model, ids, SEGMENT, carrier.found)
+
+
 @both_families
 def test_swapped_a_document_reads_what_another_wrote_for_itself(family):
     model = retrofitted(family, torch.float64)
     ids = ids_for(model, num_rows=3)
     with torch.no_grad():
-        got = run_folded(model, ids, SEGMENT, "swapped")
+        got = swapped(model, ids)
         for row in range(3):
             other = Carrier(found={})
             run_folded(model, ids[[row - 1]], SEGMENT, carrier=other)
@@ -170,8 +180,7 @@ def test_swapped_a_document_reads_what_another_wrote_for_itself(family):
             assert largest(got[row] - want.flatten(0, 1)) < 1e-9
         assert largest(got - run_folded(model, ids, SEGMENT)) > 0.01
         same = ids[:1].expand(3, -1)
-        own, swapped = run_folded(model, same, SEGMENT), run_folded(model, same, SEGMENT, "swapped")
-        assert largest(own - swapped) < 1e-9
+        assert largest(run_folded(model, same, SEGMENT) - swapped(model, same)) < 1e-9
 
 
 @both_families
@@ -182,9 +191,7 @@ def test_swapped_nothing_of_a_document_comes_back_to_its_later_segments(family):
     other[0, :SEGMENT] = (other[0, :SEGMENT] + 1) % model.config.vocab_size
     with torch.no_grad():
         moved = [
-            largest((run_folded(model, x, SEGMENT, read)[0] - want[0])[SEGMENT:])
-            for read in ("own", "swapped")
-            for want, x in [(run_folded(model, ids, SEGMENT, read), other)]
+            largest((run(model, other)[0] - run(model, ids)[0])[SEGMENT:]) for run in (own, swapped)
         ]
     assert moved[0] > 0.01
     assert moved[1] == 0

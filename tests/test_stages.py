@@ -32,12 +32,13 @@ PIPELINE = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
 TRAINED = {"distill": "distilled", "finetune": "finetuned", "finetune_control": "control"}
 MODELS = ("base", "control", "distilled", "finetuned")
 PROTOCOLS = {
-    *("sliding", "full", "segment", "segment_off", "segment_swapped", "segment_kv", "t2"),
+    *("sliding", "full", "segment", "segment_off", "segment_recent", "segment_swapped"),
+    *("segment_kv", "t2"),
 }
 RESULTS = {f"{name}_test_ppl" for name in PROTOCOLS} | {
     *("full_test_nll", "segment_test_nll", "state_bytes", "num_documents", "num_articles"),
 }
-GAINS = {f"gain_over_{other}" for other in ("off", "swapped", "control", "kv")}
+GAINS = {f"gain_over_{other}" for other in ("off", "recent", "swapped", "control", "kv")}
 both_projects = pytest.mark.parametrize("name", PROJECTS)
 
 
@@ -137,7 +138,7 @@ def test_memory_and_context_count_in_the_models_that_have_them(name, finished):
     assert num_bytes == [0, without, without + memory, without + memory]
     for model in MODELS:
         values = {metrics[model][f"{key}_test_ppl"] for key in PROTOCOLS if "segment" in key}
-        assert len(values) == (2 if model in ("base", "control") else 4), model
+        assert len(values) == (2 if model in ("base", "control") else 5), model
     assert len({metrics[model]["segment_test_nll"] for model in MODELS}) == len(MODELS)
 
 
@@ -167,7 +168,7 @@ def test_positions_are_of_each_model_s_own_protocols(name, finished):
         ("base", "segment"),
         *(("control", protocol) for protocol in ("segment", "full", "segment_kv")),
         ("finetuned", "segment"),
-        *(("finetuned", f"segment_{protocol}") for protocol in ("off", "swapped", "kv")),
+        *(("finetuned", f"segment_{protocol}") for protocol in ("off", "recent", "swapped", "kv")),
     }
 
 
