@@ -21,12 +21,12 @@ def rows_of(group: list[Measured]) -> list[list[str]]:
     ]
 
 
-def render(rows: list[list[str]]) -> str:
+def render(rows: list[list[str]], header: list[str] = HEADER) -> str:
     """Align rows under the header; numbers to the right."""
-    lines = [HEADER, *rows]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(HEADER))]
+    lines = [header, *rows]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
     rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
-    lines = [HEADER, rule, *rows]
+    lines = [header, rule, *rows]
     return "\n".join(
         "| "
         + " | ".join(

@@ -1,1 +1,33 @@
-"""A compressive memory of fixed size (Infini-attention) inside pretrained language models."""
+"""A compressive memory of fixed size (Infini-attention) inside pretrained language models.
+
+The public names stand in `__init__.pyi`, with the module of each, and nowhere else. A name is
+imported when it is first asked for, so that each user loads only what is used.
+"""
+
+import ast
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+
+def _read_names(stub: Path) -> dict[str, str]:
+    """Return each public name's module, as the stub says."""
+    statements = ast.parse(stub.read_text(encoding="utf-8")).body
+    imports = [node for node in statements if isinstance(node, ast.ImportFrom)]
+    return {alias.name: f".{node.module}" for node in imports for alias in node.names}
+
+
+_MODULES = _read_names(Path(__file__).with_suffix(".pyi"))
+__all__ = sorted(_MODULES)
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name."""
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_MODULES[name], __name__), name)
+
+
+def __dir__() -> list[str]:
+    """List the public names beside what is here already."""
+    return sorted({*globals(), *__all__})

@@ -12,19 +12,15 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from infini_retrofit.corpus import (
-    Article,
-    CorpusShares,
-    FilesCorpus,
-    GensimCorpus,
-    HubCorpus,
-)
+from infini_retrofit.corpora import CorpusShares, FilesCorpus, GensimCorpus, HubCorpus
+from infini_retrofit.corpus import Article
 from infini_retrofit.report import sha256
 from infini_retrofit.wikimarkup import clean_article
 from infini_retrofit.wikitext import is_wikitext, split_wikitext
 
 SAMPLE_FILE = "enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2"
 SAMPLE_SHA256 = "a53f4648dec40467ebdcbc7a1307eddb51fe6e28e9309f6ebde81ba0d04bea2d"
+TITLE_COLUMNS = ("title", "short_book_title")  # the first that there is; PG-19 has the second
 _NO_ARTICLE = re.compile(
     r"\s*#\s*redirect|.*\{\{\s*(?:disambig|disambiguation|hndis|geodis|surname)\s*[|}]",
     re.IGNORECASE | re.DOTALL,
@@ -78,27 +74,27 @@ def read_dump(path: Path) -> Iterator[Article]:
 
 def read_hub(corpus: HubCorpus) -> list[Article]:
     """Read a data set's parquet files by name, so that no other revision can slip in."""
-    from infini_retrofit.hub import fetch_snapshot
+    from infini_retrofit.hub import fetch_snapshot, matching_files
 
     folder = fetch_snapshot(
         corpus.repo_id,
         corpus.revision,
-        [f"{corpus.name}/*.parquet"],
+        [corpus.files],
         embedded="corpus: wikipedia-sample",
         repo_type="dataset",
     )
-    paths = sorted((folder / corpus.name).glob("*.parquet"))
+    paths = matching_files(folder, [corpus.files])
     if not paths:
         raise ValueError(
-            f"corpora.<preset>.name must be a folder of parquet files in {corpus.repo_id}, "
-            f"got {corpus.name!r}"
+            f"corpora.<preset>.files must match parquet files in {corpus.repo_id}, "
+            f"got {corpus.files!r}"
         )
     rows = [row for path in paths for row in _read_parquet(path, path.name)]
-    return _assemble(rows, folder / corpus.name)
+    return _assemble(rows, paths[0].parent)
 
 
 def read_files(path: Path) -> list[Article]:
-    """Read `*.txt` (UTF-8) and `*.parquet` (columns `text` and, if there is one, `title`).
+    """Read `*.txt` (UTF-8) and `*.parquet` (a column `text` and perhaps one of titles).
 
     One file, or one row, is one article; in the WikiText form it is cut at the articles' titles.
     An article without a title goes by its file's name below `path`.
@@ -133,18 +129,19 @@ def _read_text(path: Path, name: str) -> list[Article]:
 def _read_parquet(path: Path, name: str) -> list[Article]:
     """Read the rows of one parquet file, still as they stand."""
     try:
-        schema = pq.read_schema(path)
-        columns = [column for column in ("text", "title") if column in schema.names]
+        names = pq.read_schema(path).names
+        title_column = next((column for column in TITLE_COLUMNS if column in names), None)
+        columns = [column for column in ("text", title_column) if column in names]
         table = pq.read_table(path, columns=columns)
     except (pa.ArrowException, OSError) as error:
         raise ValueError(f"{path} must be a parquet file, got one that cannot be read") from error
     if "text" not in columns or not all(_is_text(table[column].type) for column in columns):
         raise ValueError(
             f"{path} must have a column text (and may have a column title) of strings, "
-            f"got {', '.join(map(str, schema.names))}"
+            f"got {', '.join(map(str, names))}"
         )
     texts = [text or "" for text in table["text"].to_pylist()]
-    titles = table["title"].to_pylist() if "title" in columns else [None] * len(texts)
+    titles = table[title_column].to_pylist() if title_column else [None] * len(texts)
     rows = enumerate(zip(titles, texts, strict=True))
     return [Article(title or f"{name} row {i}", text) for i, (title, text) in rows]
 

@@ -17,7 +17,6 @@ Axes:
     K  key channel
     V  value channel
     F  feature of a query or key
-    P  rotated channel, the first P of K
 """
 
 import math
@@ -31,9 +30,17 @@ from infini_retrofit.carrier import Carried, Carrier, MemoryReading, SegmentCut
 from infini_retrofit.compressive_memory import CompressiveMemory, Recalled
 from infini_retrofit.feature_maps import FeatureMaps
 from infini_retrofit.infini_params import AttentionShape, InfiniParams
-from infini_retrofit.local_attention import alibi_slopes, linear_attention, softmax_attention
-from infini_retrofit.local_context import Keys, LocalContext, Place, carry_context
+from infini_retrofit.local_attention import (
+    alibi_slopes,
+    linear_attention,
+    masked_linear_sums,
+    softmax_attention,
+)
+from infini_retrofit.local_context import Keys, carry_context
 from infini_retrofit.memory import SMALLEST_DENOMINATOR, memory_share, mix
+from infini_retrofit.positions import place_by
+from infini_retrofit.stepping import Segments, go_on
+from infini_retrofit.unfinished import Tokens
 from infini_retrofit.window_attention import older_sums, window_attention
 
 
@@ -142,83 +149,99 @@ class InfiniAttention(nn.Module):
             The output and None, where the attention modules of `transformers` return weights.
         """
         carrier = Carrier() if carrier is None else carrier
-        cut = SegmentCut(hidden_states, carrier, self.segment_length)
-        query = cut.split(self.q_proj(hidden_states), self.shape.num_heads)
-        key = cut.split(self.k_proj(hidden_states), self.shape.num_kv_heads)
-        value = cut.split(self.v_proj(hidden_states), self.shape.num_kv_heads)
         before = carrier.before.get(self.layer_index, Carried())
+        query, key, value = (p(hidden_states) for p in (self.q_proj, self.k_proj, self.v_proj))
+        tables = position_embeddings if self.uses_rope else None
+        if carrier.is_open:
+            new = Tokens.of(key, value, tables, carrier.is_token)
+            out, after = go_on(self, query, new, before, carrier)
+        else:
+            cut = SegmentCut(hidden_states, carrier, self.segment_length)
+            segments = self.lay_out(cut, key, value, tables, before, carrier)
+            query = cut.split(query, self.shape.num_heads)
+            out = cut.join(self.attend(query, segments, carrier))
+            after = Carried(segments.memory, segments.context)
+        carrier.after[self.layer_index] = after
+        out = self.o_proj(out.to(hidden_states.dtype))
+        return out if self.alpha is None else self.alpha.to(out.dtype) * out, None
+
+    def reads(self, carrier: Carrier) -> bool:
+        """Tell whether the memory is read and written."""
+        return self.memory is not None and carrier.read != "off"
+
+    def lay_out(
+        self,
+        cut: SegmentCut,
+        key: Float[Tensor, "R T NK"],
+        value: Float[Tensor, "R T NV"],
+        tables: tuple[Tensor, Tensor] | None,
+        before: Carried,
+        carrier: Carrier,
+    ) -> Segments:
+        """Cut keys and values into segments, and let each segment find what the others left."""
+        key = cut.split(key, self.shape.num_kv_heads)
+        value = cut.split(value, self.shape.num_kv_heads)
+        place = place_by(cut, tables)
+        keys = Keys(place(key), value, cut.mask(key.device))
+        # Padding stands at a document's end, where causality hides it: only what is carried
+        # over needs a mask, because before the first segment there is nothing.
+        is_key = context = feature = found = memory = None
+        if self.local_context:
+            first_key = key[:, 0, :, :1]
+            keys, context = carry_context(
+                keys, first_key, place, self.local_context, before.context
+            )
+            is_key = keys.is_key
         # The memory works on queries and keys before position encoding (section 2.1 of the
         # paper): what was stored far away is found by content, not by distance.
-        place = self._place(cut, position_embeddings)
-        own = Keys(place(key), value, cut.mask(key.device))
-        local, context = self._attend_locally(place(query), own, key, place, before.context)
-        reads = self.memory is not None and carrier.read != "off"
-        sums, memory = [], None
-        if reads or self.local == "window_linear":
-            query_feature = self.feature_maps.of_query(query)
-            key_feature = self.feature_maps.of_key(key)
-        if self.local == "window_linear":
-            sums.append(self._older(query_feature, key_feature, value))
-        if reads:
+        if self.reads(carrier) or self.local == "window_linear":
+            feature = self.feature_maps.of_key(key)
+        if self.reads(carrier):
             write = self.memory.recent_states if carrier.read == "recent" else self.memory.states
-            found, memory = write(key, key_feature, value, cut.is_token, before.memory)
+            found, memory = write(key, feature, value, cut.is_token, before.memory)
+        return Segments(place, value, feature, keys, is_key, context, found, memory)
+
+    def attend(
+        self, query: Float[Tensor, "B S H L K"], segments: Segments, carrier: Carrier
+    ) -> Float[Tensor, "B S H L V"]:
+        """Attend inside each segment and read the memory that it finds."""
+        local, sums = self._attend_locally(segments.place(query), segments), []
+        if segments.key_feature is not None or segments.found is not None:
+            query_feature = self.feature_maps.of_query(query)
+        if self.local == "window_linear":
+            sums.append(self._older(query_feature, segments))
+        if segments.found is not None:
+            found = segments.found
             if carrier.found is not None:
                 carrier.found[self.layer_index] = found
             found = carrier.strangers.get(self.layer_index, found)
-            sums.append(self.memory.read(query, query_feature, found))
-        out = self._mix(local, sums, carrier) if sums else local.out
-        carrier.after[self.layer_index] = Carried(memory, context)
-        out = self.o_proj(cut.join(out).to(hidden_states.dtype))
-        return out if self.alpha is None else self.alpha.to(out.dtype) * out, None
+            read = self.memory.read(query, query_feature, found, segments.num_before)
+            sums.append(read)
+        return self._mix(local, sums, carrier) if sums else local.out
 
-    def _place(self, cut: SegmentCut, position_embeddings: tuple[Tensor, Tensor] | None) -> Place:
-        """Return the function that gives queries and keys their positions, if they have any."""
-        if not self.uses_rope:
-            return lambda x, index=None: x
-        cos, sin = (cut.split_positions(table) for table in position_embeddings)
-
-        def place(x: Tensor, index: int | None = None) -> Tensor:
-            at = slice(None) if index is None else slice(index, index + 1)
-            return rotate(x, cos[..., at, :], sin[..., at, :])
-
-        return place
-
-    def _attend_locally(
-        self,
-        query: Float[Tensor, "B S H L K"],
-        own: Keys,
-        key: Float[Tensor, "B S N L K"],
-        place: Place,
-        before: LocalContext | None,
-    ) -> tuple[Local, LocalContext | None]:
+    def _attend_locally(self, query: Float[Tensor, "B S H L K"], segments: Segments) -> Local:
         """Attend inside each segment, and to what is carried over from the one before."""
-        # Padding stands at a document's end, where causality hides it: only what is carried
-        # over needs a mask, because before the first segment there is nothing.
-        keys, is_key, after = own, None, None
-        if self.local_context:
-            first_key = key[:, 0, :, :1]
-            keys, after = carry_context(own, first_key, place, self.local_context, before)
-            is_key = keys.is_key.flatten(0, 1)
+        keys, grid = segments.keys, query.shape[:2]
+        is_key = None if segments.is_key is None else segments.is_key.flatten(0, 1)
         flat = (query.flatten(0, 1), keys.key.flatten(0, 1), keys.value.flatten(0, 1), is_key)
-        grid = query.shape[:2]
         if self.local == "window_linear":
             out, log_mass = window_attention(*flat, self.window, self.slopes)
-            return Local(out.unflatten(0, grid), log_mass.unflatten(0, grid)), after
+            return Local(out.unflatten(0, grid), log_mass.unflatten(0, grid))
         if self.local == "linear":
             out = linear_attention(*flat, self.feature_maps)
         else:
             out = softmax_attention(*flat, slopes=self.slopes)
-        return Local(out.unflatten(0, grid)), after
+        return Local(out.unflatten(0, grid))
 
-    def _older(
-        self,
-        query_feature: Float[Tensor, "B S H L F"],
-        key_feature: Float[Tensor, "B S N L F"],
-        value: Float[Tensor, "B S N L V"],
-    ) -> Recalled:
+    def _older(self, query_feature: Float[Tensor, "B S H L F"], segments: Segments) -> Recalled:
         """Sum over the segment's own tokens that a query's window has left behind."""
-        flat = (x.flatten(0, 1) for x in (query_feature, key_feature, value))
-        sums = [x.unflatten(0, value.shape[:2]) for x in older_sums(*flat, self.window)]
+        value, is_older = segments.value, segments.is_older
+        flat = [x.flatten(0, 1) for x in (query_feature, segments.key_feature, value)]
+        if is_older is None:
+            sums = older_sums(*flat, self.window)
+        else:
+            sums = masked_linear_sums(*flat, is_older.flatten(0, 1)[:, None, None])
+        sums = [x.unflatten(0, value.shape[:2]) for x in sums]
         return Recalled(*sums, logit=query_feature.new_zeros(1, 1, 1))
 
     def _mix(
@@ -240,18 +263,3 @@ class InfiniAttention(nn.Module):
             reading = MemoryReading(share.detach()[..., 0].float(), *norms)
             carrier.readings[self.layer_index] = reading
         return mix(local.out, numerator, denominator, share)
-
-
-def rotate(
-    x: Float[Tensor, "B S H L K"],
-    cos: Float[Tensor, "#B #S 1 L P"],
-    sin: Float[Tensor, "#B #S 1 L P"],
-) -> Float[Tensor, "B S H L K"]:
-    """Apply rotary position encoding to the first P channels, in the halves form.
-
-    Source: Su et al. 2021, arXiv:2104.09864; halves as in GPT-NeoX and Llama.
-    """
-    rotated, rest = x.split([cos.shape[-1], x.shape[-1] - cos.shape[-1]], dim=-1)
-    first, second = rotated.chunk(2, dim=-1)
-    rotated = rotated * cos + torch.cat([-second, first], dim=-1) * sin
-    return torch.cat([rotated.to(x.dtype), rest], dim=-1) if rest.shape[-1] else rotated.to(x.dtype)

@@ -15,7 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from infini_retrofit.base import BaseModel, load_tokenizer, write_base
-from infini_retrofit.corpus import CorpusShares
+from infini_retrofit.corpora import CorpusShares, check_commit
 from infini_retrofit.gguf_file import GgufFile
 from infini_retrofit.hub import fetch_snapshot
 from infini_retrofit.report import sha256
@@ -64,11 +64,7 @@ class HubBase:
 
     def __post_init__(self) -> None:
         """Refuse branches and tags, which move."""
-        if not re.fullmatch("[0-9a-f]{40}", self.revision):
-            raise ValueError(
-                "models.*.revision must be a commit of 40 lower-case hexadecimal digits, "
-                f"got {self.revision!r}"
-            )
+        check_commit("models.*.revision", self.revision)
 
     def load(self) -> BaseModel:
         """Download what is not in the cache yet; the configuration first, to refuse early."""

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from infini_retrofit.local_context import LocalContext
 from infini_retrofit.memory import MemoryState
+from infini_retrofit.unfinished import Tokens
 
 # Which memory a segment reads: of all segments before it, of the one just before it, or none.
 Read = Literal["own", "recent", "off"]
@@ -34,6 +35,7 @@ class Carried:
 
     memory: MemoryState | None = None
     context: LocalContext | None = None
+    unfinished: Tokens | None = None  # behind the last border, if the document may go on
 
 
 @dataclass(frozen=True)
@@ -64,13 +66,15 @@ class Carrier:
         num_segments: rows of the batch that make up one document (folded); None: every row
             is a document, which the layer cuts itself (in-layer).
         segment_length: tokens of a segment when cut in-layer; None: the layer's own.
+        is_open: the document may go on in a later call wherever this one ends: a segment that has
+            not ended is kept, not written. In-layer only.
         read: what a document's segments wrote (`own`), of that only what the segment just before
             wrote (`recent`), or nothing (`off`).
         is_token: False where a row holds padding; None: no padding. In-layer a row may be
-            padded on either side; folded, a document may be padded at its end only.
+            padded anywhere; folded, a document may be padded at its end only.
         before: what each layer starts with, by layer index; a layer not named starts empty.
         after: what each layer ends with, written by the layers. It continues the document
-            only where that ended with a whole segment.
+            only where that ended with a whole segment, or is open.
         strangers: what layers read in the place of the memory that each segment (B, S) finds, by
             layer index.
         found: a dictionary to have each layer put there what its segments find; None: don't.
@@ -79,6 +83,7 @@ class Carrier:
 
     num_segments: int | None = None
     segment_length: int | None = None
+    is_open: bool = False
     read: Read = "own"
     is_token: Bool[Tensor, "R T"] | None = None
     before: dict[int, Carried] = field(default_factory=dict)
@@ -154,10 +159,8 @@ class SegmentCut:
 
 
 def _tokens_first(is_token: Bool[Tensor, "R T"]) -> Tensor:
-    """Return for each row the order that moves padding on its left to its end."""
-    num_left = is_token.int().argmax(dim=1, keepdim=True)
-    num_tokens = is_token.shape[1]
-    return (torch.arange(num_tokens, device=is_token.device) + num_left) % num_tokens
+    """Return for each row the order that moves its padding to its end."""
+    return is_token.int().argsort(dim=1, descending=True, stable=True)
 
 
 def _like(order: Tensor, x: Tensor) -> Tensor:

@@ -74,6 +74,8 @@ class CompressiveMemory(nn.Module):
         self.num_heads, self.num_kv_heads = shape.num_heads, shape.num_kv_heads
         heads, size = shape.num_kv_heads, shape.head_dim
         self.rule = params.update_rule
+        # The seeds divided the matrix by the tokens of a segment, and the normalizer not.
+        self.divisor = params.segment_length if params.seed_scaling else None
         self.bptt_segments = None if params.bptt_segments == "all" else params.bptt_segments
         self.written_tokens = None if params.written_tokens == "all" else params.written_tokens
         self.decay_logit = self.query_gate = self.write_score = self.recall_gain = None
@@ -170,6 +172,7 @@ class CompressiveMemory(nn.Module):
         query: Float[Tensor, "B S H L K"],
         feature: Float[Tensor, "B S H L F"],
         found: MemoryState,
+        num_before: Int[Tensor, "B"] | None = None,
     ) -> Recalled:
         """Read each segment's memory.
 
@@ -177,13 +180,16 @@ class CompressiveMemory(nn.Module):
             query: before position encoding.
             feature: of the queries.
             found: a memory for each segment, leading axes (B, S).
+            num_before: tokens of the segment before its first query; None: none.
         """
         with torch.autocast(query.device.type, enabled=False):
             logit = self._logit(query.to(feature.dtype))
             if self.decay_logit is not None:
-                feature, faded = self._fade(feature, found)
+                feature, faded = self._fade(feature, found, num_before)
                 logit = logit + faded
             numerator, denominator = retrieve(feature, found)
+            if self.divisor is not None:
+                numerator = numerator / self.divisor
             if self.recall_gain is not None:
                 gain = self.recall_gain.to(numerator.dtype)[:, None, None]
                 mean = numerator / denominator.clamp_min(SMALLEST_DENOMINATOR)
@@ -192,7 +198,10 @@ class CompressiveMemory(nn.Module):
             return Recalled(numerator, denominator, logit)
 
     def _fade(
-        self, feature: Float[Tensor, "B S H L F"], found: MemoryState
+        self,
+        feature: Float[Tensor, "B S H L F"],
+        found: MemoryState,
+        num_before: Int[Tensor, "B"] | None,
     ) -> tuple[Float[Tensor, "B S H L F"], Float[Tensor, "B S H L 1"]]:
         """Let what was found at the border go on fading while the segment is read.
 
@@ -202,8 +211,10 @@ class CompressiveMemory(nn.Module):
         """
         group = self.num_heads // self.num_kv_heads
         rate = self._rate(feature.dtype).repeat_interleave(group, dim=0)
-        steps = torch.arange(feature.shape[3], device=feature.device)
-        left = feature * torch.exp(-rate[:, None] * steps[:, None])
+        steps = torch.arange(feature.shape[3], device=feature.device)[:, None]
+        if num_before is not None:
+            steps = steps + num_before.view(-1, 1, 1, 1, 1)
+        left = feature * torch.exp(-rate[:, None] * steps)
         normalizer = found.normalizer.repeat_interleave(group, dim=2)[:, :, :, None]
         at_border, now = ((x * normalizer).sum(-1, keepdim=True) for x in (feature, left))
         logs = (x.clamp_min(SMALLEST_DENOMINATOR).log() for x in (now, at_border))

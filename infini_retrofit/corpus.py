@@ -1,10 +1,10 @@
-"""A corpus after it was found: its parameters, its split, and its files of tokens.
+"""A corpus after it was read: its split, its documents, and its files of tokens.
 
-Knows neither where text comes from (`articles`) nor how it is cleaned (`wikimarkup`, `wikitext`).
+Knows neither which text it is (`corpora`) nor where that comes from (`articles`) nor how it is
+cleaned (`wikimarkup`, `wikitext`).
 """
 
 import hashlib
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,80 +19,6 @@ SPLITS = ("train", "val", "test")
 MIN_ARTICLES = 2  # in each split: a memory is also tried on another article's text
 
 TokenIds = Int32[np.ndarray, "_"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class CorpusShares:
-    """What every corpus has: the shares of its articles that are not trained on."""
-
-    val_share: float
-    test_share: float
-
-    def __post_init__(self) -> None:
-        """Refuse shares that leave a split empty."""
-        for name in ("val_share", "test_share"):
-            if not 0 < getattr(self, name) < 1:
-                raise ValueError(
-                    f"corpora.<preset>.{name} must be a share between 0 and 1, "
-                    f"got {getattr(self, name)}"
-                )
-        if self.val_share + self.test_share >= 1:
-            raise ValueError(
-                "corpora.<preset>.val_share + test_share must be below 1, to leave articles for "
-                f"training, got {self.val_share} + {self.test_share}"
-            )
-
-
-@dataclass(frozen=True, kw_only=True)
-class GensimCorpus(CorpusShares):
-    """The sample of the English Wikipedia inside the package gensim; needs no network."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class HubCorpus(CorpusShares):
-    """Parquet files of a data set on the Hugging Face Hub; its own splits are not kept."""
-
-    repo_id: str
-    revision: str
-    name: str  # the folder of the parquet files in the repository
-
-    def __post_init__(self) -> None:
-        """Refuse a revision that can move."""
-        super().__post_init__()
-        if not re.fullmatch("[0-9a-f]{40}", self.revision):
-            raise ValueError(
-                "corpora.<preset>.revision must be a commit of 40 hexadecimal digits, "
-                f"got {self.revision!r}"
-            )
-
-
-@dataclass(frozen=True, kw_only=True)
-class FilesCorpus(CorpusShares):
-    """Text or parquet files of the user's own."""
-
-    path: str
-
-
-CORPORA: dict[str, type[CorpusShares]] = {
-    "gensim-sample": GensimCorpus,
-    "hub": HubCorpus,
-    "files": FilesCorpus,
-}
-
-
-@dataclass(frozen=True, kw_only=True)
-class LongdocsParams:
-    """Section `longdocs` of params.yaml."""
-
-    tokens_per_document: int
-
-    def __post_init__(self) -> None:
-        """Refuse documents in which nothing can be scored."""
-        if self.tokens_per_document < 2:
-            raise ValueError(
-                "longdocs.tokens_per_document must be at least 2 tokens, "
-                f"got {self.tokens_per_document}"
-            )
 
 
 @dataclass(frozen=True)

@@ -123,7 +123,7 @@ class Distillation(Trainee):
         carrier = Carrier(num_segments=call.num_segments)
         output, _ = attention(*call.attention_args, **call.attention_kwargs, carrier=carrier)
         error = _squared_error(output, call.attention_output)
-        return error / call.attention_output.float().square().mean()
+        return error / self.mean_of_step(call.attention_output.float().square().mean())
 
     def _prediction_loss(self, input_ids: Int[Tensor, "B T"]) -> Float[Tensor, ""]:
         """KL(base || student) of the next token, in nats, at every position."""

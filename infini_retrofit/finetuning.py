@@ -7,13 +7,14 @@ Axes:
     P  piece of a document, which is a document of its own in a step
     T  token of a document
     L  token of a piece
+    D  model width
 """
 
 from dataclasses import asdict, dataclass, replace
 from typing import Literal
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -23,7 +24,16 @@ from infini_retrofit.diagnostics import memory_use
 from infini_retrofit.history import no_ppl, ppl_of_nll
 from infini_retrofit.infini_params import InfiniParams
 from infini_retrofit.lora import Adapters, LoraParams, add_lora
-from infini_retrofit.perplexity import score_segments, total
+from infini_retrofit.perplexity import (
+    Labelled,
+    Score,
+    next_token_nlls,
+    next_tokens,
+    segment_runs,
+    t2_nlls,
+    tokens_after_next,
+    total,
+)
 from infini_retrofit.retrofit import insert_infini, set_trainable, without_memory
 from infini_retrofit.schedule import FullLrScale, Schedule
 from infini_retrofit.segments import run_folded
@@ -41,6 +51,7 @@ class FinetuneParams(Schedule):
 
     trainable: Trainable
     lora: LoraParams  # used where `trainable` is lora
+    label_shift: Literal[1, 2] = 1  # 2: the seeds' mistake, learning the token after the next
     kl_weight: float  # of the divergence from the base's prediction, the rest of cross-entropy
     kl_context: Literal["segment", "document"]  # what the base sees for it
     num_segments: NumSegments  # of a document in a step
@@ -55,6 +66,11 @@ class FinetuneParams(Schedule):
         self.require_scales(self.lr_scale)
         if not 0 <= self.kl_weight <= 1:
             raise ValueError(f"finetune.kl_weight must be in 0..1, got {self.kl_weight}")
+        if self.label_shift == 2 and self.kl_weight:
+            raise ValueError(
+                "finetune.kl_weight must be 0 when finetune.label_shift is 2, where the base's "
+                f"prediction is one of another token, got {self.kl_weight}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,12 +126,12 @@ class Finetuning(Trainee):
     def forward(self, input_ids: Int[Tensor, "B T"]) -> dict[str, Tensor]:
         """Return the mean loss in nats a token; gradients reach through all segments."""
         pieces = self._pieces(input_ids) if self.training else input_ids
-        hidden_states = run_folded(self.model, pieces, self.segment_length)
-        hidden_states, targets = hidden_states[:, :-1].flatten(0, 1), pieces[:, 1:].flatten()
+        found = run_folded(self.model, pieces, self.segment_length)
+        hidden_states, targets = self._label(pieces, found)
         head = self.model.get_output_embeddings().weight
         if self.teacher is None:
             return {"loss": token_nlls(hidden_states, head, targets).mean()}
-        expected = Prediction(self.teacher(pieces)[:, :-1].flatten(0, 1), self.teacher.weight)
+        expected = Prediction(self._label(pieces, self.teacher(pieces))[0], self.teacher.weight)
         losses = token_losses(hidden_states, head, targets, expected, self.params.kl_weight)
         return {"loss": losses.mean()}
 
@@ -130,15 +146,30 @@ class Finetuning(Trainee):
         )
         return recut(documents, num_segments * self.segment_length)
 
+    def _label(self, ids: Int[Tensor, "B T"], hidden_states: Float[Tensor, "B T D"]) -> Labelled:
+        """Say what each position learns to predict."""
+        if self.params.label_shift == 2:
+            return tokens_after_next(ids, hidden_states, self.segment_length)
+        return next_tokens(ids, hidden_states)
+
     def train_ppl(self, loss: float) -> float | str:
-        """A training loss with a divergence in it is no likelihood."""
-        return ppl_of_nll(loss) if self.teacher is None else no_ppl(loss)
+        """A training loss with a divergence in it, or of other tokens, is no likelihood."""
+        is_likelihood = self.teacher is None and self.params.label_shift == 1
+        return ppl_of_nll(loss) if is_likelihood else no_ppl(loss)
 
     def validate(self, val: Int[Tensor, "B T"]) -> dict[str, float]:
-        """Score whole validation documents under the protocol `segment`."""
-        score = total(score_segments(self.model, val, self.segment_length))
-        memory = memory_use(self.model, val, self.segment_length)
-        return {"val_loss": score.nll, "val_ppl": score.ppl} | memory
+        """Score whole validation documents under the protocol `segment`.
+
+        Trained with the seeds' labels, the best epoch is the one they would have chosen: the
+        loss is that of the protocol `t2`, the perplexity beside it stays that of `segment`.
+        """
+        runs = list(segment_runs(self.model, val, self.segment_length))
+        score = total(Score.of(next_token_nlls(self.model, *run)) for run in runs)
+        found = {"val_loss": score.nll, "val_ppl": score.ppl}
+        if self.params.label_shift == 2:
+            t2 = total(Score.of(t2_nlls(self.model, *run, self.segment_length)) for run in runs)
+            found |= {"val_loss": t2.nll, "t2_val_ppl": t2.ppl}
+        return found | memory_use(self.model, val, self.segment_length)
 
     def merge(self) -> None:
         """Fold adapters into the weights: nothing that is saved knows of them."""

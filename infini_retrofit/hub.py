@@ -3,15 +3,23 @@
 Knows neither models nor corpora.
 """
 
+import hashlib
+import re
+from json import JSONDecodeError
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import (
+    FileMetadataError,
+    HfHubHTTPError,
     HTTPError,
-    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from huggingface_hub.utils import filter_repo_objects
+
+from infini_retrofit.report import sha256
 
 
 def fetch_snapshot(
@@ -32,8 +40,9 @@ def fetch_snapshot(
         repo_type: `model` or `dataset`.
 
     Raises:
-        ValueError: if the Hub has no such repository or commit, or none open to this user.
-        ConnectionError: if the Hub cannot be reached and the cache does not hold the commit.
+        ValueError: if the Hub has no such repository or commit, or none open to this user, or if
+            a file is not what the Hub says it is.
+        ConnectionError: if something is not in the cache and cannot be fetched; why is said.
     """
     try:
         folder = snapshot_download(
@@ -44,9 +53,56 @@ def fetch_snapshot(
             f"repo_id and revision must name a {repo_type} of the Hugging Face Hub that is open to "
             f"you, got {repo_id!r} at {revision}"
         ) from error
-    except (HTTPError, ConnectionError, LocalEntryNotFoundError) as error:
+    except (HTTPError, OSError, JSONDecodeError, RuntimeError) as error:  # hf_xet raises the last
+        if getattr(error, "errno", None):  # the disk's
+            raise
         raise ConnectionError(
-            f"{repo_id} is not in the local cache and the Hugging Face Hub cannot be reached; "
+            f"{repo_id} is not in the local cache and {_reason(error)}; "
             f"the embedded default (`{embedded}`) needs no network"
         ) from error
+    for path in matching_files(Path(folder), patterns):
+        _check_content(path)
     return Path(folder)
+
+
+def matching_files(folder: Path, patterns: list[str]) -> list[Path]:
+    """List the files of a snapshot that match a pattern, sorted by name."""
+    names = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
+    return [folder / name for name in filter_repo_objects(names, allow_patterns=patterns)]
+
+
+def _reason(error: BaseException) -> str:
+    """Say why a file could not be fetched: the first of the error's causes that tells."""
+    if isinstance(error, OfflineModeIsEnabled):
+        return "HF_HUB_OFFLINE forbids to fetch it"
+    if isinstance(error, HfHubHTTPError):
+        answer = error.response  # the query of its address may hold a signature
+        address = str(answer.request.url).partition("?")[0]
+        return f"the Hugging Face Hub answered {answer.status_code} to {address}"
+    if isinstance(error, (JSONDecodeError, FileMetadataError)):
+        return "what answered is not the Hugging Face Hub: is a proxy in the way?"
+    if isinstance(error, HTTPError):
+        return f"the connection to the Hugging Face Hub failed ({error})"
+    if error.__cause__:
+        return _reason(error.__cause__)
+    return f"fetching it from the Hugging Face Hub failed ({error})"
+
+
+def _check_content(path: Path) -> None:
+    """Compare a file with the hash that the Hub's cache names it by, where it does.
+
+    Raises:
+        ValueError: if they differ.
+    """
+    name = path.readlink().name if path.is_symlink() else ""
+    if re.fullmatch("[0-9a-f]{64}", name):
+        got = sha256(path)
+    elif re.fullmatch("[0-9a-f]{40}", name):
+        got = hashlib.sha1(b"blob %d\0" % path.stat().st_size + path.read_bytes()).hexdigest()
+    else:
+        return
+    if got != name:
+        raise ValueError(
+            f"{path} must have the hash {name}, as the Hugging Face Hub says, got {got}: delete "
+            f"{path.resolve()} and run this again"
+        )

@@ -32,6 +32,7 @@ class InfiniParams:
     feature_map: FeatureMapName = "elu1"
     num_features: int | Literal["base"] = "base"  # of hedgehog, a head; base: two a channel
     recall_norm: Literal["none", "rms"] = "none"  # of what is recalled
+    seed_scaling: bool = False  # the seeds' read, too small by the segment length
     gate: Literal["head", "query"] = "head"  # query: each query moves its head's share, learnable
     decay: Literal["none", "head", "feature"] = "none"  # what forgets at a learnable rate
     written_tokens: int | Literal["all"] = "all"  # of a segment, the best by a learnable score
@@ -45,6 +46,7 @@ class InfiniParams:
         """Refuse values that no base model could make sense of."""
         self._check_sizes()
         self._check_combinations()
+        self._check_seed_scaling()
 
     def _check_sizes(self) -> None:
         length = self.segment_length
@@ -118,6 +120,19 @@ class InfiniParams:
                         f"infini.{name} must be {plain} when infini.local is window_linear, whose "
                         f"parts share one denominator, got {value}"
                     )
+
+    def _check_seed_scaling(self) -> None:
+        """Refuse the seeds' scale where it would be undone, or spoil more than what is read."""
+        for name, others in (
+            ("recall_norm", ("rms",)),
+            ("update_rule", ("delta", "delta_gamma")),
+            ("local", ("window_linear",)),
+        ):
+            if self.seed_scaling and (value := getattr(self, name)) in others:
+                raise ValueError(
+                    f"infini.seed_scaling must be false when infini.{name} is {value}: only a "
+                    "plain read of sums can be too small by the segment length, got true"
+                )
 
     def count_features(self, head_dim: int) -> int:
         """Return how many features a query or key has.

@@ -21,7 +21,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 # Applies the position of one token of every segment, given by its index in the segment.
@@ -36,6 +36,10 @@ class LocalContext:
     value: Float[Tensor, "B N C V"]
     is_token: Bool[Tensor, "B C"]
     sink_key: Float[Tensor, "B N 1 K"]  # the document's first key, without position encoding
+
+    def carried(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return what keys are put behind."""
+        return self.key, self.value, self.is_token
 
 
 @dataclass(frozen=True)
@@ -71,10 +75,12 @@ def carry_context(
         All that each segment attends to, and what the segment after the last will need; None
         after a segment shorter than C, which must be the document's last.
     """
-    sink_key = first_key if before is None else before.sink_key
-    sink_value = own.value[:, 0, :, :1] if before is None else before.value[:, :, :1]
     first = _nothing(own, num_carried) if before is None else before
-    firsts = [x[:, None] for x in (first.key, first.value, first.is_token)]
+    # Documents that start late in a batch have nothing before them yet.
+    has_begun = first.is_token.any(dim=1)[:, None, None, None]
+    sink_key = torch.where(has_begun, first.sink_key, first_key)
+    sink_value = torch.where(has_begun, first.value[:, :, :1], own.value[:, 0, :, :1])
+    firsts = [x[:, None] for x in first.carried()]
     length = own.key.shape[3]
     if length < num_carried:
         return _put_before(own, firsts), None
@@ -92,6 +98,31 @@ def carry_context(
     ]
     found = [torch.cat([f, x[:, :-1]], dim=1) for f, x in zip(firsts, left, strict=True)]
     return _put_before(own, found), LocalContext(*(x[:, -1] for x in left), sink_key)
+
+
+def put_before(own: Keys, context: LocalContext) -> Keys:
+    """Put before the keys of a document's only segment what is carried over to it."""
+    return _put_before(own, [x[:, None] for x in context.carried()])
+
+
+def context_at(
+    keys: Keys, last: LocalContext, border: Int[Tensor, "B"], num_carried: int
+) -> LocalContext:
+    """Return what each document carries over one of its borders.
+
+    Args:
+        keys: what each segment attends to.
+        last: what is carried over the last border.
+        border: 0 before the first segment.
+        num_carried: C.
+    """
+    num_segments = keys.key.shape[1]
+    rows = torch.arange(len(border), device=border.device)
+    index, is_last = border.clamp(max=num_segments - 1), border == num_segments
+    found = (x[rows, index].narrow(axis, 0, num_carried) for x, axis in keys)
+    pairs = zip(last.carried(), found, strict=True)
+    chosen = (torch.where(is_last.view(-1, *(1,) * (x.dim() - 1)), x, f) for x, f in pairs)
+    return LocalContext(*chosen, last.sink_key)
 
 
 def _put_before(own: Keys, found: list[Tensor]) -> Keys:

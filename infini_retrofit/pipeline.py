@@ -13,6 +13,7 @@ import os
 import shutil
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
@@ -22,12 +23,18 @@ from typing import Any
 from infini_retrofit.params import PARAMS_PATH, load_section
 from infini_retrofit.report import MANIFEST, sha256
 
+# Seconds for torchrun to end a process that failed because another did, or as another did.
+_PATIENCE = 3
 FREE_BYTES = 4 << 30  # a checkpoint with its optimizer state, the model, its copy in the cache
 _PR_SET_PDEATHSIG = 1
 
 
 class ChangedWhileRunningError(RuntimeError):
     """Code or parameters are no longer what the run began with."""
+
+
+# What a user can mend.
+_MISTAKES = (ValueError, OSError, FloatingPointError, ChangedWhileRunningError)
 
 
 @dataclass(frozen=True)
@@ -46,17 +53,24 @@ class TrainingFolder:
 def run_stage(main: Callable[[], None]) -> None:
     """Run a stage's `main`; a user's mistake ends in one sentence and exit code 1.
 
-    Other exceptions keep their traceback, because they are ours. Under DVC the stage dies with
+    Other exceptions keep their traceback, because they are ours. Of several processes (torchrun)
+    one speaks, and torchrun ends the others. Under DVC the stage dies with
     its parent: a killed `dvc` would leave it running, and the next one would start a second.
     """
     if "DVC_ROOT" in os.environ:
         _die_with_parent()
     try:
-        main()
-    except (ValueError, OSError, FloatingPointError, ChangedWhileRunningError) as error:
+        with _one_voice():
+            main()
+    except _MISTAKES as error:
         sys.exit("error: " + " ".join(str(error).split()))
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def is_first_process() -> bool:
+    """Tell whether this process is alone or the first of several (torchrun)."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 @contextlib.contextmanager
@@ -88,7 +102,7 @@ def training_run(
     """
     root = Path(os.environ.get("DVC_ROOT", "."))
     folder = root / "checkpoints" / f"{stage}-{_fingerprint(inputs, params, code)}"
-    is_first = os.environ.get("RANK", "0") == "0"
+    is_first = is_first_process()
     _check_writable(folder, free_bytes)
     with _end_on_sigterm(), _locked(folder) if is_first else contextlib.nullcontext():
         with unchanged(stage, params, code):
@@ -112,11 +126,32 @@ def unchanged(stage: str, params: Mapping[str, Any], code: Sequence[Path]) -> It
     _check_unchanged(stage, digests, params)
 
 
+@contextlib.contextmanager
+def _one_voice() -> Iterator[None]:
+    """Hold back what a process fails with while another may be saying why.
+
+    A mistake that all notice is the first one's to say. A process that has lost another to
+    talk to has nothing to say.
+    """
+    try:
+        yield
+    except Exception as error:
+        if _num_processes() > 1 and not (is_first_process() and isinstance(error, _MISTAKES)):
+            time.sleep(_PATIENCE if is_first_process() else 2 * _PATIENCE)
+        raise
+
+
+def _num_processes() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def _fingerprint(inputs: Sequence[Path], params: Mapping[str, Any], code: Sequence[Path]) -> str:
     """Hash inputs, parameters and code, wherever the project's folder lies."""
     plain = {name: asdict(v) if is_dataclass(v) else v for name, v in params.items()}
     files = {f"{path.parent.name}/{path.name}": sha256(path) for path in code}
-    everything = [{str(path): _input_digest(path) for path in inputs}, plain, files]
+    digests = {str(path): _input_digest(path) for path in inputs}
+    # A step sees a batch of every process.
+    everything = [digests, plain, files, _num_processes()]
     text = json.dumps(everything, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -164,7 +199,7 @@ def _check_writable(folder: Path, free_bytes: int) -> None:
         for place in (folder, Path.cwd()):
             probe = place / f".writable-{os.getpid()}"
             probe.write_bytes(b"")
-            probe.unlink()
+            probe.unlink(missing_ok=True)  # on another node a process may have the same number
     except OSError as error:
         raise OSError(f"cannot write to {error.filename}: {error.strerror}") from error
     for place in (folder, Path.cwd()):

@@ -19,6 +19,8 @@ PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 Part = Literal["memory", "infini", "attention", "all"]
 # Name under which a parallel branch hangs below the base's attention, whose own names stay.
 BRANCH = "infini"
+# What the model type of an exported model has before that of its base.
+EXPORTED = "infini_"
 OF_MEMORY = ("gate", "alpha", "memory")
 GROUPS = (*OF_MEMORY, "infini", "rest")
 
@@ -57,6 +59,11 @@ FAMILIES = {
 }
 
 
+def family_of(config: PretrainedConfig) -> Family:
+    """Return the family of a base, or of the exported form of a model made from one."""
+    return FAMILIES[config.model_type.removeprefix(EXPORTED)]
+
+
 def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
     """Return the model's decoder layers."""
     return model.base_model.layers
@@ -64,7 +71,7 @@ def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
 
 def attention_modules(model: PreTrainedModel) -> list[nn.Module]:
     """Return each layer's attention module: the base's, maybe with a branch, or an Infini one."""
-    name = FAMILIES[model.config.model_type].attention
+    name = family_of(model.config).attention
     return [getattr(layer, name) for layer in decoder_layers(model)]
 
 
@@ -130,7 +137,7 @@ def insert_infini(model: PreTrainedModel, params: InfiniParams, seed: int = 0) -
     Raises:
         ValueError: if a layer index is out of range.
     """
-    family = FAMILIES[model.config.model_type]
+    family = family_of(model.config)
     shape = attention_shape(model.config)
     layers = decoder_layers(model)
     with torch.random.fork_rng(devices=[]):
@@ -149,11 +156,16 @@ def insert_infini(model: PreTrainedModel, params: InfiniParams, seed: int = 0) -
             for projection in (getattr(infini, name) for name in PROJECTIONS):
                 projection.to(dtype=parameter.dtype)
             if params.insertion == "parallel":
-                base.add_module(BRANCH, infini)
-                base.register_forward_hook(_add_branch, with_kwargs=True)
+                put_beside(base, infini)
             else:
                 setattr(layer, family.attention, infini)
             layer.train(model.training)
+
+
+def put_beside(base: nn.Module, branch: InfiniAttention) -> None:
+    """Let a branch's output be added to that of an attention module."""
+    base.add_module(BRANCH, branch)
+    base.register_forward_hook(_add_branch, with_kwargs=True)
 
 
 def _add_branch(base: nn.Module, args: tuple, kwargs: dict, output: tuple) -> tuple:

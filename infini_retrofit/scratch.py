@@ -23,7 +23,8 @@ from transformers import (
 )
 
 from infini_retrofit.base import BaseModel
-from infini_retrofit.corpus import Article, CorpusShares, split_articles
+from infini_retrofit.corpora import CorpusShares
+from infini_retrofit.corpus import Article, split_articles
 
 END_OF_TEXT = "<|endoftext|>"
 SMALLEST_VOCABULARY = 257  # every byte, and the end of a text

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from infini_retrofit.history import ppl_of_nll
+from infini_retrofit.processes import mean
 
 
 class Trainee(nn.Module, ABC):
@@ -26,6 +27,7 @@ class Trainee(nn.Module, ABC):
     Attributes:
         step: how many steps were taken, kept by the Trainer.
         num_steps: how many there will be, unless the run stops early.
+        share: how much the step's rows in this process weigh in the mean over processes.
     """
 
     def __init__(
@@ -40,7 +42,7 @@ class Trainee(nn.Module, ABC):
         self.model = model
         self.groups = groups
         self.lr_scales = lr_scales
-        self.step, self.num_steps = 0, 1
+        self.step, self.num_steps, self.share = 0, 1, 1.0
 
     @abstractmethod
     def forward(self, input_ids: Tensor) -> dict[str, Tensor]:
@@ -52,6 +54,10 @@ class Trainee(nn.Module, ABC):
 
         What else it returns is noted for each epoch, and that of the best one is a result.
         """
+
+    def mean_of_step(self, mean_of_rows: Tensor) -> Tensor:
+        """Return a mean over the rows of all processes, to divide by, from that of this one's."""
+        return mean(mean_of_rows * self.share) if self.training else mean_of_rows
 
     def train_ppl(self, loss: float) -> float | str:
         """Return the perplexity of a training loss; an empty text if it is no likelihood."""

@@ -5,8 +5,6 @@ the Trainer. Here stand the groups' learning rates, the curves, and what a run t
 leaves. Knows no loss, no stage and no path by name.
 """
 
-import math
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,28 +12,28 @@ from typing import Any
 import torch
 from datasets import Dataset
 from torch import Tensor, nn
-from transformers import (
-    EarlyStoppingCallback,
-    Trainer,
-    TrainerCallback,
-    TrainingArguments,
-)
+from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
 from infini_retrofit.history import MEMORY_COLUMNS, PREFIX, history, memory_history, results
+from infini_retrofit.pipeline import is_first_process
+from infini_retrofit.processes import num_processes, share_rows, value_of_first
 from infini_retrofit.report import write_rows, write_text
 from infini_retrofit.schedule import Schedule, rate_factor
 from infini_retrofit.trainee import Trainee
+from infini_retrofit.trainer import BaseTrainer, training_arguments
 
 # How far, in logits, a gate could move in a whole run if its gradient never changed sign: from
 # a memory share of 0.02 to one of 0.53. With the body's learning rate it cannot move at all.
 GATE_TRAVEL = 4.0
 # The same for the factor of a branch that starts at zero: to where it weighs as the base does.
 ALPHA_TRAVEL = 1.0
+# What they move in a step at most: in a run of few steps all of it would hang on one batch.
+MAX_GATE_RATE, MAX_ALPHA_RATE = 0.25, 0.1
 
 
-class _RetrofitTrainer(Trainer):
-    """The Trainer with our parameter groups and validation, and no patience with NaN."""
+class _RetrofitTrainer(BaseTrainer):
+    """The Trainer with our parameter groups and validation."""
 
     def __init__(self, val: Tensor, schedule: Schedule, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -47,7 +45,10 @@ class _RetrofitTrainer(Trainer):
         num_steps = self.schedule.epochs * len(self.get_train_dataloader())
         factors = sum(rate_factor(i, num_steps) for i in range(num_steps))
         rates = {name: self.schedule.lr * s for name, s in self.model.lr_scales.items()}
-        rates |= {"gate": GATE_TRAVEL / factors, "alpha": ALPHA_TRAVEL / factors}
+        rates |= {
+            "gate": min(GATE_TRAVEL / factors, MAX_GATE_RATE),
+            "alpha": min(ALPHA_TRAVEL / factors, MAX_ALPHA_RATE),
+        }
         groups = [
             {"params": parameters, "lr": rates[name]}
             for name, parameters in self.model.groups.items()
@@ -56,36 +57,36 @@ class _RetrofitTrainer(Trainer):
         self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0)
         return self.optimizer
 
-    def create_scheduler(
-        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
-    ) -> torch.optim.lr_scheduler.LambdaLR:
-        """Ramp up from the first step on: the Trainer's own warm-up wastes that one at rate 0."""
-        self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
-            optimizer or self.optimizer, lambda step: rate_factor(step, num_training_steps)
-        )
-        return self.lr_scheduler
-
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Stop at a loss that is not finite; the last checkpoint stays as it was."""
+        """Let the trainee know where the run stands."""
         self.model.step, self.model.num_steps = self.state.global_step, self.state.max_steps
-        loss = super().training_step(*args, **kwargs)
-        if not torch.isfinite(loss):
-            raise FloatingPointError(
-                f"training diverged in epoch {int(self.state.epoch) + 1}, "
-                f"step {self.state.global_step + 1}: the training loss is {loss.item()}; "
-                "nothing was written, try a smaller lr"
-            )
-        return loss
+        return super().training_step(*args, **kwargs)
+
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Tensor], **_: Any) -> Tensor:
+        """Let each row weigh as it would in one process that has the whole batch.
+
+        To even out an epoch's last batch, processes are given rows of the first once more.
+        """
+        num_own, num_all = self._num_rows()
+        self.model.share = num_own * num_processes() / num_all
+        inputs = {"input_ids": inputs["input_ids"][: max(num_own, 1)]}
+        return super().compute_loss(model, inputs) * self.model.share
+
+    def _num_rows(self) -> tuple[int, int]:
+        """Return how many rows of this step are new in this process, and in all."""
+        num_rows, batch_size = len(self.train_dataset), self.args.per_device_train_batch_size
+        steps_per_epoch = -(-num_rows // (batch_size * num_processes()))
+        step = self.state.global_step % steps_per_epoch
+        return share_rows(num_rows, batch_size, step, self.args.process_index, num_processes())
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Validate with the trainee's own method, which weighs tokens alike."""
-        metrics = self.model.run_validation(self.val)
-        if not math.isfinite(metrics["val_loss"]):
-            raise FloatingPointError(
-                f"training diverged in epoch {round(self.state.epoch or 0)}, "
-                f"step {self.state.global_step}: the validation loss is {metrics['val_loss']}; "
-                "nothing was written, try a smaller lr"
-            )
+        """Validate with the trainee's own method, which weighs tokens alike.
+
+        Every process does, and believes the first: all stop after the same epoch.
+        """
+        metrics = value_of_first(self.model.run_validation(self.val))
+        place = f"in epoch {round(self.state.epoch or 0)}, step {self.state.global_step}"
+        self.require_finite(metrics["val_loss"], place, "validation")
         metrics = {PREFIX + name: value for name, value in metrics.items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(
@@ -177,12 +178,17 @@ def _fit(
     curves: _Curves,
 ) -> list[dict[str, Any]]:
     """Run the Trainer, from its last checkpoint if there is one, and return its log."""
+    arguments = _arguments(schedule, checkpoints, trainee.dtype)
     last_checkpoint = get_last_checkpoint(checkpoints) if checkpoints.is_dir() else None
+    last_checkpoint = value_of_first(last_checkpoint)
+    # A resumed run has its first validation in its history already, and early stopping would
+    # count it twice.
+    arguments.eval_on_start = last_checkpoint is None
     trainer = _RetrofitTrainer(
         val=val_samples,
         schedule=schedule,
         model=trainee,
-        args=_arguments(schedule, checkpoints, trainee.dtype, resumed=last_checkpoint is not None),
+        args=arguments,
         train_dataset=Dataset.from_dict({"input_ids": train_samples.numpy()}).with_format("torch"),
         eval_dataset=[],
         callbacks=[
@@ -201,44 +207,27 @@ def _only_validate(
     """Leave the trainee as it is and return the log of its only validation."""
     metrics = trainee.run_validation(val_samples)
     log = [{"epoch": 0} | {PREFIX + name: value for name, value in metrics.items()}]
-    if os.environ.get("RANK", "0") == "0":
+    if is_first_process():
         reason = "no parameter is to train" if schedule.epochs else "its epochs are 0"
         print(f"{schedule.section}: nothing is trained, because {reason}", file=sys.stderr)
         curves.write(log)
     return log
 
 
-def _arguments(
-    schedule: Schedule, checkpoints: Path, dtype: torch.dtype, resumed: bool
-) -> TrainingArguments:
-    on_gpu = torch.cuda.is_available()
-    arguments = TrainingArguments(
-        output_dir=str(checkpoints),
-        per_device_train_batch_size=schedule.batch_size,
-        num_train_epochs=schedule.epochs,
-        learning_rate=schedule.lr,
-        max_grad_norm=1.0,
-        bf16=dtype is torch.bfloat16,
-        use_cpu=not on_gpu,
+def _arguments(schedule: Schedule, checkpoints: Path, dtype: torch.dtype) -> TrainingArguments:
+    return training_arguments(
+        str(checkpoints),
+        dtype,
+        epochs=schedule.epochs,
+        batch_size=schedule.batch_size,
+        lr=schedule.lr,
         seed=schedule.seed,
         eval_strategy="epoch",
         save_strategy="epoch",
-        logging_strategy="epoch",
-        # A resumed run has its first validation in its history already, and early stopping
-        # would count it twice.
-        eval_on_start=not resumed,
         save_total_limit=2,
         load_best_model_at_end=True,
         metric_for_best_model="val_loss",
         greater_is_better=False,
         restore_callback_states_from_checkpoint=True,
-        logging_nan_inf_filter=False,
         remove_unused_columns=False,
-        dataloader_pin_memory=on_gpu,
-        report_to="none",
     )
-    if arguments.n_gpu > 1:
-        # Many GPUs are torchrun's business; one process would split batches among replicas that
-        # the teacher's layers are no part of.
-        arguments._n_gpu = 1
-    return arguments

@@ -9,9 +9,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from infini_retrofit.params import read_params
+from recipes import against
 from recipes.experiments import (
     all_experiments,
     committed_params,
+    diff_commands,
     existing_experiments,
     printable,
     run,
@@ -26,7 +28,7 @@ from recipes.overlays import (
     read_overlay,
     recipe_names,
 )
-from recipes.table import finished, markdown
+from recipes.table import finished, markdown, row
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -38,6 +40,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
             print_list()
         elif args.table:
             print_table(args.names)
+        elif args.against:
+            print_gains(args.names)
+        elif args.diff:
+            run_and_compare(args)
         elif args.names:
             run_recipes(args)
         else:
@@ -53,6 +59,8 @@ def make_parser() -> argparse.ArgumentParser:
     add("names", nargs="*", metavar="NAME", help="recipes, run one after another")
     add("--list", action="store_true", help="say what each recipe is, and run none")
     add("--table", action="store_true", help="print finished experiments (all recipes or NAMEs)")
+    add("--diff", action="store_true", help="run of two NAMEs what is missing, and compare them")
+    add("--against", action="store_true", help="what the first of finished NAMEs gains over others")
     add("--print", action="store_true", help="print the commands, and run none")
     own = "a parameter of your own; it wins over the recipe's"
     add("-S", "--set-param", action="append", default=[], metavar="key=value", help=own)
@@ -76,6 +84,47 @@ def print_table(names: Sequence[str]) -> None:
     if not names:
         raise ValueError("no recipe has been run yet: try python -m recipes --list")
     print(markdown(experiments, names))
+
+
+def print_gains(names: Sequence[str]) -> None:
+    """Print by how much the first finished experiment is better, document by document.
+
+    Raises:
+        ValueError: if none is named, or one has not been run.
+    """
+    revisions = {name: e.revision for name, e in finished(all_experiments()).items()}
+    if not names or (missing := [name for name in names if name not in revisions]):
+        raise ValueError(
+            "--against needs names of finished experiments, the one in question first, got "
+            + (", ".join(missing) if names else "none")
+        )
+    print(f"{names[0]}, finetuned, protocol {against.PROTOCOL}, is better:\n")
+    print("\n".join(map(row, [against.COLUMNS, ("---", "---", "--:", "--:")])))
+    print("\n".join(map(row, against.gains(revisions, names))))
+
+
+def run_and_compare(args: argparse.Namespace) -> None:
+    """Compare two experiments, run first where the last commit has none of that name.
+
+    Raises:
+        ValueError: if they are not two, or were to have settings that one may have run without.
+    """
+    names = args.names
+    if len(names) != 2 or names[0] == names[1]:
+        raise ValueError(f"--diff must come with two names, got {', '.join(names) or 'none'}")
+    if args.set_param or args.name:
+        raise ValueError(
+            "--diff must come without -S and --name, because what exists already is not run "
+            "again: run yours under its --name first, then compare that name"
+        )
+    existing = set() if args.force else existing_experiments()
+    missing = [name for name in names if name not in existing]
+    if missing:
+        run_recipes(argparse.Namespace(**vars(args) | {"names": missing}))
+    for command in diff_commands(*names):
+        print(printable(command), flush=True)
+        if not args.print and (code := run(command)):
+            sys.exit(code)
 
 
 def run_recipes(args: argparse.Namespace) -> None:

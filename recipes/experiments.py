@@ -1,4 +1,4 @@
-"""DVC and git as recipes need them: run an experiment, list the names, read the metrics.
+"""DVC and git as recipes need them: run experiments, list, read and compare them.
 
 Knows no recipe and no key of params.yaml.
 """
@@ -37,6 +37,11 @@ def run_command(name: str, overrides: Sequence[str], flags: Sequence[str]) -> li
     """Return the command that runs an experiment."""
     settings = [word for override in overrides for word in ("-S", override)]
     return ["dvc", "exp", "run", "-n", name, *flags, *settings]
+
+
+def diff_commands(before: str, after: str) -> list[list[str]]:
+    """Return the commands that compare two experiments, results first."""
+    return [["dvc", kind, "diff", before, after, "--md"] for kind in ("metrics", "params")]
 
 
 def printable(command: Sequence[str]) -> str:

@@ -28,6 +28,7 @@ COLUMNS = (
     _ppl("segment", "segment"),
     _ppl("its control", "segment", "control"),
     _ppl("memory off", "segment_off"),
+    _ppl("memory of one segment", "segment_recent"),
     _ppl("memory swapped", "segment_swapped"),
     _ppl("equal-bytes rival", "segment_kv"),
     Column("gap_recovered", (("eval_sliding", "finetuned", "gap_recovered"),), "{:.1%}".format),
@@ -41,8 +42,15 @@ COLUMNS = (
 )
 
 
-def finished(commits: Sequence[Mapping[str, Any]]) -> dict[str, Metrics]:
-    """Return the metrics of every experiment that ran to its end, the newest of a name.
+class Finished(NamedTuple):
+    """An experiment that ran to its end."""
+
+    revision: str
+    metrics: Metrics
+
+
+def finished(commits: Sequence[Mapping[str, Any]]) -> dict[str, Finished]:
+    """Return every experiment that ran to its end, the newest of a name.
 
     Args:
         commits: what `dvc exp show --json` prints.
@@ -50,27 +58,30 @@ def finished(commits: Sequence[Mapping[str, Any]]) -> dict[str, Metrics]:
     newest: dict[str, Mapping[str, Any]] = {}
     for commit in commits:
         for experiment in commit["experiments"] or []:
-            data = experiment["revs"][0]["data"]
-            if data is None or (experiment["executor"] or {}).get("state", "success") != "success":
+            last = experiment["revs"][0]
+            state = (experiment["executor"] or {}).get("state", "success")
+            if last["data"] is None or state != "success":
                 continue
             before = newest.get(experiment["name"])
-            if before is None or data["timestamp"] > before["timestamp"]:
-                newest[experiment["name"]] = data
-    return {name: data["metrics"] for name, data in newest.items()}
+            if before is None or last["data"]["timestamp"] > before["data"]["timestamp"]:
+                newest[experiment["name"]] = last
+    return {name: Finished(last["rev"], last["data"]["metrics"]) for name, last in newest.items()}
 
 
-def markdown(experiments: Mapping[str, Metrics], names: Sequence[str]) -> str:
+def markdown(experiments: Mapping[str, Finished], names: Sequence[str]) -> str:
     """Lay out a row for each name, in that order; what an experiment lacks is a dash."""
     lines = [
-        _row(["recipe", *(column.title for column in COLUMNS)]),
-        _row(["---", *("--:" for _ in COLUMNS)]),
+        row(["recipe", *(column.title for column in COLUMNS)]),
+        row(["---", *("--:" for _ in COLUMNS)]),
     ]
     for name in names:
-        lines.append(_row([name, *(_cell(experiments.get(name, {}), c) for c in COLUMNS)]))
+        metrics = experiments[name].metrics if name in experiments else {}
+        lines.append(row([name, *(_cell(metrics, c) for c in COLUMNS)]))
     return "\n".join(lines)
 
 
-def _row(cells: Sequence[str]) -> str:
+def row(cells: Sequence[str]) -> str:
+    """Lay out one row of a Markdown table."""
     return f"| {' | '.join(cells)} |"
 
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from infini_retrofit.base_sources import BASE_KINDS
 from infini_retrofit.checkpoints import check_layers
-from infini_retrofit.corpus import CORPORA, LongdocsParams
+from infini_retrofit.corpora import CORPORA, SAME, LongdocsParams
 from infini_retrofit.distillation import DistillParams
 from infini_retrofit.evaluation import EvalParams
 from infini_retrofit.finetuning import ControlParams, FinetuneParams, check_trainable
@@ -47,6 +47,8 @@ def main() -> None:
         finetune_control=load_section(ControlParams, "finetune_control"),
         eval=load_section(EvalParams, "eval"),
     )
+    if sections.longdocs.corpus != SAME:
+        load_choice(CORPORA, "longdocs.corpus", "corpora")
     check_between(sections)
     check_base(sections.infini)
     write_text(PARAMS_OK, "params.yaml was checked\n")

@@ -27,10 +27,10 @@ METRICS, HISTORY = Path("metrics/finetune_control.json"), Path("plots/finetune_c
 def main() -> None:
     """Run the stage."""
     infini = load_section(InfiniParams, "infini")
-    params = load_section(ControlParams, "finetune_control").applied_to(
-        load_section(FinetuneParams, "finetune")
-    )
-    sections = {"infini": infini, "finetune": params}
+    common = load_section(FinetuneParams, "finetune")
+    own = load_section(ControlParams, "finetune_control")
+    params = own.applied_to(common)
+    sections = {"infini": infini, "finetune": common, "finetune_control": own}
     check_layers(infini, BASE)
     train_documents = read_documents(DOCUMENTS / "train.parquet", params.train_documents)
     val_documents = read_documents(DOCUMENTS / "val.parquet", params.val_documents)

@@ -7,7 +7,7 @@ Writes: models/base
 from pathlib import Path
 
 from infini_retrofit.base_sources import BASE_KINDS, bring_base
-from infini_retrofit.corpus import CORPORA
+from infini_retrofit.corpora import CORPORA
 from infini_retrofit.imports import first_party_files
 from infini_retrofit.params import load_choice, load_section, read_params
 from infini_retrofit.pipeline import run_stage, unchanged

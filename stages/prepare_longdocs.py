@@ -1,22 +1,32 @@
 """Stage `prepare_longdocs`: documents of one length from the same split of the articles.
 
-Reads:  params.yaml (longdocs), data/wikitext/{train,val,test}.parquet
+Reads:  params.yaml (longdocs, corpora), data/wikitext/{train,val,test}.parquet,
+        models/base/tokenizer.json
 Writes: data/longdocs/{train,val,test}.parquet
 """
 
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from tqdm import tqdm
+
+from infini_retrofit.articles import read_corpus
+from infini_retrofit.corpora import CORPORA, SAME, LongdocsParams
 from infini_retrofit.corpus import (
     SPLITS,
-    LongdocsParams,
+    Article,
+    Document,
     TokenizedArticle,
     cut_documents,
     read_articles,
+    split_articles,
     write_documents,
 )
-from infini_retrofit.params import load_section
+from infini_retrofit.params import load_choice, load_section
 from infini_retrofit.pipeline import run_stage
+from infini_retrofit.tokenization import load_tokenizer, tokenize
 
+TOKENIZER = Path("models/base/tokenizer.json")
 WIKITEXT = Path("data/wikitext")
 LONGDOCS = Path("data/longdocs")
 
@@ -24,27 +34,69 @@ LONGDOCS = Path("data/longdocs")
 def main() -> None:
     """Run the stage."""
     params = load_section(LongdocsParams, "longdocs")
+    tokenizer = load_tokenizer(TOKENIZER)
     articles = {split: read_articles(WIKITEXT, split) for split in SPLITS}
+    if params.corpus != SAME:
+        split_of = {article.title: split for split in SPLITS for article in articles[split]}
+        articles = {
+            split: list(take_enough(tokenize(tokenizer, of_split), params))
+            for split, of_split in read_other_corpus(split_of).items()
+        }
     check_lengths(articles, params.tokens_per_document)
+    most = None if params.documents == "all" else params.documents
+    documents = {
+        split: cut_documents(articles[split], params.tokens_per_document)[:most] for split in SPLITS
+    }
+    check_sources(documents["test"], params.tokens_per_document)
     for split in SPLITS:
-        documents = cut_documents(articles[split], params.tokens_per_document)
-        write_documents(LONGDOCS, split, documents)
+        write_documents(LONGDOCS, split, documents[split])
+
+
+def read_other_corpus(split_of: dict[str, str]) -> dict[str, list[Article]]:
+    """Read and split the documents' own corpus, and leave out what would leak.
+
+    Args:
+        split_of: where each title of the sliding text stands. Two corpora may have an article in
+            common, and other shares put it into another split.
+    """
+    corpus = load_choice(CORPORA, "longdocs.corpus", "corpora")
+    splits = split_articles(read_corpus(corpus), corpus.val_share, corpus.test_share)
+    return {
+        split: [a for a in articles if split_of.get(a.title, split) == split]
+        for split, articles in splits.items()
+    }
+
+
+def take_enough(
+    articles: Iterable[TokenizedArticle], params: LongdocsParams
+) -> Iterator[TokenizedArticle]:
+    """Take articles until so many are long enough: `cut_documents` puts first parts first."""
+    found = 0
+    for article in tqdm(articles, "tokenise documents", unit=" articles"):
+        yield article
+        found += len(article.input_ids) >= params.tokens_per_document
+        if found == params.documents:
+            return
 
 
 def check_lengths(articles: dict[str, list[TokenizedArticle]], tokens_per_document: int) -> None:
-    """Refuse a length that no article of some split reaches, before anything is written."""
+    """Refuse a length that no article of some split reaches."""
     for split, of_split in articles.items():
-        longest = max(len(article.input_ids) for article in of_split)
+        longest = max((len(article.input_ids) for article in of_split), default=0)
         if longest < tokens_per_document:
             raise ValueError(
                 f"longdocs.tokens_per_document must leave a document in each split, "
                 f"got {tokens_per_document}: the longest article of {split} has {longest} tokens"
             )
-    sources = sum(len(article.input_ids) >= tokens_per_document for article in articles["test"])
-    if sources < 2:
+
+
+def check_sources(documents: list[Document], tokens_per_document: int) -> None:
+    """Refuse test documents that are all of one article."""
+    sources = {document.title for document in documents}
+    if len(sources) < 2:
         raise ValueError(
             f"longdocs.tokens_per_document must leave documents of at least 2 articles in test, "
-            f"whose memories can be swapped, got {tokens_per_document}: {sources} is that long"
+            f"whose memories can be swapped, got {tokens_per_document}: {len(sources)} is that long"
         )
 
 

@@ -189,6 +189,8 @@ class NaiveLayer:
         if not finds or denominator == 0:
             return local
         recalled = numerator / denominator
+        if params.seed_scaling:
+            recalled = recalled / params.segment_length
         if params.recall_norm == "rms":
             size = recalled.square().mean().sqrt()
             recalled = self.memory.recall_gain[h] * (recalled / size if size > 0 else recalled)

@@ -38,6 +38,7 @@ def infini_params(**over: object) -> InfiniParams:
         "feature_map": "elu1",
         "num_features": "base",
         "recall_norm": "none",
+        "seed_scaling": False,
         "gate": "head",
         "decay": "none",
         "written_tokens": "all",
@@ -53,9 +54,9 @@ def infini_params(**over: object) -> InfiniParams:
 def without_conflicts(form: dict) -> dict:
     """Return a form without what its update rule or local attention does not go with."""
     if form.get("local") == "window_linear":
-        form = form | {"recall_norm": "none", "decay": "none"}
+        form = form | {"recall_norm": "none", "decay": "none", "seed_scaling": False}
     if form.get("update_rule", "linear") != "linear":
-        form = form | {"decay": "none"}
+        form = form | {"decay": "none", "seed_scaling": False}
     if form.get("update_rule") == "delta_gamma":
         form = form | {"initial_state": "empty"}
     return form

@@ -8,7 +8,8 @@ import pytest
 
 from infini_retrofit import hub
 from infini_retrofit.articles import check_sha256, read_corpus, read_dump, read_files
-from infini_retrofit.corpus import Article, FilesCorpus, HubCorpus
+from infini_retrofit.corpora import FilesCorpus, HubCorpus
+from infini_retrofit.corpus import Article
 from infini_retrofit.wikitext import join_tokens, split_wikitext
 
 SHARES = {"val_share": 0.2, "test_share": 0.3}
@@ -116,8 +117,8 @@ def test_a_missing_path_is_refused_by_name(tmp_path):
         read_files(tmp_path / "nowhere")
 
 
-def hub_corpus(name: str = "raw") -> HubCorpus:
-    return HubCorpus(repo_id="nobody/nothing", revision=COMMIT, name=name, **SHARES)
+def hub_corpus(files: str = "raw/*.parquet") -> HubCorpus:
+    return HubCorpus(repo_id="nobody/nothing", revision=COMMIT, files=files, **SHARES)
 
 
 def test_the_hub_is_read_by_file_name_and_joined_across_files(monkeypatch, tmp_path):
@@ -136,8 +137,8 @@ def test_the_hub_is_read_by_file_name_and_joined_across_files(monkeypatch, tmp_p
     assert asked["revision"] == COMMIT
     assert asked["patterns"] == ["raw/*.parquet"]
     assert asked["repo_type"] == "dataset"
-    with pytest.raises(ValueError, match=r"name must be a folder of parquet files .* 'cooked'"):
-        read_corpus(hub_corpus("cooked"))
+    with pytest.raises(ValueError, match=r"files must match parquet files in .* 'cooked/\*"):
+        read_corpus(hub_corpus("cooked/*.parquet"))
 
 
 def test_without_network_the_hub_points_to_the_embedded_default():

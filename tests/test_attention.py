@@ -5,10 +5,11 @@ import torch
 from torch import Tensor
 
 from infini_retrofit import attention
-from infini_retrofit.attention import InfiniAttention, rotate
+from infini_retrofit.attention import InfiniAttention
 from infini_retrofit.carrier import Carried, Carrier
 from infini_retrofit.compressive_memory import CompressiveMemory
 from infini_retrofit.infini_params import AttentionShape
+from infini_retrofit.positions import rotate
 from tests.naive import NaiveLayer
 from tests.reference import infini_params, largest
 

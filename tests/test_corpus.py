@@ -1,4 +1,4 @@
-"""The parameters of a corpus, its split, and its files of tokens."""
+"""The split of a corpus, its documents, and its files of tokens."""
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -7,10 +7,6 @@ import pytest
 from infini_retrofit.corpus import (
     SPLITS,
     Article,
-    FilesCorpus,
-    GensimCorpus,
-    HubCorpus,
-    LongdocsParams,
     TokenizedArticle,
     cut_documents,
     read_articles,
@@ -20,30 +16,10 @@ from infini_retrofit.corpus import (
     write_documents,
 )
 
-SHARES = {"val_share": 0.2, "test_share": 0.3}
-
 
 def tokenized(title: str, num_tokens: int, first: int = 0) -> TokenizedArticle:
     ids = np.arange(first, first + num_tokens, dtype=np.int32)
     return TokenizedArticle(title, f"text of {title}", ids)
-
-
-@pytest.mark.parametrize(
-    ("make", "message"),
-    [
-        (lambda: GensimCorpus(val_share=0.0, test_share=0.1), "val_share must be .* got 0.0"),
-        (lambda: GensimCorpus(val_share=0.1, test_share=1.0), "test_share must be .* got 1.0"),
-        (lambda: FilesCorpus(path="x", val_share=0.5, test_share=0.5), "must be below 1.*0.5"),
-        (
-            lambda: HubCorpus(repo_id="a/b", revision="main", name="c", **SHARES),
-            "revision must be a commit of 40 hexadecimal digits, got 'main'",
-        ),
-        (lambda: LongdocsParams(tokens_per_document=1), "tokens_per_document must be .* got 1"),
-    ],
-)
-def test_a_bad_parameter_is_refused_by_name(make, message):
-    with pytest.raises(ValueError, match=message):
-        make()
 
 
 def test_an_article_stays_in_its_split_when_others_come():

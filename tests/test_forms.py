@@ -34,6 +34,7 @@ EXTRAS = (
     {"recall_norm": "rms", "insertion": "parallel"},
     {"gate": "query", "recall_norm": "rms", "decay": "head", "initial_state": "learnable"},
     {"decay": "feature", "initial_state": "learnable"},
+    {"seed_scaling": True, "gate": "query"},
     {"local_context": 2, "decay": "feature", "written_tokens": 1, "recall_norm": "rms"},
 )
 WITH_WINDOW = (
@@ -145,6 +146,7 @@ OTHERS = {
     "positions": ("rope", "alibi", "none"),
     "local": ("softmax", "linear", "window_linear"),
     "written_tokens": ("all", 1, 2),
+    "seed_scaling": (False, True),
     "local_context": (0, 2),
 }
 

@@ -56,6 +56,18 @@ NO_ROPE = {"positions": "none", "init": "random_layer"}
             {"local": "window_linear", "decay": "head"},
             r"infini\.decay must be none when infini\.local is window_linear, .* got head",
         ),
+        (
+            {"seed_scaling": True, "recall_norm": "rms"},
+            r"infini\.seed_scaling must be false when infini\.recall_norm is rms: .*, got true",
+        ),
+        (
+            {"seed_scaling": True, "update_rule": "delta"},
+            r"infini\.seed_scaling must be false when infini\.update_rule is delta: .*, got true",
+        ),
+        (
+            {"seed_scaling": True, "local": "window_linear"},
+            r"infini\.seed_scaling must be false when infini\.local is window_linear: .*, got true",
+        ),
     ],
     ids=lambda x: "-".join(f"{k}={v}" for k, v in x.items()) if isinstance(x, dict) else "",
 )
@@ -80,6 +92,8 @@ def test_values_that_no_base_could_make_sense_of_are_refused_by_name(over, messa
         {"insertion": "parallel", "init": "random_attention"},
         {"local": "window_linear", "positions": "alibi", "gate": "query"},
         {"recall_norm": "rms", "decay": "head"},
+        {"seed_scaling": True, "memory": "off"},
+        {"seed_scaling": True, "decay": "head", "local": "linear", "positions": "none"},
     ],
 )
 def test_values_at_the_edge_of_what_makes_sense_are_taken(over):

@@ -18,23 +18,29 @@ TOP_LEVEL = {
     *("dvc.yaml", "params.yaml", "stages", "data", "models", "metrics", "plots", "tests"),
     *("requirements.txt", "infini_retrofit", "benchmarks", "README.md", "LICENSE", "Makefile"),
     *("pyproject.toml", "requirements-dev.txt", "LOG.md", "dvc.lock", ".ci", ".dvc", ".dvcignore"),
-    *(".gitignore", "recipes", "docs"),
+    *(".gitignore", "recipes", "docs", "eval_tasks"),
 }
 LEVELS = [
     {
         *("memory", "params", "report", "runtime", "corpus", "pipeline", "wikimarkup"),
         *("wikitemplates", "wikitext", "articles", "texts", "hub", "gguf_file", "cross_entropy"),
         *("imports", "offline_plots", "schedule", "history", "feature_maps", "infini_params"),
-        *("bootstrap", "curriculum"),
+        *("bootstrap", "curriculum", "processes", "corpora", "tokenization"),
+        "shapes",
     },
     {
         *("compressive_memory", "window_attention", "attention", "local_attention", "carrier"),
         *("local_context", "base", "base_attention", "base_sources", "scratch", "pretraining"),
+        *("unfinished", "stepping", "positions"),
+        *("trainer", "model_card"),
     },
-    {"retrofit", "segments", "cache", "checkpoints", "teacher", "lora"},
+    {
+        *("retrofit", "segments", "cache", "checkpoints", "teacher", "lora", "modeling"),
+        *("confinement", "generation"),
+    },
     {
         *("training", "trainee", "distillation", "finetuning", "perplexity", "evaluation"),
-        *("diagnostics", "recall"),
+        *("diagnostics", "recall", "export", "chat", "harness"),
     },
 ]
 LEVEL_OF = {name: level for level, names in enumerate(LEVELS) for name in names}

@@ -23,7 +23,9 @@ corpora:
     val_share: 0.3
     test_share: 0.3
 longdocs:
+  corpus: same
   tokens_per_document: {tokens_per_document}
+  documents: all
 """
 
 

@@ -117,6 +117,11 @@ def test_a_run_that_trained_nothing_has_the_start_for_its_result():
         ("finetune", {"val_documents": 0}, r"finetune\.val_documents must be at least 1, got 0"),
         ("finetune", {"kl_weight": -0.1}, r"finetune\.kl_weight must be in 0\.\.1, got -0\.1"),
         ("finetune", {"kl_weight": 1.1}, r"finetune\.kl_weight must be in 0\.\.1, got 1\.1"),
+        (
+            "finetune",
+            {"label_shift": 2},
+            r"finetune\.kl_weight must be 0 when finetune\.label_shift is 2, .*, got 1\.0",
+        ),
     ],
 )
 def test_bad_parameters_are_refused_by_name_and_the_least_good_ones_are_not(

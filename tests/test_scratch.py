@@ -12,7 +12,8 @@ from tokenizers import Tokenizer, normalizers
 
 from infini_retrofit.base import load_base, load_tokenizer
 from infini_retrofit.base_sources import BASE_KINDS, bring_base
-from infini_retrofit.corpus import CORPORA, FilesCorpus, read_articles
+from infini_retrofit.corpora import CORPORA, FilesCorpus
+from infini_retrofit.corpus import read_articles
 from infini_retrofit.params import load_choice, load_presets
 from infini_retrofit.pretraining import _NextToken
 from infini_retrofit.scratch import ScratchBase, pack_rows, train_articles, train_tokenizer

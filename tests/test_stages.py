@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import yaml
+from ruamel.yaml import YAML
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -241,3 +242,12 @@ def test_the_control_needs_no_distilled_model_and_comes_out_the_same(project):
         shutil.rmtree(project / "models" / model)
     run_stage("finetune_control")
     assert contents(project / "models" / "control") == before
+
+
+def test_the_control_may_train_at_a_rate_of_its_own(project):
+    before = contents(project / "models" / "control")
+    params = YAML(typ="safe").load(project / "params.yaml")
+    params["finetune_control"] = {"trainable": "attention", "lr": 10 * params["finetune"]["lr"]}
+    YAML(typ="safe").dump(params, project / "params.yaml")
+    run_stage("finetune_control")
+    assert contents(project / "models" / "control") != before

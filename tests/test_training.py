@@ -1,6 +1,7 @@
 """The Trainer under our frame: what it trains, how it stops, how it resumes."""
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,7 +10,12 @@ from infini_retrofit.finetuning import Finetuning
 from infini_retrofit.perplexity import score_segments, total
 from infini_retrofit.retrofit import infini_modules, insert_infini
 from infini_retrofit.schedule import FullLrScale, rate_factor
-from infini_retrofit.training import ALPHA_TRAVEL, GATE_TRAVEL
+from infini_retrofit.training import (
+    ALPHA_TRAVEL,
+    GATE_TRAVEL,
+    MAX_ALPHA_RATE,
+    MAX_GATE_RATE,
+)
 from tests.reference import largest
 from tests.tiny import FAMILIES, random_ids, tiny_llama
 from tests.tiny_training import (
@@ -59,7 +65,8 @@ def test_what_weighs_a_branch_has_a_rate_that_can_move_it(tmp_path, name, form):
     assert moved["q_proj.weight"] < 1e-6
 
 
-def test_a_rate_of_a_group_of_its_own_spans_the_run(tmp_path, monkeypatch):
+def rates_of(folder: Path, patch: pytest.MonkeyPatch, epochs: int) -> list[tuple[float, ...]]:
+    """Train on 4 documents and return the rate of each step, by group: gate, alpha, others."""
     rates = []
     take = torch.optim.AdamW.step
 
@@ -67,17 +74,29 @@ def test_a_rate_of_a_group_of_its_own_spans_the_run(tmp_path, monkeypatch):
         rates.append([group["lr"] for group in optimizer.param_groups])
         return take(optimizer, *args, **kwargs)
 
-    monkeypatch.setattr(torch.optim.AdamW, "step", spy)
+    patch.setattr(torch.optim.AdamW, "step", spy)
     scale = FullLrScale(memory=3.0, infini=2.0, rest=1.0)
     form = {"insertion": "parallel", "feature_map": "hedgehog"}
     trainee = finetuning(form=form, trainable="attention", lr_scale=scale)
-    run(trainee, tmp_path, lr=1e-3)
-    gate, alpha, *others = (sum(of_group) for of_group in zip(*rates, strict=True))
+    patch.setattr(trainee, "validate", lambda val: {"val_loss": 1.0, "val_ppl": 2.0})
+    run(trainee, folder, lr=1e-3, epochs=epochs, patience=epochs)
+    return list(zip(*rates, strict=True))
+
+
+def test_a_rate_of_a_group_of_its_own_spans_the_run(tmp_path, monkeypatch):
+    rates = rates_of(tmp_path, monkeypatch, epochs=9)
+    gate, alpha, memory, infini, rest = map(sum, rates)
     assert gate == pytest.approx(GATE_TRAVEL)
     assert alpha == pytest.approx(ALPHA_TRAVEL)
-    memory, infini, rest = others
     assert (memory / rest, infini / rest) == (pytest.approx(3), pytest.approx(2))
-    assert rest < len(rates) * 1e-3
+    assert rest < len(rates[0]) * 1e-3
+
+
+def test_in_a_run_of_few_steps_no_step_moves_a_gate_far(tmp_path, monkeypatch):
+    gate, alpha, *_ = rates_of(tmp_path, monkeypatch, epochs=1)
+    assert (max(gate), max(alpha)) == (pytest.approx(MAX_GATE_RATE), pytest.approx(MAX_ALPHA_RATE))
+    assert sum(gate) < GATE_TRAVEL
+    assert sum(alpha) < ALPHA_TRAVEL
 
 
 @pytest.mark.parametrize("num_steps", [1, 8, 100])

@@ -19,6 +19,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from infini_retrofit import base_attention
+from infini_retrofit.base import load_base
 from infini_retrofit.report import write_manifest
 
 Family = Literal["llama", "gpt_neox"]
@@ -107,6 +109,15 @@ def tiny_base_folder(folder: Path, family: Family = "llama", seed: int = 0, **ov
     (folder / "base.json").write_text(json.dumps(about))
     write_manifest(folder)
     return folder
+
+
+def assert_same_model(folder: Path, want: PreTrainedModel) -> None:
+    """Load a folder like models/base, and compare it with a model: weights, and logits."""
+    got, ids = load_base(folder, torch.float32), random_ids(want.config.vocab_size, 2, 11)
+    assert not got.training
+    assert got.config._attn_implementation == base_attention.NAME
+    torch.testing.assert_close(got(ids).logits, want(ids).logits)
+    assert all(torch.equal(got.state_dict()[name], x) for name, x in want.state_dict().items())
 
 
 def random_ids(vocab_size: int, *shape: int, seed: int = 0) -> torch.Tensor:

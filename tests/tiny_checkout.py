@@ -3,12 +3,31 @@
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from recipes import overlays
 from tests.tiny_project import ROOT
+
+STAGE = """import json
+from pathlib import Path
+from ruamel.yaml import YAML
+params = YAML(typ="safe").load(Path("params.yaml"))
+metrics = {"finetuned": {"segment_test_ppl": params["a"] * 10 + params["b"]}}
+Path("metrics").mkdir(exist_ok=True)
+Path("metrics/eval_sliding.json").write_text(json.dumps(metrics))
+"""
+PIPELINE = """stages:
+  eval_sliding:
+    cmd: python stage.py
+    deps: [stage.py]
+    params: [a, b]
+    metrics:
+    - metrics/eval_sliding.json:
+        cache: false
+"""
 
 
 def keep_settings_apart(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -59,3 +78,33 @@ def own_recipes(monkeypatch: pytest.MonkeyPatch, **texts: str) -> None:
     for name, text in {"budget": "{}", **texts}.items():
         (folder / f"{name}.yaml").write_text(text)
     monkeypatch.setattr(overlays, "FOLDER", folder.absolute())
+
+
+def make_pipeline(folder: Path, monkeypatch: pytest.MonkeyPatch, **texts: str) -> None:
+    """Make the working folder a repository with a pipeline of one stage, which takes no time.
+
+    Args:
+        folder: an empty one.
+        monkeypatch: undoes it all.
+        texts: the text of each of its recipes; it has the parameters a and b, both 1.
+    """
+    make_checkout(folder, monkeypatch)
+    shutil.copytree(ROOT / "recipes", "recipes", ignore=shutil.ignore_patterns("*.yaml", "__py*"))
+    own_recipes(monkeypatch, **texts)
+    files = {"params.yaml": "a: 1\nb: 1\n", "dvc.yaml": PIPELINE, "stage.py": STAGE}
+    for name, text in {**files, ".gitignore": "__pycache__/\n"}.items():
+        Path(name).write_text(text)
+    subprocess.run([sys.executable, "-m", "dvc", "init", "--quiet"], check=True)
+    commit()
+
+
+def python_m_recipes(*words: str) -> tuple[int, str]:
+    """Run `python -m recipes` in the working folder; return its exit code and all it prints."""
+    process = subprocess.run(
+        [sys.executable, "-m", "recipes", *words],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    return process.returncode, process.stdout

@@ -1,0 +1,149 @@
+"""Stream tokens through a model: resident memory and time per token, at the start and at the end.
+
+`python -m benchmarks.streaming models/finetuned` prints a table; which tokens they are makes no
+difference. Writes nothing.
+"""
+
+import argparse
+import os
+import statistics
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from infini_retrofit.base import load_base
+from infini_retrofit.cache import InfiniCache
+from infini_retrofit.checkpoints import load_retrofit
+from infini_retrofit.generation import enable_generation, read, segment_length
+from infini_retrofit.infini_params import InfiniParams
+from infini_retrofit.pipeline import run_stage
+from infini_retrofit.retrofit import insert_infini
+from infini_retrofit.runtime import start_run
+
+BASE = Path("models/base")
+SEGMENTS_PER_CALL = 4
+NUM_PARTS, NUM_TURNS = 10, 25
+HEADER = ["tokens", "us a token", "resident MiB", "cache KiB"]
+
+
+@dataclass(frozen=True)
+class Part:
+    """One of equal parts of a stream.
+
+    Attributes:
+        num_tokens: from the stream's start to the part's end.
+        seconds: a token, the median of the part's calls.
+        resident_bytes: of this process at the part's end, or allocated on its GPU.
+        cache_bytes: of the cache at the part's end.
+    """
+
+    num_tokens: int
+    seconds: float
+    resident_bytes: int
+    cache_bytes: int
+
+
+class Stream:
+    """Random tokens that go into one cache, some segments at each call.
+
+    Args:
+        model: that generates with an `InfiniCache`.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model, self.cache = model, InfiniCache(model)
+        self.per_call = SEGMENTS_PER_CALL * segment_length(model)
+        self.generator = torch.Generator().manual_seed(0)
+        self()  # Sets up what lasts.
+
+    def __call__(self) -> float:
+        """Read on and return the seconds that a token took."""
+        size = (1, self.per_call)
+        ids = torch.randint(self.model.config.vocab_size, size, generator=self.generator)
+        begin = time.perf_counter()
+        list(read(self.model, ids, self.cache, SEGMENTS_PER_CALL))
+        if self.model.device.type == "cuda":
+            torch.cuda.synchronize()
+        return (time.perf_counter() - begin) / self.per_call
+
+
+def measure_stream(stream: Stream, num_tokens: int, num_parts: int = NUM_PARTS) -> Iterator[Part]:
+    """Read on, and measure each part of what is read.
+
+    Args:
+        stream: just begun.
+        num_tokens: at least; filled up to whole calls in equal parts.
+        num_parts: to measure.
+    """
+    calls_per_part = -(-(num_tokens - stream.per_call) // (stream.per_call * num_parts))
+    for _ in range(num_parts):
+        seconds = statistics.median(stream() for _ in range(calls_per_part))
+        cache, found = stream.cache, resident_bytes(stream.model.device)
+        yield Part(cache.num_seen, seconds, found, cache.num_bytes)
+
+
+def late_over_early(late: Stream, num_turns: int = NUM_TURNS) -> float:
+    """Compare the time of a token of a long stream with one of a new stream, in turns.
+
+    A shared machine's speed changes while a stream lasts; between two turns it hardly does.
+    """
+    early = Stream(late.model)
+    return statistics.median(late() / early() for _ in range(num_turns))
+
+
+def resident_bytes(device: torch.device) -> int:
+    """Return the bytes that this process holds now: on its GPU, or in memory (Linux)."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def main() -> None:
+    """Stream through the model that the command line names, and print the table."""
+    options = _options()
+    device, dtype = start_run()
+    if options.model is None:
+        params = InfiniParams(segment_length=options.segment_length)
+        model = load_base(options.base, dtype)
+        insert_infini(model, params)
+    else:
+        model, params = load_retrofit(options.base, options.model, dtype)
+    enable_generation(model.to(device), params, options.other_layers)
+    stream = Stream(model)
+    found = measure_stream(stream, options.tokens)
+    parts = list(tqdm(found, total=NUM_PARTS, desc="tenths of the stream"))
+    print("| " + " | ".join(HEADER) + " |\n" + "| ---: " * len(HEADER) + "|")
+    for part in parts:
+        sizes = f"{part.resident_bytes / 2**20:,.1f} | {part.cache_bytes / 2**10:,.1f}"
+        print(f"| {part.num_tokens:,} | {part.seconds * 1e6:,.1f} | {sizes} |")
+    resident = parts[-1].resident_bytes / parts[0].resident_bytes
+    print(f"\nResident memory, last tenth over first: {resident:.4f}.")
+    print(f"Time a token, end over a new stream in turns with it: {late_over_early(stream):.3f}.")
+    if not stream.cache.is_bounded:
+        print("other_layers is full: the cache grows with the stream", file=sys.stderr)
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.streaming", description=__doc__)
+    add = parser.add_argument
+    add("model", type=Path, nargs="?", help="a retrofit; none: Infini-attention in all layers")
+    add("--base", type=Path, default=BASE, help="folder of its base (default: %(default)s)")
+    add("--tokens", type=int, default=200_000, help="to stream (default: %(default)s)")
+    add("--segment-length", type=int, default=256, help="without a retrofit (default: %(default)s)")
+    add("--other-layers", choices=["segment", "full"], help="default: as the retrofit says")
+    options = parser.parse_args()
+    least = 2 * NUM_PARTS * SEGMENTS_PER_CALL * options.segment_length
+    if options.tokens < least:
+        parser.error(f"--tokens must be at least {least}, got {options.tokens}")
+    return options
+
+
+if __name__ == "__main__":
+    run_stage(main)

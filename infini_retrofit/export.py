@@ -1,0 +1,194 @@
+"""A retrofitted model as one complete folder, which opens without this library.
+
+`python -m infini_retrofit.export models/finetuned OUT` writes weights, tokenizer, modelling code
+and a model card. `AutoModelForCausalLM.from_pretrained(OUT, trust_remote_code=True)` opens it.
+"""
+
+import argparse
+import ast
+import json
+import re
+import shutil
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from transformers import PreTrainedModel
+
+from infini_retrofit import modeling, shapes
+from infini_retrofit.base import load_tokenizer
+from infini_retrofit.checkpoints import OTHER_LAYERS, load_retrofit
+from infini_retrofit.generation import enable_generation
+from infini_retrofit.imports import first_party_files
+from infini_retrofit.infini_params import InfiniParams
+from infini_retrofit.model_card import Card, write_card
+from infini_retrofit.report import write_manifest, write_text
+
+PACKAGE = "infini_retrofit"
+MODELING, SHAPES = Path(modeling.__file__), Path(shapes.__file__)
+_OURS = re.compile(rf"^(\s*)from {PACKAGE}\.(\w+) import", re.MULTILINE)
+_JAXTYPING = re.compile(r"^(\s*)from jaxtyping import", re.MULTILINE)
+# Stages of dvc.lock whose parameters say how the model came about.
+TRAINING = ("prepare_wikitext", "prepare_longdocs", "distill", "finetune")
+
+
+@dataclass(frozen=True, kw_only=True)
+class About:
+    """What a model card says that the model's folders do not.
+
+    Attributes:
+        metrics: results by the name of their file; a nested one has a column for each model.
+        training: parameters by stage.
+        license: an identifier of the Hugging Face Hub; None: the base's, if its name tells.
+        base_model: the base's name on the Hub; None: what its name tells.
+    """
+
+    metrics: dict[str, Any]
+    training: dict[str, Any]
+    license: str | None = None
+    base_model: str | None = None
+
+
+def export_model(
+    base_dir: Path, folder: Path, out: Path, about: About, other_layers: str | None = None
+) -> None:
+    """Write the complete folder, all of it or nothing.
+
+    Args:
+        base_dir: the base model's folder.
+        folder: the retrofit's folder.
+        out: the new folder.
+        about: for the model card.
+        other_layers: `segment` or `full`; None: what the retrofit says.
+
+    Raises:
+        FileExistsError: if there is something at `out` already.
+        ValueError: if a file was changed or the base is another.
+    """
+    if out.exists():
+        raise FileExistsError(f"{out} must be a new folder, got one that exists: remove it first")
+    model, params = load_retrofit(base_dir, folder, torch.float32)
+    if other_layers is not None:
+        model.config.other_layers = other_layers
+    card = Card(
+        name=out.name,
+        column=folder.name,
+        base=_about_base(base_dir),
+        infini=params,
+        other_layers=model.config.other_layers,
+        **vars(about),
+    )
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=".export-") as partial:
+        new = Path(partial) / out.name
+        as_exported(model).save_pretrained(new)
+        load_tokenizer(base_dir).save_pretrained(new)
+        write_code(new)
+        write_card(card, new / "README.md")
+        write_manifest(new)
+        shutil.move(new, out)
+
+
+def as_exported(model: PreTrainedModel) -> PreTrainedModel:
+    """Return a loaded retrofit as the model that an exported folder opens as, weights shared.
+
+    The retrofit itself generates with an `InfiniCache` from then on, as the exported model does.
+    """
+    enable_generation(model, InfiniParams(**model.config.infini))
+    kind = modeling.MODELS[model.config.model_type]
+    fields = model.config.to_dict()
+    del fields["model_type"]
+    fields["auto_map"] = {
+        "AutoConfig": f"{MODELING.stem}.{kind.config_class.__name__}",
+        "AutoModelForCausalLM": f"{MODELING.stem}.{kind.__name__}",
+    }
+    config = kind.config_class(**fields)
+    exported = kind.from_pretrained(None, config=config, state_dict=model.state_dict())
+    exported.generation_config = model.generation_config
+    return exported.eval()
+
+
+def write_code(out: Path) -> None:
+    """Write the modelling code: files of this library, which import each other by name there."""
+    for source in first_party_files(MODELING, MODELING.parent.parent):
+        if source.stem != "__init__":
+            write_text(out / source.name, _standing_alone(source))
+    write_text(out / SHAPES.name, _standing_alone(SHAPES))
+
+
+def _standing_alone(source: Path) -> str:
+    """Return a file's text with this library's modules beside it, and none of jaxtyping's."""
+    text = _OURS.sub(r"\1from .\2 import", source.read_text(encoding="utf-8"))
+    text = _JAXTYPING.sub(rf"\1from .{SHAPES.stem} import", text)
+    for node in ast.walk(ast.parse(text)):
+        names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+        if isinstance(node, ast.ImportFrom) and not node.level:
+            names = [node.module]
+        left = {name.split(".")[0] for name in names} & {PACKAGE, "jaxtyping"}
+        assert not left, f"{source} imports {left} in a form that is not rewritten"
+    return f"# Made from {PACKAGE}/{source.name}: change it there.\n{text}"
+
+
+def _about_base(base_dir: Path) -> dict[str, Any]:
+    """Return what the pipeline noted of a base; of a user's own folder there is only its name."""
+    path = base_dir / "base.json"
+    if path.is_file():
+        return json.loads(path.read_text(encoding="utf-8"))
+    return {"name": base_dir.name, "source": f"a folder named {base_dir.name}", "note": "none"}
+
+
+def read_metrics(folder: Path) -> dict[str, Any]:
+    """Return the contents of a folder's JSON files by their names; none of a missing folder."""
+    files = sorted(folder.glob("*.json"))
+    return {file.stem: json.loads(file.read_text(encoding="utf-8")) for file in files}
+
+
+def read_training(lock: Path) -> dict[str, Any]:
+    """Return what DVC recorded that the training stages ran with, nothing where it did not."""
+    if not lock.is_file():
+        return {}
+    stages = yaml.safe_load(lock.read_text(encoding="utf-8"))["stages"]
+    found = {name: stages.get(name, {}).get("params", {}) for name in TRAINING}
+    given = {name: next(iter(params.values())) for name, params in found.items() if params}
+    given = {n: {k: v for k, v in p.items() if k != "infini"} for n, p in given.items()}
+    return _without_folders(given)
+
+
+def _without_folders(value: Any) -> Any:
+    """Shorten absolute paths to their last names: a card is for others to read."""
+    if isinstance(value, dict):
+        return {key: _without_folders(item) for key, item in value.items()}
+    is_path = isinstance(value, str) and Path(value).is_absolute()
+    return Path(value).name if is_path else value
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command."""
+    parser = argparse.ArgumentParser(prog=f"python -m {PACKAGE}.export", description=__doc__)
+    parser.add_argument("folder", type=Path, help="the retrofitted model, such as models/finetuned")
+    parser.add_argument("out", type=Path, help="the folder to make")
+    parser.add_argument("--base", type=Path, default=Path("models/base"))
+    parser.add_argument("--metrics", type=Path, default=Path("metrics"))
+    parser.add_argument("--lock", type=Path, default=Path("dvc.lock"))
+    parser.add_argument("--license", help="of the weights, as the Hugging Face Hub names it")
+    parser.add_argument("--base-model", help="the base's name on the Hugging Face Hub")
+    parser.add_argument("--other-layers", choices=OTHER_LAYERS)
+    given = parser.parse_args(arguments)
+    about = About(
+        metrics=read_metrics(given.metrics),
+        training=read_training(given.lock),
+        license=given.license,
+        base_model=given.base_model,
+    )
+    try:
+        export_model(given.base, given.folder, given.out, about, given.other_layers)
+    except (ValueError, OSError) as error:
+        sys.exit("error: " + " ".join(str(error).split()))
+
+
+if __name__ == "__main__":
+    main()

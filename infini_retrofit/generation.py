@@ -1,0 +1,198 @@
+"""Make a retrofitted model generate with an `InfiniCache`, and read long texts into one.
+
+Whoever has a model with Infini layers calls `enable_generation` once, after its weights are in
+place or, for a model class of its own, at the end of its constructor: from then on `generate` and
+forward passes with `use_cache=True` work as with any model of `transformers`, and padding (a 2-D
+`attention_mask`) reaches the memory with or without a cache. Forward passes that are given a
+`carrier` are left alone. Long prompts go in with `prefill_chunk_size`, a multiple of the segment
+length, or through `read`.
+
+Axes:
+    B  row of the batch
+    T  token
+"""
+
+from collections.abc import Iterator
+from types import MethodType
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor, nn
+from transformers import GenerationConfig, PreTrainedModel
+from transformers.generation import GenerationMode
+
+from infini_retrofit.attention import InfiniAttention
+from infini_retrofit.cache import InfiniCache
+from infini_retrofit.carrier import Carrier
+from infini_retrofit.confinement import confine_others
+from infini_retrofit.infini_params import InfiniParams
+from infini_retrofit.retrofit import attention_modules, infini_modules
+
+_PREPARE = "_prepare_cache_for_generation"  # of transformers' GenerationMixin
+
+
+def enable_generation(
+    model: PreTrainedModel, params: InfiniParams, other_layers: str | None = None
+) -> None:
+    """Let a model generate with an `InfiniCache`, in place.
+
+    With `segment` the names of confined attention's weights change where a base fuses its
+    projections (GPT-NeoX): save a retrofit before this, or the whole model after it.
+
+    Args:
+        model: a retrofitted model.
+        params: how its layers were inserted.
+        other_layers: what attention sees that is the base's own. `segment`: its segment, as in
+            training and scoring; the cache is bounded for any prompt. `full`: everything; the
+            cache grows. None: as `model.config.other_layers` says, or `segment`.
+
+    Raises:
+        ValueError: if `other_layers` is neither.
+    """
+    if other_layers is None:
+        other_layers = getattr(model.config, "other_layers", "segment")
+    if other_layers not in ("segment", "full"):
+        raise ValueError(f"other_layers must be full or segment, got {other_layers!r}")
+    model.config.other_layers = other_layers
+    if other_layers == "segment":
+        confine_others(model, params)
+    if _PREPARE not in vars(model):
+        setattr(model, _PREPARE, MethodType(_prepare_cache, model))
+        model.base_model.register_forward_pre_hook(_open, with_kwargs=True)
+        model.base_model.register_forward_hook(_close, with_kwargs=True)
+
+
+def read(
+    model: PreTrainedModel,
+    input_ids: Int[Tensor, "B T"],
+    cache: InfiniCache,
+    num_segments: int = 4,
+) -> Iterator[int]:
+    """Read texts of equal length into a cache, some segments at a time.
+
+    Args:
+        model: that generates with such a cache.
+        input_ids: the texts, or how they go on.
+        cache: is filled.
+        num_segments: that go in at once.
+
+    Yields:
+        The number of tokens just read, of each text.
+    """
+    for part in input_ids.split(num_segments * segment_length(model), dim=1):
+        with torch.inference_mode():
+            part = part.to(model.device)
+            model.base_model(input_ids=part, past_key_values=cache, use_cache=True)
+        yield part.shape[1]
+
+
+def segment_length(model: PreTrainedModel) -> int:
+    """Return the segment length of a retrofitted model."""
+    return next(iter(infini_modules(model).values())).segment_length
+
+
+def _open(body: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    """Give a forward pass of the model's body what its Infini layers need."""
+    if kwargs.get("carrier") is not None:
+        return args, kwargs
+    kwargs = dict(zip(("input_ids", "attention_mask"), args, strict=False)) | kwargs
+    ids = kwargs.get("input_ids")
+    num_rows, num_columns = (kwargs["inputs_embeds"] if ids is None else ids).shape[:2]
+    mask, cache = kwargs.get("attention_mask"), kwargs.get("past_key_values")
+    carrier = Carrier(is_token=_padding(mask, num_columns))
+    uses_cache = kwargs.get("use_cache")
+    if cache is None and (body.config.use_cache if uses_cache is None else uses_cache):
+        cache = InfiniCache(body)
+    if cache is not None:
+        _require_infini(cache)
+        _check_rows(cache, num_rows)
+        carrier.is_open, carrier.before = True, cache.carried
+    if all(isinstance(module, InfiniAttention) for module in attention_modules(body)):
+        # A mask of four axes is taken as it is: none is built that no layer would use.
+        kwargs["attention_mask"] = torch.ones(1, 1, 1, 1, dtype=torch.bool)
+    return (), kwargs | {"past_key_values": cache, "carrier": carrier}
+
+
+def _close(body: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+    """Put into the cache what the layers left."""
+    cache, carrier = kwargs.get("past_key_values"), kwargs["carrier"]
+    if carrier.is_open:
+        cache.keep(carrier, *output.last_hidden_state.shape[:2])
+
+
+def _padding(mask: Tensor | None, num_columns: int) -> Tensor | None:
+    """Return where the new columns are tokens; None: they all are."""
+    if mask is None or mask.dim() != 2:
+        return None
+    is_token = mask[:, -num_columns:].bool()
+    return None if is_token.all() else is_token
+
+
+def _require_infini(cache: Any) -> None:
+    """Refuse a cache that the Infini layers could not use."""
+    if not isinstance(cache, InfiniCache):
+        raise ValueError(
+            "past_key_values must be an InfiniCache for a model with Infini layers, "
+            f"got {type(cache).__name__}"
+        )
+
+
+def _check_rows(cache: InfiniCache, num_rows: int) -> None:
+    """Refuse a cache of another batch."""
+    if cache.batch_size not in (-1, num_rows):
+        raise ValueError(
+            f"past_key_values must have a row for each of the {num_rows} of the batch, got "
+            f"{cache.batch_size}: repeat them with batch_repeat_interleave"
+        )
+
+
+def _prepare_cache(
+    model: PreTrainedModel,
+    generation_config: GenerationConfig,
+    model_kwargs: dict[str, Any],
+    generation_mode: GenerationMode,
+    *args: Any,
+) -> None:
+    """Let `generate` start from an `InfiniCache`, its own or the caller's."""
+    _check_generation(generation_config, generation_mode, segment_length(model))
+    cache = model_kwargs.get("past_key_values")
+    if cache is not None:
+        _require_infini(cache)
+        _check_continuation(cache, generation_config, model_kwargs)
+    elif generation_config.use_cache:
+        model_kwargs["past_key_values"] = InfiniCache(model)
+    prepare = getattr(type(model), _PREPARE)
+    prepare(model, generation_config, model_kwargs, generation_mode, *args)
+
+
+def _check_generation(config: GenerationConfig, mode: GenerationMode, length: int) -> None:
+    """Refuse what an `InfiniCache` cannot do."""
+    if config.cache_implementation is not None:
+        raise ValueError(
+            "cache_implementation must be None for a model with Infini layers, which have an "
+            f"InfiniCache, got {config.cache_implementation}"
+        )
+    if config.prefill_chunk_size is not None and config.prefill_chunk_size % length:
+        raise ValueError(
+            f"prefill_chunk_size must be a multiple of segment_length={length} tokens, "
+            f"got {config.prefill_chunk_size}"
+        )
+    if mode == GenerationMode.ASSISTED_GENERATION:
+        raise ValueError(
+            "generate must run without an assistant: a memory cannot take back the tokens that "
+            "an assistant guessed wrong, got assisted generation"
+        )
+
+
+def _check_continuation(
+    cache: InfiniCache, config: GenerationConfig, model_kwargs: dict[str, Any]
+) -> None:
+    """Refuse a prompt of which `transformers` would skip all: see `InfiniCache.mask_for`."""
+    mask = model_kwargs.get("attention_mask")
+    num_columns = config._mask_length if mask is None else mask.shape[1]
+    if num_columns <= cache.get_seq_length():
+        raise ValueError(
+            f"attention_mask must cover the {cache.get_seq_length()} tokens that the cache has "
+            f"seen and the prompt, got {num_columns}: pass cache.mask_for(input_ids)"
+        )

@@ -1,0 +1,68 @@
+"""One finished experiment against others, document by document.
+
+Knows the file of scores that experiments leave in git; not how they are run.
+"""
+
+import csv
+import subprocess
+from collections.abc import Mapping, Sequence
+
+from infini_retrofit.bootstrap import paired_bootstrap
+
+SCORES = "plots/eval_documents.tsv"
+PROTOCOL = "segment"
+MODELS = ("finetuned", "control")
+COLUMNS = ("than", "its model", "nats a token better", "95% interval")
+
+# A document's mean in nats a token and its article, by the document's number.
+Scores = dict[str, tuple[float, str]]
+
+
+def read_scores(name: str, revision: str, model: str) -> Scores:
+    """Read what a model of an experiment scored under the protocol `segment`.
+
+    Raises:
+        ValueError: if there are no such scores.
+    """
+    command = ["git", "show", f"{revision}:./{SCORES}"]
+    shown = subprocess.run(command, capture_output=True, text=True)
+    rows = csv.DictReader(shown.stdout.splitlines(), delimiter="\t")
+    wanted = [r for r in rows if (r["model"], r["protocol"]) == (model, PROTOCOL)]
+    if not wanted:
+        raise ValueError(f"{SCORES} of {name} must hold scores of {model}, got none")
+    return {r["document"]: (float(r["nll"]), r["article"]) for r in wanted}
+
+
+def gains(revisions: Mapping[str, str], names: Sequence[str]) -> list[tuple[str, str, str, str]]:
+    """Say by how much the first experiment's model is better than the others and all controls.
+
+    Args:
+        revisions: commit of each experiment.
+        names: of experiments that scored the same documents.
+
+    Returns:
+        Rows as `COLUMNS` says: the mean of the differences, and the interval of a paired
+        bootstrap over articles.
+
+    Raises:
+        ValueError: if documents or articles differ.
+    """
+    own = read_scores(names[0], revisions[names[0]], "finetuned")
+    pairs = [(name, model) for name in names for model in MODELS][1:]
+    rows = []
+    for name, model in pairs:
+        other = read_scores(name, revisions[name], model)
+        if articles(other) != articles(own):
+            raise ValueError(
+                f"experiments must have scored the same documents, got {len(own)} of "
+                f"{names[0]} and {len(other)} of {name}, or of other articles"
+            )
+        differences = [other[k][0] - own[k][0] for k in own]
+        gain = paired_bootstrap(differences, list(articles(own).values()))
+        rows.append((name, model, f"{gain.mean:+.4f}", f"[{gain.low:+.4f}, {gain.high:+.4f}]"))
+    return rows
+
+
+def articles(scores: Scores) -> dict[str, str]:
+    """Return each document's article."""
+    return {document: article for document, (_, article) in scores.items()}

@@ -1,0 +1,87 @@
+"""One finished experiment against others, from the scores that stages leave in git."""
+
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from infini_retrofit.bootstrap import paired_bootstrap
+from infini_retrofit.report import write_rows
+from recipes import __main__ as command_line
+from recipes.against import SCORES, gains
+from tests.test_recipe_table import commit as shown_commit
+from tests.test_recipe_table import experiment
+from tests.tiny_checkout import commit, make_checkout
+
+ARTICLES = [0, 0, 1, 2, 2, 2, 3]
+DRAWN = np.random.default_rng(0).normal(3, 0.2, size=(4, len(ARTICLES)))
+NLLS = {
+    ("mine", "finetuned"): DRAWN[0] - 1,
+    ("mine", "control"): DRAWN[1],
+    ("theirs", "finetuned"): DRAWN[2],
+    ("theirs", "control"): DRAWN[3],
+}
+
+
+def revision_of(name: str, articles: list[int] = ARTICLES) -> str:
+    """Commit an experiment's scores and return the commit."""
+    Path("plots").mkdir(exist_ok=True)
+    models = {model: nlls for (owner, model), nlls in NLLS.items() if owner == name}
+    scores = [
+        (model, protocol, nlls + (protocol == "full"))
+        for protocol in ("full", "segment")
+        for model, nlls in models.items()
+    ]
+    rows = [
+        {"model": model, "protocol": protocol, "document": i, "article": a, "nll": float(nll)}
+        for model, protocol, nlls in scores
+        for i, (a, nll) in enumerate(zip(articles, nlls, strict=True))
+    ]
+    write_rows(Path(SCORES), rows)
+    commit()
+    command = ["git", "rev-parse", "HEAD"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+
+@pytest.fixture
+def revisions(tmp_path, monkeypatch) -> dict[str, str]:
+    make_checkout(tmp_path, monkeypatch)
+    return {name: revision_of(name) for name in ("mine", "theirs")}
+
+
+def test_the_first_is_compared_with_every_other_model_in_pairs(revisions):
+    rows = gains(revisions, ["mine", "theirs"])
+    assert [row[:2] for row in rows] == list(NLLS)[1:]
+    for name, model, mean, interval in rows:
+        differences = NLLS[name, model] - NLLS["mine", "finetuned"]
+        want = paired_bootstrap(differences, list(map(str, ARTICLES)))
+        assert float(mean) == pytest.approx(differences.mean(), abs=1e-4)
+        ends = [float(end) for end in interval.strip("[]").split(", ")]
+        assert ends == pytest.approx([want.low, want.high], abs=1e-4)
+    assert all(float(row[2]) > 0.5 for row in rows)
+    assert float(gains(revisions, ["theirs", "mine"])[1][2]) < -0.5
+
+
+def test_scores_of_other_documents_and_missing_ones_are_refused(revisions):
+    others = revisions | {"theirs": revision_of("theirs", [0, *ARTICLES[:-1]])}
+    with pytest.raises(ValueError, match="must have scored the same documents, got 7 of mine"):
+        gains(others, ["mine", "theirs"])
+    with pytest.raises(ValueError, match=r"eval_documents\.tsv of theirs must hold scores of fin"):
+        gains(revisions | {"theirs": "HEAD~9"}, ["mine", "theirs"])
+
+
+def test_the_command_finds_experiments_by_name(revisions, monkeypatch, capsys):
+    shown = [experiment(name, {}) for name in revisions]
+    for entry, revision in zip(shown, revisions.values(), strict=True):
+        entry["revs"][0]["rev"] = revision
+    monkeypatch.setattr(command_line, "all_experiments", lambda: [shown_commit(*shown)])
+    command_line.main(["--against", "mine", "theirs"])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "mine, finetuned, protocol segment, is better:"
+    assert [line.split(" | ")[0] for line in lines[2:]] == [
+        *("| than", "| ---", "| mine", "| theirs", "| theirs")
+    ]
+    for names, got in (([], "none"), (["mine", "yours"], "yours")):
+        with pytest.raises(SystemExit, match=f"names of finished experiments, .* got {got}$"):
+            command_line.main(["--against", *names])

@@ -1,0 +1,73 @@
+"""What the measurement of streaming counts, on a tiny model: not how fast that is."""
+
+import sys
+import time
+
+import pytest
+import torch
+
+from benchmarks import streaming
+from benchmarks.streaming import Stream, late_over_early, measure_stream, resident_bytes
+from tests.tiny import tiny_base_folder
+from tests.tiny_generation import SEGMENT, generating_model
+
+CALL = streaming.SEGMENTS_PER_CALL * SEGMENT
+
+
+def test_parts_are_equal_and_none_of_the_stream_is_left_out():
+    parts = list(measure_stream(Stream(generating_model(layers=[1])), 7 * CALL + 1, num_parts=3))
+    assert [part.num_tokens for part in parts] == [4 * CALL, 7 * CALL, 10 * CALL]
+    assert all(0 < part.seconds < 1 for part in parts)
+    assert all(part.resident_bytes > 2**20 for part in parts)
+
+
+def test_a_bounded_cache_stays_as_it_is_and_one_that_sees_everything_grows():
+    sizes = {}
+    for other in ("segment", "full"):
+        model = generating_model(other_layers=other, layers=[1])
+        parts = list(measure_stream(Stream(model), 7 * CALL, num_parts=2))
+        sizes[other] = [part.cache_bytes for part in parts]
+    assert sizes["segment"][0] == sizes["segment"][1]
+    assert sizes["full"][1] - sizes["full"][0] == 2 * 3 * CALL * 2 * 2 * 6 * 4
+
+
+def test_a_stream_that_slows_down_is_noticed(monkeypatch):
+    stream, read = Stream(generating_model(layers=[1])), streaming.read
+
+    def slower(model, ids, cache, num_segments: int):
+        time.sleep(5e-3 * cache.num_seen / CALL)
+        return read(model, ids, cache, num_segments)
+
+    list(measure_stream(stream, 41 * CALL, num_parts=1))
+    assert 0.5 < late_over_early(stream, 5) < 2
+    monkeypatch.setattr(streaming, "read", slower)
+    assert late_over_early(stream, 5) > 2
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_resident_memory_is_that_of_now():
+    before = resident_bytes(torch.device("cpu"))
+    held = torch.ones(2**25)
+    during = resident_bytes(torch.device("cpu"))
+    assert during - before > 0.9 * held.numel() * 4
+    del held
+    assert resident_bytes(torch.device("cpu")) < during
+
+
+@pytest.mark.parametrize("other", ["segment", "full"])
+def test_the_command_prints_ten_parts_and_their_ratios(tmp_path, monkeypatch, capsys, other):
+    folder = tiny_base_folder(tmp_path / "base", num_hidden_layers=1)
+    options = ["--segment-length", "3", "--tokens", "240", "--other-layers", other]
+    monkeypatch.setattr(sys, "argv", ["streaming", "--base", str(folder), *options])
+    monkeypatch.setattr(streaming, "start_run", lambda: (torch.device("cpu"), torch.float32))
+    streaming.main()
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    assert len(rows) == 2 + 10
+    assert rows[-1].startswith("| 252 |")
+
+
+def test_a_stream_that_is_too_short_to_tell_is_refused(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["streaming", "--tokens", "1000"])
+    with pytest.raises(SystemExit):
+        streaming.main()
+    assert "--tokens must be at least 20480, got 1000" in capsys.readouterr().err

@@ -1,0 +1,244 @@
+"""The exported folder: complete, readable, and open to a process without this project."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from transformers import PreTrainedModel
+
+from infini_retrofit.base import load_base
+from infini_retrofit.checkpoints import load_retrofit, save_retrofit
+from infini_retrofit.export import main
+from infini_retrofit.generation import enable_generation
+from infini_retrofit.report import write_manifest
+from infini_retrofit.retrofit import insert_infini
+from tests.reference import infini_params
+from tests.tiny import FAMILIES, random_ids, tiny_base_folder
+
+FORMS = {
+    "published": {"layers": [0, -1], "local_context": 3},
+    "parallel": {"insertion": "parallel", "positions": "alibi", "feature_map": "hedgehog"},
+}
+METRICS = {
+    "eval_sliding": {
+        "base": {"segment_test_ppl": 1234.5},
+        "finetuned": {"segment_test_ppl": 20.25, "state_bytes": 49920},
+    },
+    "finetune": {"val_loss": 3.25},
+}
+LOCK = {
+    "stages": {
+        "prepare_wikitext": {
+            "params": {"params.yaml": {"corpus": "c", "corpora.c": {"path": "/a/b"}}}
+        },
+        "finetune": {"params": {"params.yaml": {"finetune": {"lr": 0.0002}, "infini": {}}}},
+    }
+}
+# What neither this project's code nor what only its pipeline needs may be found.
+BLOCKED = ("infini_retrofit", "jaxtyping", "datasets", "peft", "dvc", "ruamel", "tests")
+PROGRAM = """
+import sys
+for name in {blocked}:
+    sys.modules[name] = None
+{body}
+"""
+COMPARE = """
+import torch
+from transformers import AutoModelForCausalLM
+ids = torch.load("ids.pt")
+for folder in {folders}:
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+    with torch.no_grad():
+        torch.save(model(input_ids=ids, use_cache=False).logits, folder + "-logits.pt")
+    torch.save(model.generate(ids, max_new_tokens=7, do_sample=False), folder + "-tokens.pt")
+model.save_pretrained("again")
+again = AutoModelForCausalLM.from_pretrained("again", trust_remote_code=True, dtype="bfloat16")
+print(again.dtype, again.config.infini == model.config.infini)
+"""
+
+
+def make_retrofit(folder: Path, family: str, **form: object) -> PreTrainedModel:
+    """Write models/base and models/finetuned; return the retrofitted model."""
+    base_dir = tiny_base_folder(folder / "models" / "base", family)
+    model, params = load_base(base_dir, torch.float32), infini_params(**form)
+    insert_infini(model, params)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.01 * torch.randn_like(parameter)
+    save_retrofit(model, params, base_dir, folder / "models" / "finetuned")
+    return model
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory) -> tuple[Path, dict[str, PreTrainedModel]]:
+    """Folders of both families and insertions, and the models that they were made from."""
+    top, models = tmp_path_factory.mktemp("exported"), {}
+    (top / "metrics").mkdir()
+    for name, results in METRICS.items():
+        (top / "metrics" / f"{name}.json").write_text(json.dumps(results))
+    (top / "dvc.lock").write_text(yaml.safe_dump(LOCK))
+    for family in FAMILIES:
+        for form in FORMS:
+            name = f"{family}-{form}"
+            models[f"open-{name}"] = make_retrofit(top / name, family, **FORMS[form])
+            export(top, top / name / "models", f"open-{name}")
+    return top, models
+
+
+@pytest.fixture(scope="module")
+def said_alone(exported) -> str:
+    """Open every folder where this project is not, save what it computes, run a card's example."""
+    top, models = exported
+    torch.save(random_ids(200, 2, 17), top / "ids.pt")
+    card = (top / "open-llama-published" / "README.md").read_text()
+    (example,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    return run_alone(top, COMPARE.format(folders=list(models)) + example)
+
+
+def export(top: Path, models: Path, out: str, *more: str) -> Path:
+    """Run the command and return the new folder."""
+    given = ["--base", models / "base", "--metrics", top / "metrics", "--lock", top / "dvc.lock"]
+    main([str(x) for x in (models / "finetuned", top / out, *given, *more)])
+    return top / out
+
+
+def run_alone(folder: Path, body: str) -> str:
+    """Run a program in a process that finds nothing of this project."""
+    program = PROGRAM.format(blocked=BLOCKED, body=body)
+    env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    env |= {"HF_HOME": str(folder / "hub"), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-I", "-c", program]
+    run = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    return run.stdout
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_process_without_this_project_computes_the_same_bit_by_bit(
+    family, form, exported, said_alone
+):
+    top, models = exported
+    name = f"open-{family}-{form}"
+    model, ids = models[name], torch.load(top / "ids.pt")
+    enable_generation(model, infini_params(**FORMS[form]))
+    with torch.no_grad():
+        logits = model(input_ids=ids, use_cache=False).logits
+    assert torch.equal(torch.load(top / f"{name}-logits.pt"), logits)
+    tokens = model.generate(ids, max_new_tokens=7, do_sample=False)
+    assert torch.equal(torch.load(top / f"{name}-tokens.pt"), tokens)
+
+
+def test_the_card_s_own_example_runs_there(said_alone):
+    assert re.search(
+        r"^torch\.Size\(\[1, \d+, 277\]\)\nThe memory of a text is", said_alone, re.MULTILINE
+    )
+
+
+def test_what_was_opened_there_can_be_saved_and_opened_again(said_alone):
+    assert said_alone.startswith("torch.bfloat16 True\n")
+
+
+def test_a_base_folder_of_one_s_own_needs_no_notes_of_the_pipeline(exported, tmp_path):
+    top, _ = exported
+    base = tmp_path / "mine"
+    shutil.copytree(top / "llama-published" / "models" / "base", base)
+    (base / "base.json").unlink()
+    write_manifest(base)
+    models = top / "llama-published" / "models"
+    out = export(top, models, "of-mine", "--base", str(base), "--license", "mit")
+    text = (out / "README.md").read_text()
+    assert yaml.safe_load(text.split("---\n")[1])["base_model"] == "mine"
+    assert "**Licence:** mit.\n" in text
+    assert str(tmp_path) not in text
+
+
+def test_the_folder_is_complete_and_says_what_is_in_it(exported):
+    top, _ = exported
+    folder = top / "open-gpt_neox-parallel"
+    config = json.loads((folder / "config.json").read_text())
+    assert config["model_type"] == "infini_gpt_neox"
+    assert config["auto_map"] == {
+        "AutoConfig": "modeling.InfiniGPTNeoXConfig",
+        "AutoModelForCausalLM": "modeling.InfiniGPTNeoXForCausalLM",
+    }
+    assert config["infini"]["insertion"] == "parallel"
+    assert config["other_layers"] == "segment"
+    names = set(load_file(folder / "model.safetensors"))
+    assert "gpt_neox.layers.0.attention.infini.q_proj.weight" in names
+    for name in ("tokenizer.json", "modeling.py", "README.md", "manifest.json", "shapes.py"):
+        assert (folder / name).is_file()
+    assert not list(top.glob(".export-*"))
+
+
+def test_the_card_holds_front_matter_numbers_and_training(exported):
+    top, _ = exported
+    text = (top / "open-llama-published" / "README.md").read_text()
+    _, front, card = text.split("---\n", 2)
+    front = yaml.safe_load(front)
+    assert front["base_model"] == "tiny-llama"
+    assert front["license"] == "unknown"
+    assert front["library_name"] == "transformers"
+    assert "infini-attention" in front["tags"]
+    assert "| `segment_test_ppl` | 1,234.5000 | 20.2500 |" in card
+    assert "| `state_bytes` |  | 49,920 |" in card
+    assert "| `val_loss` | 3.2500 |" in card
+    (known,) = re.findall(r"```yaml\n(.*?)```", card, re.DOTALL)
+    known = yaml.safe_load(known)
+    assert known["prepare_wikitext"] == {"corpus": "c", "corpora.c": {"path": "b"}}
+    assert known["finetune"] == {"finetune": {"lr": 0.0002}}
+    assert known["infini"]["local_context"] == 3
+    assert "random weights" in card  # the base's note
+
+
+def test_options_of_the_command_reach_the_folder(exported, tmp_path):
+    top, _ = exported
+    more = ("--license", "mit", "--base-model", "someone/something", "--other-layers", "full")
+    out = export(top, top / "llama-published" / "models", "with-options", *more)
+    front = yaml.safe_load((out / "README.md").read_text().split("---\n")[1])
+    assert (front["license"], front["base_model"]) == ("mit", "someone/something")
+    assert json.loads((out / "config.json").read_text())["other_layers"] == "full"
+    assert "They see the whole prompt" in (out / "README.md").read_text()
+
+
+def test_without_metrics_and_lock_the_card_says_so(exported):
+    top, _ = exported
+    nowhere = ("--metrics", str(top / "none"), "--lock", str(top / "none.lock"))
+    out = export(top, top / "llama-published" / "models", "bare", *nowhere)
+    card = (out / "README.md").read_text()
+    assert "None were given when the folder was made." in card
+    assert "Not recorded, but for" in card
+
+
+def test_what_exists_is_never_written_over(exported):
+    top, _ = exported
+    before = (top / "open-llama-published" / "config.json").stat().st_mtime_ns
+    with pytest.raises(SystemExit, match=r"error: .*open-llama-published must be a new folder"):
+        export(top, top / "llama-published" / "models", "open-llama-published")
+    assert (top / "open-llama-published" / "config.json").stat().st_mtime_ns == before
+
+
+def test_another_base_is_refused_in_one_sentence_and_nothing_is_left(exported, tmp_path):
+    top, _ = exported
+    base = tiny_base_folder(tmp_path / "base", seed=1)
+    with pytest.raises(SystemExit, match=r"error: the base of .* must be the one"):
+        export(top, top / "llama-published" / "models", "refused", "--base", str(base))
+    assert not (top / "refused").exists()
+    assert not list(top.glob(".export-*"))
+
+
+def test_what_an_export_holds_is_what_was_saved(exported):
+    top, _ = exported
+    models = top / "llama-published" / "models"
+    model, _ = load_retrofit(models / "base", models / "finetuned", torch.float32)
+    written = load_file(top / "open-llama-published" / "model.safetensors")
+    assert written.keys() == model.state_dict().keys()
+    assert all(torch.equal(written[name], x) for name, x in model.state_dict().items())

@@ -1,0 +1,172 @@
+"""lm-evaluation-harness gives this project's own numbers, on texts longer than a piece."""
+
+import importlib.util
+import math
+import re
+import sys
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from infini_retrofit.carrier import Carrier
+from infini_retrofit.checkpoints import save_retrofit
+from infini_retrofit.export import About, export_model
+from infini_retrofit.perplexity import next_token_nlls, score_segments, total
+from infini_retrofit.retrofit import insert_infini
+from infini_retrofit.segments import run_folded
+from tests.reference import infini_params
+from tests.tiny import FAMILIES, tiny_base_folder, tiny_model, tiny_tokenizer
+
+if importlib.util.find_spec("lm_eval") is None:
+    pytest.skip("lm_eval is not installed: pip install lm-eval==0.4.13", allow_module_level=True)
+
+import datasets
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import TemplateLM
+from lm_eval.evaluator import simple_evaluate
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
+
+from infini_retrofit import harness
+from infini_retrofit.harness import InfiniLM
+
+TASKS = Path(__file__).parent.parent / "eval_tasks"
+SEGMENT = 16
+INFINI = infini_params(
+    layers=[0, 2], segment_length=SEGMENT, local_context=4, initial_memory_share=0.5
+)
+WORDS = "the quick brown fox jumps over the lazy dog and the river sleeps. "
+TEXT = "".join(f"{number} {WORDS}" for number in range(5, 12))
+
+
+@pytest.fixture(params=FAMILIES)
+def lm(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> InfiniLM:
+    """A tiny retrofit as the harness loads it, with few segments in a piece."""
+    monkeypatch.setattr(harness, "SEGMENTS_PER_PIECE", 2)
+    base = tiny_base_folder(tmp_path / "base", request.param)
+    model = tiny_model(request.param, vocab_size=len(tiny_tokenizer()))
+    insert_infini(model, INFINI)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "gate" in name:
+                parameter.fill_(1.0)
+    save_retrofit(model, INFINI, base, tmp_path / "retrofit")
+    arguments = f"retrofit={tmp_path}/retrofit,base={base},dtype=float32"
+    return InfiniLM.create_from_arg_string(arguments, {"batch_size": 1, "device": "cuda:0"})
+
+
+def rolling(lm: TemplateLM, text: str) -> float:
+    """Return what the harness is told about a text."""
+    (score,) = lm.loglikelihood_rolling(
+        [Instance("loglikelihood_rolling", {}, (text,), 0)], disable_tqdm=True
+    )
+    return score
+
+
+def whole_nlls(lm: InfiniLM, text: str) -> torch.Tensor:
+    """Score a text folded in one call, its last segment filled up."""
+    ids = torch.tensor(lm.tok_encode(text))
+    full = torch.cat([ids, ids.new_zeros(-len(ids) % SEGMENT)])
+    hidden_states = run_folded(lm.model, full[None], SEGMENT)[0, : len(ids)]
+    return next_token_nlls(lm.model, ids, hidden_states).double()
+
+
+def test_a_text_of_whole_segments_scores_as_under_the_protocol_segment(lm):
+    ids = lm.tok_encode(TEXT)
+    ids = ids[: len(ids) // SEGMENT * SEGMENT]
+    text = lm.tokenizer.decode(ids)
+    assert lm.tok_encode(text) == ids
+    assert len(ids) > 4 * SEGMENT
+    score = total(score_segments(lm.model, torch.tensor([ids]), SEGMENT))
+    assert rolling(lm, text) == pytest.approx(-score.nll_sum, rel=1e-6)
+
+
+@pytest.mark.parametrize("length", [0, 1, 2, 40, 200, len(TEXT)])
+def test_a_text_of_any_length_scores_as_in_one_call(lm, length):
+    expected = -whole_nlls(lm, TEXT[:length]).sum().item() if length > 1 else 0.0
+    assert rolling(lm, TEXT[:length]) == pytest.approx(expected, rel=1e-6)
+
+
+def test_it_would_show_if_a_piece_forgot_the_one_before(lm, monkeypatch):
+    monkeypatch.setattr(harness, "Carrier", lambda before: Carrier())
+    expected = -whole_nlls(lm, TEXT).sum().item()
+    assert rolling(lm, TEXT) != pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("length", [0, 30, 200, 300])
+def test_a_continuation_is_scored_after_all_of_its_context(lm, length):
+    context = TEXT[:length].rstrip()
+    continuation = TEXT[len(context) :][:9]
+    request = Instance("loglikelihood", {}, (context, continuation), 0)
+    ((score, _),) = lm.loglikelihood([request], disable_tqdm=True)
+    prefix = context or lm.tokenizer.eos_token
+    ids = lm.tokenizer.encode(prefix, add_special_tokens=False)
+    nlls = whole_nlls(lm, prefix + continuation)[len(ids) - 1 :]
+    assert score == pytest.approx(-nlls.sum().item(), rel=1e-6)
+
+
+def test_a_continuation_is_greedy_if_each_of_its_tokens_is_the_likeliest(lm):
+    context = lm.tok_encode(TEXT[:100])
+    full = torch.tensor(context + [0] * (-len(context) % SEGMENT))
+    last = run_folded(lm.model, full[None], SEGMENT)[0, len(context) - 1]
+    likeliest = int((lm.model.get_output_embeddings().weight @ last).argmax())
+    requests = [(("", ""), context, [word]) for word in (likeliest, likeliest - 1)]
+    answers = lm._loglikelihood_tokens(requests, disable_tqdm=True)
+    assert [is_greedy for _, is_greedy in answers] == [True, False]
+    assert answers[0][0] > answers[1][0]
+
+
+def run_tasks(lm: InfiniLM, folder: Path, texts: list[str]) -> dict[str, dict]:
+    """Write texts where the pipeline keeps its test articles, and let the harness run our tasks."""
+    (folder / "data/wikitext").mkdir(parents=True)
+    pq.write_table(pa.table({"text": texts}), folder / "data/wikitext/test.parquet")
+    tasks = TaskManager(include_path=str(TASKS), include_defaults=False)
+    names = ["article_perplexity", "article_last_word"]
+    return simple_evaluate(lm, tasks=names, task_manager=tasks, bootstrap_iters=0)["results"]
+
+
+@pytest.mark.filterwarnings("default")  # of the harness's own dependencies
+def test_our_tasks_ask_about_the_project_s_articles(lm, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr(harness, "SEGMENTS_PER_PIECE", 64)
+    texts = [9 * TEXT, TEXT]
+    results = run_tasks(lm, tmp_path, texts)
+    nll = sum(whole_nlls(lm, text).sum().item() for text in texts)
+    expected = math.exp(nll / sum(len(re.split(r"\s+", text)) for text in texts))
+    found = results["article_perplexity"]["word_perplexity,none"]
+    assert found == pytest.approx(expected, rel=1e-6)
+
+    last_word = re.compile(" sleeps[.] ").search(texts[0], 4000)
+    assert last_word
+    before, word = texts[0][: last_word.start()], " sleeps"
+    nlls = whole_nlls(lm, before + word)[len(lm.tok_encode(before)) - 1 :]
+    found = results["article_last_word"]["perplexity,none"]
+    assert math.log(found) == pytest.approx(nlls.sum().item(), rel=1e-6)
+
+
+def test_an_unknown_number_type_is_refused():
+    with pytest.raises(ValueError, match="one of auto, bfloat16, float32, got float61"):
+        InfiniLM(dtype="float61")
+
+
+def test_a_generation_is_refused(lm):
+    with pytest.raises(NotImplementedError, match="export it and use --model hf"):
+        lm.generate_until([])
+
+
+def test_the_exported_folder_scores_alike_as_the_harness_s_own_model(lm, tmp_path, monkeypatch):
+    modules = str(tmp_path / "modules")
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", modules)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    folders = (tmp_path / name for name in ("base", "retrofit", "exported"))
+    export_model(*folders, About(metrics={}, training={}))
+    exported = HFLM(
+        pretrained=str(tmp_path / "exported"), trust_remote_code=True, dtype="float32", device="cpu"
+    )
+    text = TEXT[:300]
+    expected = whole_nlls(lm, lm.tokenizer.eos_token + text).sum().item()  # it is put in front
+    assert rolling(exported, text) == pytest.approx(-expected, rel=1e-5)

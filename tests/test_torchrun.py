@@ -1,0 +1,209 @@
+"""Two processes under torchrun train as one does that has the whole batch.
+
+One start of torchrun does for all of these tests; the last thing it does is to fail.
+"""
+
+import csv
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from infini_retrofit.pipeline import training_run
+from infini_retrofit.processes import share_rows
+from tests.tiny_project import PUBLISHED, ROOT, STAGES, make_project, run_stage, write_params
+from tests.tiny_project import SMALL as SMALL_PROJECT
+from tests.tiny_training import finetuning
+from tests.two_processes import TRAINING_STAGES, run_in_float32, take_steps
+
+MODELS = {"distill": "distilled", "finetune": "finetuned", "finetune_control": "control"}
+# 7 samples and 3 documents: at the end of an epoch one process has fewer rows, or none.
+CHANGES = PUBLISHED | {
+    "infini.layers": [0],
+    "distill.samples": 7,
+    "distill.epochs": 2,
+    "finetune.train_documents": 3,
+    "finetune.num_segments": "random",
+    "finetune.kl_weight": 0.5,
+}
+ONE, TWO = ({"distill.batch_size": 2 * n, "finetune.batch_size": n} for n in (2, 1))
+STAGE = """
+from infini_retrofit.pipeline import run_stage
+
+def main():
+    raise ValueError("lr must be greater than 0, got -1")
+
+run_stage(main)
+"""
+
+
+@dataclass(frozen=True)
+class Runs:
+    """What the processes left.
+
+    Attributes:
+        folder: of the projects `one`, `two` and others, and of what the processes returned.
+        end: how they ended.
+    """
+
+    folder: Path
+    end: subprocess.CompletedProcess[str]
+
+    def returned(self, task: str, rank: int) -> object:
+        """Return what a process returned of a task."""
+        return torch.load(self.folder / f"{task}-{rank}.pt")
+
+
+def start(*program: object) -> subprocess.CompletedProcess[str]:
+    """Run a program in two processes of the processor, whatever GPUs there are."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    return subprocess.run(
+        [*command, *map(str, program)],
+        env=os.environ | {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    """Train in one process, then in two."""
+    folder = tmp_path_factory.mktemp("runs")
+    (folder / "one").mkdir()
+    make_project(folder / "one", **CHANGES | ONE)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder / "one")
+        for stage in STAGES[: STAGES.index("baseline_eval")]:
+            run_stage(stage)
+    projects = ("two", "unweighted", "apart", "killed", "failed")
+    for name in projects:
+        shutil.copytree(folder / "one", folder / name)
+        write_params(folder / name, SMALL_PROJECT | CHANGES | TWO)
+    for stage in TRAINING_STAGES:
+        run_in_float32(folder / "one", stage)
+    for name in ("killed", "failed"):
+        shutil.copytree(folder / "one/models/distilled", folder / name / "models/distilled")
+    end = start(ROOT / "tests/two_processes.py", folder)
+    assert (folder / "shard-0.pt").exists(), end.stderr[-4000:]
+    return Runs(folder, end)
+
+
+def losses(project: Path, stage: str) -> list[float]:
+    """Return a run's training and validation losses."""
+    with (project / f"plots/{stage}.tsv").open() as file:
+        return [float(row["loss"]) for row in csv.DictReader(file, delimiter="\t")]
+
+
+def weights(project: Path, stage: str) -> dict[str, torch.Tensor]:
+    """Return what a stage saved."""
+    return load_file(project / "models" / MODELS[stage] / "retrofit.safetensors")
+
+
+def assert_alike(project: Path, reference: Path, stage: str) -> None:
+    """Check losses, weights and results of a stage in two projects."""
+    assert losses(project, stage) == pytest.approx(losses(reference, stage), rel=1e-5)
+    torch.testing.assert_close(
+        weights(project, stage), weights(reference, stage), rtol=1e-5, atol=1e-6
+    )
+    files = [folder / f"metrics/{stage}.json" for folder in (project, reference)]
+    metrics, expected = (json.loads(file.read_text()) for file in files)
+    assert metrics == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("stage", TRAINING_STAGES)
+def test_two_processes_train_as_one_with_the_whole_batch(runs, stage):
+    assert len(losses(runs.folder / "one", stage)) == 5
+    assert_alike(runs.folder / "two", runs.folder / "one", stage)
+
+
+@pytest.mark.parametrize("broken", ["unweighted", "apart"])
+def test_it_would_show_if_rows_weighed_unlike(runs, broken):
+    found, expected = (losses(runs.folder / name, "distill") for name in (broken, "one"))
+    assert found != pytest.approx(expected, rel=1e-4)
+
+
+def test_only_the_first_process_writes(runs):
+    assert runs.returned("train_in_stages", 0) == []
+    own_random_state = ["rng_state_1.pth"]
+    assert runs.returned("kill", 0) == own_random_state
+
+
+def test_a_process_that_fails_ends_all_with_one_sentence(runs):
+    assert runs.end.returncode == 1
+    lines = [line for line in runs.end.stderr.splitlines() if "error: " in line]
+    assert len(lines) == 1
+    assert lines[0].endswith("error: the moon must be full, got half")
+    assert runs.end.stderr.count("Traceback") <= 1  # torchrun's own
+    assert not (runs.folder / "failed/metrics/finetune.json").exists()
+
+
+def test_a_mistake_of_all_is_said_once(tmp_path):
+    (tmp_path / "stage.py").write_text(STAGE)
+    end = start(tmp_path / "stage.py")
+    assert end.returncode == 1
+    assert end.stderr.count("error: lr must be greater than 0, got -1\n") == 1
+
+
+def test_a_run_of_other_processes_has_checkpoints_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("DVC_ROOT", raising=False)
+    names = []
+    for number in ("1", "2", "2"):
+        monkeypatch.setenv("WORLD_SIZE", number)
+        with training_run("train", [], {}, [], free_bytes=0) as run:
+            names.append(run.path.name)
+    assert names[0] != names[1] == names[2]
+
+
+def test_a_run_of_two_processes_goes_on_where_it_was_killed(runs):
+    steps_of_an_epoch = 2
+    assert [runs.returned("resume", rank) for rank in (0, 1)] == [steps_of_an_epoch] * 2
+    assert not list((runs.folder / "killed/checkpoints").iterdir())
+    assert_alike(runs.folder / "killed", runs.folder / "one", "finetune")
+
+
+def test_all_processes_stop_when_the_first_does(runs):
+    results = [runs.returned("stop_early", rank) for rank in (0, 1)]
+    assert results[0] == results[1]
+    assert (results[0]["epochs_run"], results[0]["best_epoch"]) == (3, 1)
+    assert not (runs.folder / "early-1/history.tsv").exists()
+
+
+def test_a_loss_that_one_process_lost_stops_all(runs):
+    messages = [runs.returned("diverge", rank) for rank in (0, 1)]
+    assert messages[0] == messages[1]
+    assert messages[0].startswith("training diverged in epoch 1, step 1: the training loss is nan")
+
+
+def test_a_sharded_model_takes_the_steps_of_a_whole_one(runs):
+    trainee = finetuning(trainable="all")
+    loss = take_steps(trainee)
+    expected = {name: p.detach() for name, p in trainee.named_parameters()}
+    for rank in (0, 1):
+        sharded_loss, sharded = runs.returned("shard", rank)
+        torch.testing.assert_close(sharded_loss, loss.detach(), rtol=1e-5, atol=0)
+        torch.testing.assert_close(sharded, expected, rtol=1e-5, atol=1e-6)
+    start = {name: p.detach() for name, p in finetuning(trainable="all").named_parameters()}
+    with pytest.raises(AssertionError):
+        torch.testing.assert_close(start, expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(("num_rows", "batch_size"), [(7, 2), (8, 2), (3, 1), (1, 4)])
+@pytest.mark.parametrize("processes", [1, 2, 3])
+def test_the_rows_of_an_epoch_are_counted_once(num_rows, batch_size, processes):
+    total = 0
+    for step in range(math.ceil(num_rows / (batch_size * processes))):
+        rows = [share_rows(num_rows, batch_size, step, p, processes) for p in range(processes)]
+        assert {num_all for _, num_all in rows} == {sum(own for own, _ in rows)}
+        assert all(0 <= own <= batch_size for own, _ in rows)
+        total += rows[0][1]
+    assert total == num_rows

@@ -1,0 +1,190 @@
+"""What each of two processes does in tests/test_torchrun.py, started by torchrun.
+
+`python tests/two_processes.py FOLDER`: what each task returns is left in FOLDER/TASK-RANK.pt.
+"""
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+from torch import Tensor
+from torch.distributed.fsdp import fully_shard
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from infini_retrofit import pipeline, runtime, training  # noqa: E402
+from infini_retrofit.finetuning import Finetuning  # noqa: E402
+from infini_retrofit.retrofit import decoder_layers  # noqa: E402
+from infini_retrofit.trainee import Trainee  # noqa: E402
+from tests.tiny import random_ids  # noqa: E402
+from tests.tiny_training import TOKENS, finetuning, run  # noqa: E402
+
+TRAINING_STAGES = ("distill", "finetune", "finetune_control")
+RANK = int(os.environ.get("RANK", "0"))
+
+
+def run_in_float32(folder: Path, stage: str) -> None:
+    """Run a stage in a folder; some machines would take bfloat16 or a GPU."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.delenv("DVC_ROOT", raising=False)
+        patch.setattr(runtime, "pick_dtype", lambda device: torch.float32)
+        patch.setattr(torch.cuda, "is_available", lambda: False)
+        import_module(f"stages.{stage}").main()
+
+
+def fine_tune_until(failure: BaseException, folder: Path, rank: int | None = None) -> None:
+    """Fine-tune until the third validation, which fails in one process or in both."""
+    validate, calls = Finetuning.validate, []
+
+    def find_fault(trainee: Finetuning, val: Tensor) -> dict[str, float]:
+        calls.append(1)
+        if len(calls) == 3 and rank in (None, RANK):
+            raise failure
+        return validate(trainee, val)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Finetuning, "validate", find_fault)
+        run_in_float32(folder, "finetune")
+
+
+def kill(folder: Path) -> list[str]:
+    """Die after the second epoch and return which files are then the second process's."""
+    with pytest.raises(KeyboardInterrupt):
+        fine_tune_until(KeyboardInterrupt(), folder / "killed")
+    return written_by_second(folder / "killed")
+
+
+def resume(folder: Path) -> int:
+    """Go on where `kill` ended and return how many steps that took."""
+    with counted(Finetuning) as steps:
+        run_in_float32(folder / "killed", "finetune")
+    return len(steps)
+
+
+def train_in_stages(folder: Path) -> list[str]:
+    """Run the training stages and return which of their files are the second process's."""
+    for stage in TRAINING_STAGES:
+        run_in_float32(folder / "two", stage)
+        torch.distributed.barrier()  # the first process is still writing
+    return written_by_second(folder / "two")
+
+
+def train_unweighted(folder: Path) -> None:
+    """Distill as if every process had as many rows in every step."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "share_rows", lambda rows, size, *_: (size, 2 * size))
+        run_in_float32(folder / "unweighted", "distill")
+
+
+def train_apart(folder: Path) -> None:
+    """Distill with each process dividing by what its own rows say."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainee, "mean_of_step", lambda trainee, mean: mean)
+        run_in_float32(folder / "apart", "distill")
+
+
+def stop_early(folder: Path) -> dict[str, float]:
+    """Validate to other numbers in each process, and return what the run says."""
+    losses = iter([9.0, 5.0, 6.0, 7.0, 1.0] if RANK == 0 else [9.0, 8.0, 7.0, 6.0, 5.0])
+    trainee = finetuning()
+    trainee.validate = lambda val: {"val_loss": next(losses), "val_ppl": 2.0}
+    return run(trainee, folder / f"early-{RANK}", epochs=4, patience=2)
+
+
+def diverge(folder: Path) -> str:
+    """Lose the loss in the last process only, and return what this one says."""
+    trainee = finetuning()
+    forward = trainee.forward
+    factor = float("nan") if RANK else 1.0
+    trainee.forward = lambda input_ids: {"loss": forward(input_ids)["loss"] * factor}
+    with pytest.raises(FloatingPointError) as error:
+        run(trainee, folder / f"diverged-{RANK}")
+    return str(error.value)
+
+
+def shard(folder: Path) -> tuple[Tensor, dict[str, Tensor]]:
+    """Take two steps on a sharded model and return the last loss and the whole weights."""
+    trainee = finetuning(trainable="all")
+    for layer in decoder_layers(trainee.model):
+        fully_shard(layer)
+    fully_shard(trainee)
+    loss = take_steps(trainee, RANK)
+    assert all(p.to_local().numel() < p.numel() for p in trainee.parameters() if p.dim() > 1)
+    loss = loss.detach().clone()
+    torch.distributed.all_reduce(loss)
+    weights = {name: p.full_tensor().detach() for name, p in trainee.named_parameters()}
+    return loss / 2, weights
+
+
+def take_steps(trainee: Trainee, rank: int | None = None) -> Tensor:
+    """Take two steps on two documents, or on those of one process of two."""
+    documents = random_ids(67, 2, TOKENS)
+    rows = documents if rank is None else documents[rank : rank + 1]
+    optimizer = torch.optim.SGD(trainee.parameters(), lr=0.1)
+    for _ in range(2):
+        optimizer.zero_grad()
+        loss = trainee(rows)["loss"]
+        loss.backward()
+        optimizer.step()
+    return loss
+
+
+@contextmanager
+def counted(cls: type[Trainee]) -> Iterator[list[int]]:
+    """Yield a list that grows with each training step."""
+    steps, forward = [], cls.forward
+
+    def count(trainee: Trainee, input_ids: Tensor) -> dict[str, Tensor]:
+        if trainee.training:
+            steps.append(1)
+        return forward(trainee, input_ids)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cls, "forward", count)
+        yield steps
+
+
+def written_by_second(folder: Path) -> list[str]:
+    """Return the files below a folder that are hidden as `main` has the second process do.
+
+    Tensors of safetensors are always hidden; there, `main` lets it write none.
+    """
+    torch.distributed.barrier()
+    files = [p for p in folder.rglob("*") if p.is_file() and p.suffix != ".safetensors"]
+    return [p.name for p in files if not p.stat().st_mode & 0o040]
+
+
+def fail(folder: Path) -> None:
+    """Fine-tune until one process finds what a user can mend."""
+    pipeline._PATIENCE = 1
+    mistake = ValueError("the moon must be full, got half")
+    pipeline.run_stage(lambda: fine_tune_until(mistake, folder / "failed", rank=1))
+
+
+TASKS: list[Callable[[Path], object]] = [
+    *(kill, resume, train_in_stages, train_unweighted, train_apart, stop_early, diverge, shard),
+    fail,
+]
+
+
+def main(folder: Path) -> None:
+    """Do all tasks; the last one ends both processes."""
+    torch.set_num_threads(1)
+    os.umask(0o077 if RANK else 0o022)
+    if RANK:
+        safetensors.torch.serialize_file = None
+    for task in TASKS:
+        torch.manual_seed(0)
+        torch.save(task(folder), folder / f"{task.__name__}-{RANK}.pt")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
