@@ -69,7 +69,9 @@ def forms_of(names: Sequence[str], params: Mapping[str, Any]) -> dict[str, Infin
         check_recipe(name)
         overlay = read_overlay(name)
         if overlay.get("model", params["model"]) == params["model"]:
-            own = {k.removeprefix("infini."): v for k, v in overlay.items() if "infini." in k}
+            own = {
+                k.removeprefix("infini."): v for k, v in overlay.items() if k.startswith("infini.")
+            }
             forms[name] = InfiniParams(**params["infini"] | own)
     return forms
 
@@ -80,6 +82,8 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("names", nargs="*", help="recipes; all of them if none is named")
     parser.add_argument("--documents", type=int, default=2, help="test documents to score")
     options = parser.parse_args(arguments)
+    if options.documents < 1:
+        parser.error(f"--documents must be at least 1 document, got {options.documents}")
     options.names = options.names or recipe_names()
     return options
 

@@ -10,6 +10,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+# Fewer give too narrow an interval: of 10 groups a nominal 95% interval holds the truth about 90%
+# of the time, of 5 about 84%, of 2 half of the time.
+MIN_GROUPS_FOR_INTERVAL = 10
+
 
 @dataclass(frozen=True)
 class Interval:

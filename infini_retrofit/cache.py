@@ -180,11 +180,13 @@ class InfiniCache(Cache):
 
         Raises:
             FileNotFoundError: if there is no such file.
-            ValueError: if the file is no cache, or one of another model; device and number type
-                may be others.
+            ValueError: if the file is no cache, or one of another model; the device may be
+                another, and the number type as well, of float32 and bfloat16.
         """
         if not path.is_file():
-            raise FileNotFoundError(f"{path} is missing: there is no cache to load")
+            raise FileNotFoundError(
+                f"{path} is missing: InfiniCache.save writes it, as does infini_retrofit.chat"
+            )
         try:
             with safe_open(path, framework="pt") as file:
                 about = file.metadata() or {}

@@ -189,7 +189,7 @@ def _options() -> argparse.Namespace:
         parser.error("--document or --cache must be given: there is nothing to read")
     if options.max_new_tokens < 1:
         parser.error(f"--max-new-tokens must be at least 1, got {options.max_new_tokens}")
-    if options.temperature < 0:
+    if not 0 <= options.temperature < float("inf"):
         parser.error(f"--temperature must be at least 0, got {options.temperature}")
     return options
 

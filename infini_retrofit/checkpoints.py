@@ -43,10 +43,11 @@ def save_retrofit(model: PreTrainedModel, params: InfiniParams, base_dir: Path, 
     """
     base, changed = base_identity(base_dir), {}
     known = _freshly_inserted(base_dir, params)
-    if strange := sorted(model.state_dict().keys() - known.keys()):
+    if strange := sorted(model.state_dict().keys() ^ known.keys()):
+        has = "without" if strange[0] in known else "with"
         raise ValueError(
-            "model must have the weights that inserting into its base makes, and be saved before "
-            f"`enable_generation` confines other layers, got one with {strange[0]}"
+            "model must have the weights that inserting `params` into its base makes, and be saved "
+            f"before `enable_generation` confines other layers, got one {has} {strange[0]}"
         )
     for name, tensor in model.state_dict().items():
         tensor = tensor.detach().cpu().contiguous()
@@ -92,7 +93,7 @@ def load_retrofit(
     insert_infini(model, params)
     result = model.load_state_dict(load_file(folder / WEIGHTS), strict=False)
     assert not result.unexpected_keys, result.unexpected_keys
-    model.config.infini = about["infini"]
+    model.config.infini = asdict(params)
     model.config.other_layers = about.get("other_layers", OTHER_LAYERS[0])
     return model.eval(), params
 
@@ -136,6 +137,8 @@ def _freshly_inserted(base_dir: Path, params: InfiniParams) -> dict[str, torch.T
 
 def _read_config(folder: Path) -> dict[str, Any]:
     """Read how a retrofit was inserted."""
+    if not (folder / CONFIG).is_file():
+        raise FileNotFoundError(f"{folder} holds no {CONFIG}: it is no retrofitted model")
     about = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     if (found := about.get("format", 1)) > FORMAT:
         raise ValueError(

@@ -18,7 +18,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from infini_retrofit.bootstrap import paired_bootstrap
+from infini_retrofit.bootstrap import MIN_GROUPS_FOR_INTERVAL, paired_bootstrap
 from infini_retrofit.infini_params import InfiniParams
 from infini_retrofit.perplexity import (
     Run,
@@ -43,9 +43,6 @@ from infini_retrofit.retrofit import (
 # What becomes of a segment when its memory is another: none, what the segment before wrote, or
 # another document's.
 MEMORY_PROTOCOLS = ("off", "recent", "swapped")
-# Fewer articles give too narrow a bootstrap interval: of 10 a nominal 95% interval holds the truth
-# about 90% of the time, of 5 about 84%, of 2 half of the time.
-MIN_ARTICLES_FOR_INTERVAL = 10
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,7 +178,7 @@ def gains(model: Evaluation, control: Evaluation, titles: Sequence[str]) -> dict
     for name, other in others.items():
         gain = paired_bootstrap(other - model.of_documents("segment"), titles)
         metrics[f"gain_over_{name}"] = gain.mean
-        if len(set(titles)) >= MIN_ARTICLES_FOR_INTERVAL:
+        if len(set(titles)) >= MIN_GROUPS_FOR_INTERVAL:
             metrics |= {f"gain_over_{name}_low": gain.low, f"gain_over_{name}_high": gain.high}
     return metrics
 

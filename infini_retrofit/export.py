@@ -32,8 +32,13 @@ PACKAGE = "infini_retrofit"
 MODELING, SHAPES = Path(modeling.__file__), Path(shapes.__file__)
 _OURS = re.compile(rf"^(\s*)from {PACKAGE}\.(\w+) import", re.MULTILINE)
 _JAXTYPING = re.compile(r"^(\s*)from jaxtyping import", re.MULTILINE)
-# Stages of dvc.lock whose parameters say how the model came about.
-TRAINING = ("prepare_wikitext", "prepare_longdocs", "distill", "finetune")
+# Stages of dvc.lock whose parameters say how a model came about, by the name of its folder.
+_TEXTS = ("prepare_wikitext", "prepare_longdocs")
+TRAINING = {
+    "distilled": (*_TEXTS, "distill"),
+    "finetuned": (*_TEXTS, "distill", "finetune"),
+    "control": (*_TEXTS, "finetune_control"),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,12 +152,19 @@ def read_metrics(folder: Path) -> dict[str, Any]:
     return {file.stem: json.loads(file.read_text(encoding="utf-8")) for file in files}
 
 
-def read_training(lock: Path) -> dict[str, Any]:
-    """Return what DVC recorded that the training stages ran with, nothing where it did not."""
+def read_training(lock: Path, model: str) -> dict[str, Any]:
+    """Return what DVC recorded that a model's stages ran with, nothing where it did not.
+
+    Args:
+        lock: the file dvc.lock of the pipeline that made the model.
+        model: name of the model's folder.
+    """
     if not lock.is_file():
         return {}
-    stages = yaml.safe_load(lock.read_text(encoding="utf-8"))["stages"]
-    found = {name: stages.get(name, {}).get("params", {}) for name in TRAINING}
+    stages = (yaml.safe_load(lock.read_text(encoding="utf-8")) or {}).get("stages")
+    if not isinstance(stages, dict):
+        raise ValueError(f"--lock must name a dvc.lock, got {lock}, which has no stages")
+    found = {name: stages.get(name, {}).get("params", {}) for name in TRAINING.get(model, ())}
     given = {name: next(iter(params.values())) for name, params in found.items() if params}
     given = {n: {k: v for k, v in p.items() if k != "infini"} for n, p in given.items()}
     return _without_folders(given)
@@ -171,20 +183,22 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog=f"python -m {PACKAGE}.export", description=__doc__)
     parser.add_argument("folder", type=Path, help="the retrofitted model, such as models/finetuned")
     parser.add_argument("out", type=Path, help="the folder to make")
-    parser.add_argument("--base", type=Path, default=Path("models/base"))
-    parser.add_argument("--metrics", type=Path, default=Path("metrics"))
-    parser.add_argument("--lock", type=Path, default=Path("dvc.lock"))
+    default = "(default: %(default)s)"
+    add = parser.add_argument
+    add("--base", type=Path, default=Path("models/base"), help=f"folder of its base {default}")
+    add("--metrics", type=Path, default=Path("metrics"), help=f"results for the card {default}")
+    add("--lock", type=Path, default=Path("dvc.lock"), help=f"settings for the card {default}")
     parser.add_argument("--license", help="of the weights, as the Hugging Face Hub names it")
     parser.add_argument("--base-model", help="the base's name on the Hugging Face Hub")
-    parser.add_argument("--other-layers", choices=OTHER_LAYERS)
+    add("--other-layers", choices=OTHER_LAYERS, help="what they see (default: as the model says)")
     given = parser.parse_args(arguments)
-    about = About(
-        metrics=read_metrics(given.metrics),
-        training=read_training(given.lock),
-        license=given.license,
-        base_model=given.base_model,
-    )
     try:
+        about = About(
+            metrics=read_metrics(given.metrics),
+            training=read_training(given.lock, given.folder.name),
+            license=given.license,
+            base_model=given.base_model,
+        )
         export_model(given.base, given.folder, given.out, about, given.other_layers)
     except (ValueError, OSError) as error:
         sys.exit("error: " + " ".join(str(error).split()))

@@ -48,16 +48,22 @@ def enable_generation(
             cache grows. None: as `model.config.other_layers` says, or `segment`.
 
     Raises:
-        ValueError: if `other_layers` is neither.
+        ValueError: if `other_layers` is neither, or `full` and the layers are confined already.
     """
     if other_layers is None:
         other_layers = getattr(model.config, "other_layers", "segment")
     if other_layers not in ("segment", "full"):
         raise ValueError(f"other_layers must be full or segment, got {other_layers!r}")
+    is_enabled = _PREPARE in vars(model)
+    if is_enabled and (other_layers, model.config.other_layers) == ("full", "segment"):
+        raise ValueError(
+            "other_layers must be segment for a model whose layers are confined already, got "
+            "'full': load the model again"
+        )
     model.config.other_layers = other_layers
     if other_layers == "segment":
         confine_others(model, params)
-    if _PREPARE not in vars(model):
+    if not is_enabled:
         setattr(model, _PREPARE, MethodType(_prepare_cache, model))
         model.base_model.register_forward_pre_hook(_open, with_kwargs=True)
         model.base_model.register_forward_hook(_close, with_kwargs=True)
@@ -78,8 +84,16 @@ def read(
         num_segments: that go in at once.
 
     Yields:
-        The number of tokens just read, of each text.
+        The number of tokens just read, of each text. Nothing is read before it is asked for.
+
+    Raises:
+        ValueError: if the model would not fill the cache.
     """
+    if _PREPARE not in vars(model):
+        raise ValueError(
+            "model must be one that generates with an InfiniCache, got one that does not: call "
+            "enable_generation(model, params) first"
+        )
     for part in input_ids.split(num_segments * segment_length(model), dim=1):
         with torch.inference_mode():
             part = part.to(model.device)
@@ -117,14 +131,19 @@ def _open(body: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, 
 def _close(body: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
     """Put into the cache what the layers left."""
     cache, carrier = kwargs.get("past_key_values"), kwargs["carrier"]
-    if carrier.is_open:
+    if isinstance(cache, InfiniCache) and carrier.before is cache.carried:
         cache.keep(carrier, *output.last_hidden_state.shape[:2])
 
 
 def _padding(mask: Tensor | None, num_columns: int) -> Tensor | None:
     """Return where the new columns are tokens; None: they all are."""
-    if mask is None or mask.dim() != 2:
+    if mask is None:
         return None
+    if mask.dim() != 2 or mask.shape[1] < num_columns:
+        raise ValueError(
+            f"attention_mask must have 2 axes (row, token) and at least {num_columns} tokens for a "
+            f"model with Infini layers, got shape {tuple(mask.shape)}"
+        )
     is_token = mask[:, -num_columns:].bool()
     return None if is_token.all() else is_token
 

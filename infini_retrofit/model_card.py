@@ -50,8 +50,8 @@ print(tokenizer.decode(model.generate(**inputs, max_new_tokens=20)[0]))
 ```
 
 It needs torch, transformers and safetensors. The code beside the weights is read by
-`trust_remote_code=True`: read it first. A plain forward pass lets the base's layers see all they
-are given; Infini layers cut it into segments themselves, each row with a memory of its own.
+`trust_remote_code=True`: read it first. Each row is cut into segments from its first real token on,
+and has a memory of its own.
 
 ## Data and training
 

@@ -114,17 +114,19 @@ def _running_segment(
     place = place_by(all_tokens, tokens.tables)
     key = all_tokens.split(tokens.key, layer.shape.num_kv_heads)
     value = all_tokens.split(tokens.value, layer.shape.num_kv_heads)
-    is_key, is_older, feature, found = all_tokens.is_token, None, None, None
-    if layer.local == "window_linear":
-        distance = torch.arange(len(tokens), device=key.device).flip(0)
-        is_older = is_key & (distance >= layer.window)
-        is_key = is_key & ~is_older
-        feature = layer.feature_maps.of_key(key)
-    keys = Keys(place(key), value, is_key)
+    is_older = feature = found = None
+    keys = Keys(place(key), value, all_tokens.is_token)
     if before.context is not None:
         keys = put_before(keys, before.context)
         if layer.slopes is not None:
             keys = _keys_last(keys)
+    if layer.local == "window_linear":
+        # Hidden only now: what the window has left behind still lies between it and the context.
+        distance = torch.arange(len(tokens), device=key.device).flip(0)
+        is_older = all_tokens.is_token & (distance >= layer.window)
+        is_hidden = F.pad(is_older, (keys.is_key.shape[-1] - len(tokens), 0))
+        keys = replace(keys, is_key=keys.is_key & ~is_hidden)
+        feature = layer.feature_maps.of_key(key)
     if layer.reads(carrier):
         found = MemoryState(before.memory.matrix[:, None], before.memory.normalizer[:, None])
     return Segments(

@@ -83,6 +83,8 @@ def print_table(names: Sequence[str]) -> None:
     names = names or [name for name in recipe_names() if name in experiments]
     if not names:
         raise ValueError("no recipe has been run yet: try python -m recipes --list")
+    if strange := [name for name in names if name not in {*recipe_names(), *experiments}]:
+        raise ValueError(f"--table needs names of recipes or experiments, got {', '.join(strange)}")
     print(markdown(experiments, names))
 
 
@@ -96,7 +98,7 @@ def print_gains(names: Sequence[str]) -> None:
     if not names or (missing := [name for name in names if name not in revisions]):
         raise ValueError(
             "--against needs names of finished experiments, the one in question first, got "
-            + (", ".join(missing) if names else "none")
+            + (f"some that have not been run: {', '.join(missing)}" if names else "none")
         )
     print(f"{names[0]}, finetuned, protocol {against.PROTOCOL}, is better:\n")
     print("\n".join(map(row, [against.COLUMNS, ("---", "---", "--:", "--:")])))

@@ -7,19 +7,23 @@ import csv
 import subprocess
 from collections.abc import Mapping, Sequence
 
-from infini_retrofit.bootstrap import paired_bootstrap
+from infini_retrofit.bootstrap import MIN_GROUPS_FOR_INTERVAL, paired_bootstrap
 
 SCORES = "plots/eval_documents.tsv"
 PROTOCOL = "segment"
 MODELS = ("finetuned", "control")
 COLUMNS = ("than", "its model", "nats a token better", "95% interval")
 
+# Of the base a score that no parameter of an experiment changes, but for its texts and its base.
+_SAME_TEXTS = ("base", "full")
+_ROUNDING = 1e-2  # nats a token, between machines and number types
+
 # A document's mean in nats a token and its article, by the document's number.
 Scores = dict[str, tuple[float, str]]
 
 
-def read_scores(name: str, revision: str, model: str) -> Scores:
-    """Read what a model of an experiment scored under the protocol `segment`.
+def read_scores(name: str, revision: str, model: str, protocol: str = PROTOCOL) -> Scores:
+    """Read what a model of an experiment scored under a protocol.
 
     Raises:
         ValueError: if there are no such scores.
@@ -27,9 +31,9 @@ def read_scores(name: str, revision: str, model: str) -> Scores:
     command = ["git", "show", f"{revision}:./{SCORES}"]
     shown = subprocess.run(command, capture_output=True, text=True)
     rows = csv.DictReader(shown.stdout.splitlines(), delimiter="\t")
-    wanted = [r for r in rows if (r["model"], r["protocol"]) == (model, PROTOCOL)]
-    if not wanted:
-        raise ValueError(f"{SCORES} of {name} must hold scores of {model}, got none")
+    wanted = [r for r in rows if (r["model"], r["protocol"]) == (model, protocol)]
+    if not wanted or "article" not in wanted[0]:
+        raise ValueError(f"{SCORES} of {name} must hold scores of {model} by article, got none")
     return {r["document"]: (float(r["nll"]), r["article"]) for r in wanted}
 
 
@@ -42,25 +46,35 @@ def gains(revisions: Mapping[str, str], names: Sequence[str]) -> list[tuple[str,
 
     Returns:
         Rows as `COLUMNS` says: the mean of the differences, and the interval of a paired
-        bootstrap over articles.
+        bootstrap over articles, `-` where these are too few for one.
 
     Raises:
-        ValueError: if documents or articles differ.
+        ValueError: if documents, articles or bases differ.
     """
+    base = read_scores(names[0], revisions[names[0]], *_SAME_TEXTS)
     own = read_scores(names[0], revisions[names[0]], "finetuned")
     pairs = [(name, model) for name in names for model in MODELS][1:]
     rows = []
     for name, model in pairs:
         other = read_scores(name, revisions[name], model)
-        if articles(other) != articles(own):
+        if not are_alike(read_scores(name, revisions[name], *_SAME_TEXTS), base):
             raise ValueError(
-                f"experiments must have scored the same documents, got {len(own)} of "
-                f"{names[0]} and {len(other)} of {name}, or of other articles"
+                f"experiments must have scored the same documents of the same base, got {len(own)} "
+                f"of {names[0]} and {len(other)} of {name}, or of other texts or bases"
             )
         differences = [other[k][0] - own[k][0] for k in own]
         gain = paired_bootstrap(differences, list(articles(own).values()))
-        rows.append((name, model, f"{gain.mean:+.4f}", f"[{gain.low:+.4f}, {gain.high:+.4f}]"))
+        is_sure = len(set(articles(own).values())) >= MIN_GROUPS_FOR_INTERVAL
+        interval = f"[{gain.low:+.4f}, {gain.high:+.4f}]" if is_sure else "-"
+        rows.append((name, model, f"{gain.mean:+.4f}", interval))
     return rows
+
+
+def are_alike(scores: Scores, others: Scores) -> bool:
+    """Tell whether scores are of one model and the same documents of the same articles."""
+    if articles(scores) != articles(others):
+        return False
+    return all(abs(scores[k][0] - others[k][0]) < _ROUNDING for k in scores)
 
 
 def articles(scores: Scores) -> dict[str, str]:

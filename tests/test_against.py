@@ -14,8 +14,8 @@ from tests.test_recipe_table import commit as shown_commit
 from tests.test_recipe_table import experiment
 from tests.tiny_checkout import commit, make_checkout
 
-ARTICLES = [0, 0, 1, 2, 2, 2, 3]
-DRAWN = np.random.default_rng(0).normal(3, 0.2, size=(4, len(ARTICLES)))
+ARTICLES = [0, 0, 1, 2, 2, 2, 3, 4, 5, 6, 7, 8, 9]
+DRAWN = np.random.default_rng(0).normal(3, 0.2, size=(5, len(ARTICLES)))
 NLLS = {
     ("mine", "finetuned"): DRAWN[0] - 1,
     ("mine", "control"): DRAWN[1],
@@ -24,12 +24,13 @@ NLLS = {
 }
 
 
-def revision_of(name: str, articles: list[int] = ARTICLES) -> str:
+def revision_of(name: str, articles: list[int] = ARTICLES, base: np.ndarray = DRAWN[4]) -> str:
     """Commit an experiment's scores and return the commit."""
     Path("plots").mkdir(exist_ok=True)
-    models = {model: nlls for (owner, model), nlls in NLLS.items() if owner == name}
+    models = {"base": base}
+    models |= {model: nlls for (owner, model), nlls in NLLS.items() if owner == name}
     scores = [
-        (model, protocol, nlls + (protocol == "full"))
+        (model, protocol, nlls + (protocol == "full" and model != "base"))
         for protocol in ("full", "segment")
         for model, nlls in models.items()
     ]
@@ -65,10 +66,23 @@ def test_the_first_is_compared_with_every_other_model_in_pairs(revisions):
 
 def test_scores_of_other_documents_and_missing_ones_are_refused(revisions):
     others = revisions | {"theirs": revision_of("theirs", [0, *ARTICLES[:-1]])}
-    with pytest.raises(ValueError, match="must have scored the same documents, got 7 of mine"):
+    with pytest.raises(ValueError, match=r"have scored the same documents of .* got 13 of mine"):
         gains(others, ["mine", "theirs"])
     with pytest.raises(ValueError, match=r"eval_documents\.tsv of theirs must hold scores of fin"):
         gains(revisions | {"theirs": "HEAD~9"}, ["mine", "theirs"])
+
+
+def test_scores_of_another_base_are_refused(revisions):
+    others = revisions | {"theirs": revision_of("theirs", base=DRAWN[4] + 0.1)}
+    with pytest.raises(ValueError, match="or of other texts or bases"):
+        gains(others, ["mine", "theirs"])
+
+
+def test_few_articles_get_no_interval(revisions):
+    few = [min(article, 8) for article in ARTICLES]
+    for name in revisions:
+        revisions[name] = revision_of(name, few)
+    assert {row[3] for row in gains(revisions, ["mine", "theirs"])} == {"-"}
 
 
 def test_the_command_finds_experiments_by_name(revisions, monkeypatch, capsys):
@@ -82,6 +96,6 @@ def test_the_command_finds_experiments_by_name(revisions, monkeypatch, capsys):
     assert [line.split(" | ")[0] for line in lines[2:]] == [
         *("| than", "| ---", "| mine", "| theirs", "| theirs")
     ]
-    for names, got in (([], "none"), (["mine", "yours"], "yours")):
+    for names, got in (([], "none"), (["mine", "yours"], "some .* not been run: yours")):
         with pytest.raises(SystemExit, match=f"names of finished experiments, .* got {got}$"):
             command_line.main(["--against", *names])

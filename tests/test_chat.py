@@ -1,12 +1,12 @@
 """The command that reads a document and answers: what it says, keeps and refuses."""
 
+import contextlib
 import io
 import os
 import re
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -137,6 +137,7 @@ def test_documents_that_cannot_be_read_are_refused(
         ((), "--document or --cache must be given"),
         (("--cache", "x", "--max-new-tokens", 0), "--max-new-tokens must be at least 1, got 0"),
         (("--cache", "x", "--temperature", -1), r"--temperature must be at least 0, got -1\.0"),
+        (("--cache", "x", "--temperature", "nan"), "--temperature must be at least 0, got nan"),
     ],
     ids=str,
 )
@@ -191,8 +192,10 @@ def test_ctrl_c_leaves_without_a_traceback(folders, tmp_path):
     while b"kept" not in said:
         said += os.read(run.stderr.fileno(), 1000)
         assert run.poll() is None, said
-    time.sleep(0.2)
-    run.send_signal(signal.SIGINT)
+    while run.poll() is None:
+        run.send_signal(signal.SIGINT)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            run.wait(timeout=20)
     rest = run.communicate(timeout=30)[1]
     assert run.returncode == 130
     assert b"Traceback" not in said + rest

@@ -151,10 +151,26 @@ def test_a_model_whose_projections_were_taken_apart_is_refused(tmp_path):
     base_dir = tiny_base_folder(tmp_path / "base", "gpt_neox")
     model, params = save_trained(base_dir, tmp_path / "out", layers=[0])
     enable_generation(model, params, "segment")
-    message = r"saved before `enable_generation` .*, got one with gpt_neox\.layers\.1\.att"
+    message = r"saved before `enable_generation` .*, got one without gpt_neox\.layers\.1\.att"
     with pytest.raises(ValueError, match=message):
         save_retrofit(model, params, base_dir, tmp_path / "again")
     assert not (tmp_path / "again").exists()
+
+
+def test_a_model_with_other_layers_than_its_parameters_say_is_refused(tmp_path):
+    base_dir = tiny_base_folder(tmp_path / "base")
+    model, _ = save_trained(base_dir, tmp_path / "out", layers=[0])
+    with pytest.raises(
+        ValueError, match=r"got one without model\.layers\.1\.self_attn\.gate_logit"
+    ):
+        save_retrofit(model, infini_params(layers=[0, 1]), base_dir, tmp_path / "again")
+    assert not (tmp_path / "again").exists()
+
+
+def test_a_base_is_no_retrofit(tmp_path):
+    base_dir = tiny_base_folder(tmp_path / "base")
+    with pytest.raises(FileNotFoundError, match=f"base holds no {CONFIG}: it is no retrofitted"):
+        load_retrofit(base_dir, base_dir, torch.float32)
 
 
 def test_a_newer_format_is_refused_and_the_first_is_read(tmp_path):

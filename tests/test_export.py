@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from infini_retrofit.base import load_base
 from infini_retrofit.checkpoints import load_retrofit, save_retrofit
-from infini_retrofit.export import main
+from infini_retrofit.export import main, read_training
 from infini_retrofit.generation import enable_generation
 from infini_retrofit.report import write_manifest
 from infini_retrofit.retrofit import insert_infini
@@ -216,6 +216,14 @@ def test_without_metrics_and_lock_the_card_says_so(exported):
     card = (out / "README.md").read_text()
     assert "None were given when the folder was made." in card
     assert "Not recorded, but for" in card
+
+
+def test_a_card_names_the_stages_of_its_own_model_only(exported):
+    lock = exported[0] / "dvc.lock"
+    assert set(read_training(lock, "distilled")) == {"prepare_wikitext"}
+    assert read_training(lock, "my-retrofit") == {}
+    with pytest.raises(ValueError, match=r"must name a dvc\.lock, got .*, which has no stages"):
+        read_training(exported[0] / "metrics/finetune.json", "finetuned")
 
 
 def test_what_exists_is_never_written_over(exported):

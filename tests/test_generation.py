@@ -9,7 +9,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from infini_retrofit import stepping
 from infini_retrofit.cache import InfiniCache
-from infini_retrofit.carrier import Carried
+from infini_retrofit.carrier import Carried, Carrier
 from infini_retrofit.compressive_memory import CompressiveMemory
 from infini_retrofit.generation import enable_generation, read
 from infini_retrofit.segments import run_folded
@@ -214,6 +214,29 @@ def test_other_layers_come_from_the_configuration_and_go_there():
     assert model.config.other_layers == "segment"
     with pytest.raises(ValueError, match="other_layers must be full or segment, got 'none'"):
         enable_generation(model, params, "none")
+    with pytest.raises(ValueError, match=r"must be segment .* got 'full': load the model again"):
+        enable_generation(model, params, "full")
+
+
+def test_a_model_that_would_not_fill_a_cache_is_refused():
+    model, _ = retrofitted_model()
+    with pytest.raises(ValueError, match=r"call enable_generation\(model, params\) first"):
+        list(read(model, draw_ids(1, 4), InfiniCache(model)))
+
+
+@pytest.mark.parametrize("mask", [torch.ones(1, 1, 4, 4), torch.ones(1, 3)], ids=["4-D", "short"])
+def test_a_mask_that_says_nothing_of_the_tokens_is_refused(mask):
+    with pytest.raises(ValueError, match=r"attention_mask must have 2 axes .* at least 4 tokens"):
+        generating_model()(draw_ids(1, 4), attention_mask=mask)
+
+
+def test_a_pass_with_a_carrier_of_its_own_is_left_alone():
+    model, ids, cache = generating_model(), draw_ids(1, 7), InfiniCache(generating_model())
+    carrier = Carrier(is_open=True)
+    got = model(ids, carrier=carrier, past_key_values=cache).logits
+    assert largest(got - at_once(model, ids)) < 1e-5
+    assert sorted(carrier.after) == [0, 1, 2]
+    assert cache.num_seen == 0
 
 
 def test_a_copy_of_a_model_generates_by_its_own_weights():

@@ -73,7 +73,7 @@ def start() -> subprocess.Popen[str]:
 def finish(process: subprocess.Popen[str]) -> tuple[int, str]:
     """Let the stage go on to its end."""
     Path("go").touch()
-    _, errors = process.communicate(timeout=20)
+    _, errors = process.communicate(timeout=90)
     Path("go").unlink()
     return process.returncode, errors
 
@@ -207,7 +207,7 @@ def test_a_second_starter_is_refused_and_the_first_ends_well(project):
 def test_a_killed_run_fails_and_can_go_on(project, number, code):
     process = start()
     process.send_signal(number)
-    process.communicate(timeout=20)
+    process.communicate(timeout=90)
     assert process.returncode == code
     assert (Path(Path("started").read_text()) / "epoch").exists()
     assert finish(start()) == (0, "")
@@ -231,7 +231,7 @@ def test_under_dvc_a_run_dies_with_its_parent(project, monkeypatch, under_dvc):
     child = int(parent.stdout.readline())
     wait_for(Path("started").exists)
     parent.kill()
-    parent.wait(timeout=20)
+    parent.wait(timeout=90)
     parent.stdout.close()
     if under_dvc:
         wait_for(lambda: not is_running(child))

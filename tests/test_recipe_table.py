@@ -109,6 +109,12 @@ def test_with_nothing_to_show_it_says_so(monkeypatch):
         command_line.main(["--table"])
 
 
+def test_a_name_that_stands_for_nothing_is_refused(monkeypatch):
+    monkeypatch.setattr(command_line, "all_experiments", lambda: [commit()])
+    with pytest.raises(SystemExit, match=r"recipes or experiments, got infini-al$"):
+        command_line.main(["--table", "control", "infini-al"])
+
+
 def test_recipes_run_as_real_experiments_one_after_another(tmp_path, monkeypatch):
     make_pipeline(tmp_path, monkeypatch, first="# sets a\na: 2\n", second="# sets b\nb: 3\n")
     code, output = python_m_recipes("first", "second")
