@@ -64,6 +64,7 @@ def enable_generation(
     if other_layers == "segment":
         confine_others(model, params)
     if not is_enabled:
+        model.generation_config.use_cache = True
         setattr(model, _PREPARE, MethodType(_prepare_cache, model))
         model.base_model.register_forward_pre_hook(_open, with_kwargs=True)
         model.base_model.register_forward_hook(_close, with_kwargs=True)

@@ -129,6 +129,8 @@ def state_bytes(model: PreTrainedModel, params: InfiniParams) -> int:
 def insert_infini(model: PreTrainedModel, params: InfiniParams, seed: int = 0) -> None:
     """Put `InfiniAttention` in the place of the chosen layers' attention, or beside it.
 
+    `model.generate` then computes every step anew, until `enable_generation` gives it a cache.
+
     Args:
         model: a base model, changed in place.
         params: which layers, and in what form.
@@ -160,6 +162,8 @@ def insert_infini(model: PreTrainedModel, params: InfiniParams, seed: int = 0) -
             else:
                 setattr(layer, family.attention, infini)
             layer.train(model.training)
+    # The caches of `transformers` know no segments; `enable_generation` brings one that does.
+    model.generation_config.use_cache = False
 
 
 def put_beside(base: nn.Module, branch: InfiniAttention) -> None:

@@ -12,9 +12,10 @@ from infini_retrofit.cache import InfiniCache
 from infini_retrofit.carrier import Carried, Carrier
 from infini_retrofit.compressive_memory import CompressiveMemory
 from infini_retrofit.generation import enable_generation, read
+from infini_retrofit.retrofit import insert_infini
 from infini_retrofit.segments import run_folded
-from tests.reference import largest
-from tests.tiny import FAMILIES
+from tests.reference import infini_params, largest
+from tests.tiny import FAMILIES, tiny_model
 from tests.tiny_generation import (
     LENGTHS,
     SEGMENT,
@@ -111,6 +112,16 @@ def test_generation_with_a_cache_equals_generation_without_one(family, other):
         got, logits = generate(model, ids, max_new_tokens=3)
         assert torch.equal(got, want)
         assert largest(logits - want_logits) < 1e-5
+
+
+def test_before_generation_is_enabled_every_step_is_computed_anew():
+    model, params = tiny_model("llama"), infini_params(layers=[1])
+    insert_infini(model.eval(), params)
+    ids = draw_ids(1, 2 * SEGMENT + 1)
+    want = model.generate(ids, use_cache=False, max_new_tokens=SEGMENT, do_sample=False)
+    assert torch.equal(model.generate(ids, max_new_tokens=SEGMENT, do_sample=False), want)
+    wrong = model.generate(ids, use_cache=True, max_new_tokens=SEGMENT, do_sample=False)
+    assert not torch.equal(wrong, want)
 
 
 @pytest.mark.parametrize(
