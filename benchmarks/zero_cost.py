@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from jaxtyping import Int
 from torch import Tensor
 
@@ -38,24 +39,31 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = _options(arguments)
     verify_manifest(BASE, made_by="dvc repro prepare_base")
     documents = read_documents(DOCUMENTS, options.documents)
+    place = start_run()
     plain: dict[int, float] = {}
     rows = []
     for name, form in forms_of(options.names, read_params()).items():
         length = form.segment_length
         if length not in plain:
-            plain[length] = perplexities(InfiniParams(layers=[]), documents, length, ["own"])[0]
+            plain[length] = perplexities(
+                InfiniParams(layers=[]), documents, length, ["own"], place
+            )[0]
         rows.append([name, f"{plain[length]:.2f}"])
-        for ppl in perplexities(form, documents, length, ["off", "own"]):
+        for ppl in perplexities(form, documents, length, ["off", "own"], place):
             rows[-1] += [f"{ppl:.2f}", f"{ppl / plain[length]:.4f}"]
         print(render(rows, HEADER), file=sys.stderr)
     print(render(rows, HEADER))
 
 
 def perplexities(
-    form: InfiniParams, documents: Int[Tensor, "B T"], segment_length: int, reads: Sequence[Read]
+    form: InfiniParams,
+    documents: Int[Tensor, "B T"],
+    segment_length: int,
+    reads: Sequence[Read],
+    place: tuple[torch.device, torch.dtype],
 ) -> list[float]:
     """Insert a form into the base and score documents, once for each memory read."""
-    device, dtype = start_run()
+    device, dtype = place
     model = load_base(BASE, dtype).to(device)
     insert_infini(model, form)
     scores = (score_segments(model, documents, segment_length, read) for read in reads)

@@ -11,8 +11,17 @@ _LAST_WORD = re.compile(r" [^\W\d_]{3,}(?=[.!?]\s)")
 
 
 def cut(articles: Dataset) -> Dataset:
-    """Return a row for each word that is asked for: `context` and `word`, its space included."""
+    """Return a row for each word that is asked for: `context` and `word`, its space included.
+
+    Raises:
+        ValueError: if there is none.
+    """
     rows = [row for text in articles["text"] for row in _rows(text)]
+    if not rows:
+        raise ValueError(
+            f"texts of article_last_word must go on for a sentence after {DISTANCE} characters, "
+            f"got {len(articles)} that do not"
+        )
     return Dataset.from_list(rows)
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
@@ -93,10 +94,7 @@ def main() -> None:
     """Read, then answer until the input ends."""
     options = _options()
     text = None if options.document is None else read_text(options.document)
-    if text is not None and options.cache is not None and options.cache.exists():
-        raise FileExistsError(
-            f"{options.cache} exists: leave --document out to go on from it, or remove it"
-        )
+    check_cache(options.cache, is_written=text is not None)
     device, dtype = start_run()
     model, params = load_retrofit(options.base, options.model, dtype)
     enable_generation(model.to(device), params, options.other_layers)
@@ -111,6 +109,33 @@ def main() -> None:
             cache.save(options.cache, model)
     print(f"{cache.num_seen:,} tokens read, {_size(cache)} kept", file=sys.stderr)
     converse(reader, cache, _prompts(), options.goes_on)
+
+
+def check_cache(path: Path | None, is_written: bool) -> None:
+    """Refuse a cache that cannot be written, or loaded, before a model is.
+
+    Raises:
+        FileExistsError: if it would be written over.
+        FileNotFoundError: if there is nothing to load.
+        ValueError: if what is to be loaded is no cache.
+    """
+    if path is None:
+        return
+    if is_written and path.exists():
+        raise FileExistsError(f"{path} exists: leave --document out to go on from it, or remove it")
+    if is_written:
+        return
+    if not path.exists():
+        raise FileNotFoundError(
+            f"{path} is missing: --cache must name a file that was saved, or come with --document"
+        )
+    try:
+        with safe_open(path, framework="pt") as file:
+            is_cache = "num_seen" in (file.metadata() or {})
+    except (SafetensorError, OSError):
+        is_cache = False
+    if not is_cache:
+        raise ValueError(f"{path} must be a cache that chat saved, got something else")
 
 
 def converse(reader: Reader, cache: InfiniCache, prompts: Iterable[str], goes_on: bool) -> None:
@@ -135,8 +160,11 @@ def read_text(path: Path) -> str:
 
     Raises:
         FileNotFoundError: if there is no such file.
+        IsADirectoryError: if it is a folder.
         ValueError: if it holds no text, or none in UTF-8.
     """
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder: --document must name a text file")
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing: --document must name a text file")
     try:

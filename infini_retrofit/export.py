@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from transformers import PreTrainedModel
 
 from infini_retrofit import modeling, shapes
@@ -26,19 +25,13 @@ from infini_retrofit.generation import enable_generation
 from infini_retrofit.imports import first_party_files
 from infini_retrofit.infini_params import InfiniParams
 from infini_retrofit.model_card import Card, write_card
-from infini_retrofit.report import write_manifest, write_text
+from infini_retrofit.record import read_record
+from infini_retrofit.report import MANIFEST, write_manifest, write_text
 
 PACKAGE = "infini_retrofit"
 MODELING, SHAPES = Path(modeling.__file__), Path(shapes.__file__)
 _OURS = re.compile(rf"^(\s*)from {PACKAGE}\.(\w+) import", re.MULTILINE)
 _JAXTYPING = re.compile(r"^(\s*)from jaxtyping import", re.MULTILINE)
-# Stages of dvc.lock whose parameters say how a model came about, by the name of its folder.
-_TEXTS = ("prepare_wikitext", "prepare_longdocs")
-TRAINING = {
-    "distilled": (*_TEXTS, "distill"),
-    "finetuned": (*_TEXTS, "distill", "finetune"),
-    "control": (*_TEXTS, "finetune_control"),
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +40,7 @@ class About:
 
     Attributes:
         metrics: results by the name of their file; a nested one has a column for each model.
-        training: parameters by stage.
+        training: parameters by stage; empty, as metrics may be: not recorded.
         license: an identifier of the Hugging Face Hub; None: the base's, if its name tells.
         base_model: the base's name on the Hub; None: what its name tells.
     """
@@ -72,10 +65,10 @@ def export_model(
 
     Raises:
         FileExistsError: if there is something at `out` already.
+        NotADirectoryError: if `out` would lie below a file.
         ValueError: if a file was changed or the base is another.
     """
-    if out.exists():
-        raise FileExistsError(f"{out} must be a new folder, got one that exists: remove it first")
+    _check_out(out)
     model, params = load_retrofit(base_dir, folder, torch.float32)
     if other_layers is not None:
         model.config.other_layers = other_layers
@@ -95,6 +88,7 @@ def export_model(
         write_code(new)
         write_card(card, new / "README.md")
         write_manifest(new)
+        _let_others_read(new)
         shutil.move(new, out)
 
 
@@ -146,36 +140,28 @@ def _about_base(base_dir: Path) -> dict[str, Any]:
     return {"name": base_dir.name, "source": f"a folder named {base_dir.name}", "note": "none"}
 
 
-def read_metrics(folder: Path) -> dict[str, Any]:
-    """Return the contents of a folder's JSON files by their names; none of a missing folder."""
-    files = sorted(folder.glob("*.json"))
-    return {file.stem: json.loads(file.read_text(encoding="utf-8")) for file in files}
+def _check_out(out: Path) -> None:
+    """Refuse a place where no new folder can be made."""
+    if out.exists():
+        raise FileExistsError(f"{out} must be a new folder, got one that exists: remove it first")
+    for parent in out.parents:
+        if parent.exists() and not parent.is_dir():
+            raise NotADirectoryError(f"{out} must be a new folder, but {parent} is a file")
 
 
-def read_training(lock: Path, model: str) -> dict[str, Any]:
-    """Return what DVC recorded that a model's stages ran with, nothing where it did not.
-
-    Args:
-        lock: the file dvc.lock of the pipeline that made the model.
-        model: name of the model's folder.
-    """
-    if not lock.is_file():
-        return {}
-    stages = (yaml.safe_load(lock.read_text(encoding="utf-8")) or {}).get("stages")
-    if not isinstance(stages, dict):
-        raise ValueError(f"--lock must name a dvc.lock, got {lock}, which has no stages")
-    found = {name: stages.get(name, {}).get("params", {}) for name in TRAINING.get(model, ())}
-    given = {name: next(iter(params.values())) for name, params in found.items() if params}
-    given = {n: {k: v for k, v in p.items() if k != "infini"} for n, p in given.items()}
-    return _without_folders(given)
+def _let_others_read(folder: Path) -> None:
+    """Give every file the usual mode: safetensors writes what its owner alone can read."""
+    mode = (folder / MANIFEST).stat().st_mode
+    for path in folder.rglob("*"):
+        if path.is_file():
+            path.chmod(mode)
 
 
-def _without_folders(value: Any) -> Any:
-    """Shorten absolute paths to their last names: a card is for others to read."""
-    if isinstance(value, dict):
-        return {key: _without_folders(item) for key, item in value.items()}
-    is_path = isinstance(value, str) and Path(value).is_absolute()
-    return Path(value).name if is_path else value
+def _named(path: Path | None, default: str, option: str) -> Path:
+    """Return the default, or a path that was named, which must be there."""
+    if path is not None and not path.exists():
+        raise FileNotFoundError(f"{path} is missing: {option} must name what the pipeline wrote")
+    return path or Path(default)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -186,22 +172,29 @@ def main(arguments: list[str] | None = None) -> None:
     default = "(default: %(default)s)"
     add = parser.add_argument
     add("--base", type=Path, default=Path("models/base"), help=f"folder of its base {default}")
-    add("--metrics", type=Path, default=Path("metrics"), help=f"results for the card {default}")
-    add("--lock", type=Path, default=Path("dvc.lock"), help=f"settings for the card {default}")
+    add("--metrics", type=Path, help="results for the card (default: metrics, if there)")
+    add("--lock", type=Path, help="says what made the model (default: dvc.lock, if there)")
     parser.add_argument("--license", help="of the weights, as the Hugging Face Hub names it")
     parser.add_argument("--base-model", help="the base's name on the Hugging Face Hub")
     add("--other-layers", choices=OTHER_LAYERS, help="what they see (default: as the model says)")
     given = parser.parse_args(arguments)
     try:
+        metrics = _named(given.metrics, "metrics", "--metrics")
+        lock = _named(given.lock, "dvc.lock", "--lock")
+        record = read_record(given.folder, metrics, lock)
         about = About(
-            metrics=read_metrics(given.metrics),
-            training=read_training(given.lock, given.folder.name),
+            metrics=record.metrics,
+            training=record.training,
             license=given.license,
             base_model=given.base_model,
         )
         export_model(given.base, given.folder, given.out, about, given.other_layers)
     except (ValueError, OSError) as error:
         sys.exit("error: " + " ".join(str(error).split()))
+    if record.doubts:
+        print(f"note: {'; '.join(record.doubts)}", file=sys.stderr)
+    opened = f'AutoModelForCausalLM.from_pretrained("{given.out}", trust_remote_code=True)'
+    print(f"wrote {given.out}; open it by {opened}")
 
 
 if __name__ == "__main__":

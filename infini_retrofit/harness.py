@@ -10,6 +10,7 @@ Axes:
     D  model width
 """
 
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -28,11 +29,17 @@ from infini_retrofit.carrier import Carrier
 from infini_retrofit.checkpoints import load_retrofit
 from infini_retrofit.cross_entropy import token_nlls
 from infini_retrofit.perplexity import Labelled, next_tokens
+from infini_retrofit.pipeline import run_stage
 from infini_retrofit.runtime import pick_device, pick_dtype
 from infini_retrofit.segments import run_folded
 
 # Segments that go through the model at once; memory, not speed, bounds it.
 SEGMENTS_PER_PIECE = 16
+_ABOUT = """\
+One model more than lm-eval has: --model infini --model_args retrofit=FOLDER,base=FOLDER,dtype=NAME
+(models/finetuned, models/base and auto; bfloat16 and float32 are the other types). Tasks of this
+project: --include_path eval_tasks --tasks article_perplexity,article_last_word
+"""
 
 
 @register_model("infini")
@@ -182,5 +189,12 @@ def _number_type(name: str, device: torch.device) -> torch.dtype:
     return choices[name]
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Run the harness's own command line, and say before its help what is added to it."""
+    if len(sys.argv) == 1 or {"-h", "--help"} & set(sys.argv):
+        print(_ABOUT)
     cli_evaluate()
+
+
+if __name__ == "__main__":
+    run_stage(main)

@@ -93,6 +93,7 @@ class Card:
         infini: the form of the Infini layers.
         other_layers: what the other layers see when the model generates.
         metrics: results by the name of their file; a nested one has a column for each model.
+            Empty: not recorded.
         training: parameters by stage; empty: not recorded.
         license: an identifier of the Hugging Face Hub; None: the base's, if its name tells.
         base_model: the base's name on the Hub; None: what its name tells.
@@ -154,14 +155,14 @@ def _training(card: Card) -> str:
     """Return how the model came about, as far as it was recorded."""
     form = {"infini": asdict(card.infini)}
     known = yaml.safe_dump(dict(card.training) | form, sort_keys=False, allow_unicode=True)
-    said = "What each stage of the pipeline ran with" if card.training else "Not recorded, but for"
-    return f"{said}, and the form of the layers:\n\n```yaml\n{known}```"
+    said = "What each stage of the pipeline ran with, and" if card.training else "Not recorded, but"
+    return f"{said} the form of the layers:\n\n```yaml\n{known}```"
 
 
 def _metrics(card: Card) -> str:
     """Return a table for each file of metrics."""
     if not card.metrics:
-        return "None were given when the folder was made."
+        return "Not recorded."
     tables = [f"This model is `{card.column}`. A missing number was not measured."]
     for name, results in sorted(card.metrics.items(), key=lambda item: not _is_nested(item[1])):
         columns = results if _is_nested(results) else {"value": results}

@@ -57,10 +57,11 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("python -m recipes", description="Run recipes with DVC.")
     add = parser.add_argument
     add("names", nargs="*", metavar="NAME", help="recipes, run one after another")
-    add("--list", action="store_true", help="say what each recipe is, and run none")
-    add("--table", action="store_true", help="print finished experiments (all recipes or NAMEs)")
-    add("--diff", action="store_true", help="run of two NAMEs what is missing, and compare them")
-    add("--against", action="store_true", help="what the first of finished NAMEs gains over others")
+    one = parser.add_mutually_exclusive_group().add_argument
+    one("--list", action="store_true", help="say what each recipe is, and run none")
+    one("--table", action="store_true", help="print finished experiments (all recipes or NAMEs)")
+    one("--diff", action="store_true", help="run of two NAMEs what is missing, and compare them")
+    one("--against", action="store_true", help="what the first of finished NAMEs gains over others")
     add("--print", action="store_true", help="print the commands, and run none")
     own = "a parameter of your own; it wins over the recipe's"
     add("-S", "--set-param", action="append", default=[], metavar="key=value", help=own)
@@ -157,6 +158,8 @@ def make_commands(
     """
     if args.name and len(args.names) > 1:
         raise ValueError(f"--name must come with one recipe, got {', '.join(args.names)}")
+    if len(set(args.names)) < len(args.names):
+        raise ValueError(f"NAMEs must differ, got {', '.join(args.names)}")
     flags = [flag for flag in ("--temp", "--force") if getattr(args, flag.removeprefix("--"))]
     values, put_back = dict(leaves(committed)), left_over(params, committed)
     commands = {}

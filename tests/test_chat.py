@@ -131,6 +131,30 @@ def test_documents_that_cannot_be_read_are_refused(
         run_chat(monkeypatch, folders, "", "--document", document)
 
 
+def test_a_folder_is_no_document(monkeypatch, folders, tmp_path):
+    with pytest.raises(IsADirectoryError, match="is a folder: --document must name a text file"):
+        run_chat(monkeypatch, folders, "", "--document", tmp_path)
+
+
+@pytest.mark.parametrize("content", [None, "folder", b"", b"text", "weights"], ids=str)
+def test_what_is_no_cache_is_refused_before_a_model_is_loaded(
+    monkeypatch, folders, tmp_path, content
+):
+    monkeypatch.setattr(chat, "load_retrofit", pytest.fail)
+    path, message = tmp_path / "book.cache", r"book\.cache must be a cache that chat saved"
+    if content is None:
+        message = r"book\.cache is missing: --cache must name a file that was saved, or come with"
+    elif content == "folder":
+        path.mkdir()
+    elif content == "weights":
+        path = folders[1] / "retrofit.safetensors"
+        message = r"retrofit\.safetensors must be a cache that chat saved"
+    else:
+        path.write_bytes(content)
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        run_chat(monkeypatch, folders, "", "--cache", path)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

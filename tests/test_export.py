@@ -16,31 +16,17 @@ from transformers import PreTrainedModel
 
 from infini_retrofit.base import load_base
 from infini_retrofit.checkpoints import load_retrofit, save_retrofit
-from infini_retrofit.export import main, read_training
+from infini_retrofit.export import main
 from infini_retrofit.generation import enable_generation
 from infini_retrofit.report import write_manifest
 from infini_retrofit.retrofit import insert_infini
 from tests.reference import infini_params
+from tests.test_record import RESULTS, write_record
 from tests.tiny import FAMILIES, random_ids, tiny_base_folder
 
 FORMS = {
     "published": {"layers": [0, -1], "local_context": 3},
     "parallel": {"insertion": "parallel", "positions": "alibi", "feature_map": "hedgehog"},
-}
-METRICS = {
-    "eval_sliding": {
-        "base": {"segment_test_ppl": 1234.5},
-        "finetuned": {"segment_test_ppl": 20.25, "state_bytes": 49920},
-    },
-    "finetune": {"val_loss": 3.25},
-}
-LOCK = {
-    "stages": {
-        "prepare_wikitext": {
-            "params": {"params.yaml": {"corpus": "c", "corpora.c": {"path": "/a/b"}}}
-        },
-        "finetune": {"params": {"params.yaml": {"finetune": {"lr": 0.0002}, "infini": {}}}},
-    }
 }
 # What neither this project's code nor what only its pipeline needs may be found.
 BLOCKED = ("infini_retrofit", "jaxtyping", "datasets", "peft", "dvc", "ruamel", "tests")
@@ -81,14 +67,11 @@ def make_retrofit(folder: Path, family: str, **form: object) -> PreTrainedModel:
 def exported(tmp_path_factory) -> tuple[Path, dict[str, PreTrainedModel]]:
     """Folders of both families and insertions, and the models that they were made from."""
     top, models = tmp_path_factory.mktemp("exported"), {}
-    (top / "metrics").mkdir()
-    for name, results in METRICS.items():
-        (top / "metrics" / f"{name}.json").write_text(json.dumps(results))
-    (top / "dvc.lock").write_text(yaml.safe_dump(LOCK))
     for family in FAMILIES:
         for form in FORMS:
             name = f"{family}-{form}"
             models[f"open-{name}"] = make_retrofit(top / name, family, **FORMS[form])
+            write_record(top / name)
             export(top, top / name / "models", f"open-{name}")
     return top, models
 
@@ -105,7 +88,8 @@ def said_alone(exported) -> str:
 
 def export(top: Path, models: Path, out: str, *more: str) -> Path:
     """Run the command and return the new folder."""
-    given = ["--base", models / "base", "--metrics", top / "metrics", "--lock", top / "dvc.lock"]
+    made = models.parent
+    given = ["--base", models / "base", "--metrics", made / "metrics", "--lock", made / "dvc.lock"]
     main([str(x) for x in (models / "finetuned", top / out, *given, *more)])
     return top / out
 
@@ -209,21 +193,45 @@ def test_options_of_the_command_reach_the_folder(exported, tmp_path):
     assert "They see the whole prompt" in (out / "README.md").read_text()
 
 
-def test_without_metrics_and_lock_the_card_says_so(exported):
+def test_results_of_another_model_do_not_get_on_the_card(exported, tmp_path, capsys):
     top, _ = exported
-    nowhere = ("--metrics", str(top / "none"), "--lock", str(top / "none.lock"))
-    out = export(top, top / "llama-published" / "models", "bare", *nowhere)
-    card = (out / "README.md").read_text()
-    assert "None were given when the folder was made." in card
-    assert "Not recorded, but for" in card
+    models = tmp_path / "models"
+    shutil.copytree(top / "llama-published" / "models", models)
+    write_record(tmp_path)
+    config = models / "finetuned" / "infini_config.json"
+    config.write_text(config.read_text() + "\n")
+    write_manifest(models / "finetuned")
+    card = (export(tmp_path, models, "out") / "README.md").read_text()
+    assert "## Metrics\n\nNot recorded." in card
+    assert "Not recorded, but the form of the layers:" in card
+    assert str(RESULTS["finetune"]["val_loss"]) not in card
+    said = capsys.readouterr()
+    assert re.fullmatch(r"note: .* is not the models/finetuned of .*\n", said.err)
+    assert re.fullmatch(r"wrote .*out; open it by AutoModelForCausalLM.*\n", said.out)
 
 
-def test_a_card_names_the_stages_of_its_own_model_only(exported):
-    lock = exported[0] / "dvc.lock"
-    assert set(read_training(lock, "distilled")) == {"prepare_wikitext"}
-    assert read_training(lock, "my-retrofit") == {}
-    with pytest.raises(ValueError, match=r"must name a dvc\.lock, got .*, which has no stages"):
-        read_training(exported[0] / "metrics/finetune.json", "finetuned")
+@pytest.mark.parametrize("option", ["--metrics", "--lock"])
+def test_what_is_named_must_be_there(exported, option):
+    top, _ = exported
+    with pytest.raises(SystemExit, match=rf"error: .*nowhere is missing: {option} must name"):
+        export(top, top / "llama-published" / "models", "bare", option, str(top / "nowhere"))
+    assert not (top / "bare").exists()
+
+
+def test_a_folder_below_a_file_is_refused_before_anything_is_loaded(exported, monkeypatch):
+    top, _ = exported
+    (top / "file").write_text("")
+    monkeypatch.setattr("infini_retrofit.export.load_retrofit", pytest.fail)
+    with pytest.raises(SystemExit, match=r"error: .*a/b must be a new folder, but .*file is a f"):
+        export(top, top / "llama-published" / "models", "file/a/b")
+
+
+def test_others_can_read_every_file(exported):
+    top, _ = exported
+    (top / "usual").touch()
+    usual = (top / "usual").stat().st_mode
+    modes = {path.name: path.stat().st_mode for path in (top / "open-llama-published").iterdir()}
+    assert set(modes.values()) == {usual}, modes
 
 
 def test_what_exists_is_never_written_over(exported):

@@ -15,6 +15,7 @@ from infini_retrofit.carrier import Carrier
 from infini_retrofit.checkpoints import save_retrofit
 from infini_retrofit.export import About, export_model
 from infini_retrofit.perplexity import next_token_nlls, score_segments, total
+from infini_retrofit.pipeline import run_stage
 from infini_retrofit.retrofit import insert_infini
 from infini_retrofit.segments import run_folded
 from tests.reference import infini_params
@@ -146,6 +147,38 @@ def test_our_tasks_ask_about_the_project_s_articles(lm, tmp_path, monkeypatch):
     nlls = whole_nlls(lm, before + word)[len(lm.tok_encode(before)) - 1 :]
     found = results["article_last_word"]["perplexity,none"]
     assert math.log(found) == pytest.approx(nlls.sum().item(), rel=1e-6)
+
+
+@pytest.mark.filterwarnings("default")  # of the harness's own dependencies
+@pytest.mark.parametrize(
+    ("task", "message"),
+    [
+        ("article_perplexity", r"error: nowhere.manifest\.json is missing: run `dvc repro`"),
+        ("no_such_task", r"error: .*no_such_task"),
+    ],
+)
+def test_a_mistake_on_the_command_line_ends_in_one_sentence(task, message, monkeypatch):
+    options = f"--model infini --model_args retrofit=nowhere --include_path {TASKS} --tasks {task}"
+    monkeypatch.setattr(sys, "argv", ["harness", *options.split()])
+    with pytest.raises(SystemExit, match=rf"^{message}[^\n]*$"):
+        run_stage(harness.main)
+
+
+@pytest.mark.parametrize("arguments", [[], ["-h"], ["run", "--help"]], ids=str)
+def test_the_help_names_our_model_and_its_arguments(arguments, monkeypatch, capsys):
+    monkeypatch.setattr(harness, "cli_evaluate", lambda: None)
+    monkeypatch.setattr(sys, "argv", ["harness", *arguments])
+    harness.main()
+    said = capsys.readouterr().out
+    assert all(word in said for word in ("--model infini", "retrofit=", "base=", "dtype="))
+
+
+@pytest.mark.filterwarnings("default")  # of the harness's own dependencies
+def test_texts_without_a_last_word_to_ask_for_are_refused(lm, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    with pytest.raises(ValueError, match="for a sentence after 4000 characters, got 2 that do not"):
+        run_tasks(lm, tmp_path, [TEXT, TEXT])
 
 
 def test_an_unknown_number_type_is_refused():

@@ -32,7 +32,7 @@ LEVELS = [
         *("compressive_memory", "window_attention", "attention", "local_attention", "carrier"),
         *("local_context", "base", "base_attention", "base_sources", "scratch", "pretraining"),
         *("unfinished", "stepping", "positions"),
-        *("trainer", "model_card"),
+        *("trainer", "model_card", "record"),
     },
     {
         *("retrofit", "segments", "cache", "checkpoints", "teacher", "lora", "modeling"),

@@ -25,6 +25,7 @@ OWN_BUDGET = {
     "scratch": {"distill.epochs", "finetune.epochs", "finetune.patience"},
     "memory-only": {"distill.epochs"},
     "memory-and-context": {"distill.epochs"},
+    "memory-and-attention": {"distill.epochs"},
 }
 
 
@@ -198,6 +199,7 @@ def test_the_list_says_what_each_recipe_is_in_a_line(capsys, monkeypatch):
         ("control --print -S model.x=3", ["model.x must", "model has no keys"]),
         ("control --print -S distill.epochs", ["-S must be key=value, got 'distill.epochs'"]),
         ("control scratch --name x --print", ["--name must come with one recipe"]),
+        ("v1 control v1 --print", ["NAMEs must differ, got v1, control, v1"]),
     ],
 )
 def test_what_cannot_be_meant_is_refused_with_the_choices(line, words):
@@ -205,6 +207,13 @@ def test_what_cannot_be_meant_is_refused_with_the_choices(line, words):
     assert message.startswith("error: ")
     for word in words:
         assert word in message
+
+
+@pytest.mark.parametrize("line", ["--list --diff v1 v2", "--table --against v1", "--diff --list"])
+def test_one_thing_is_asked_for_at_a_time(line, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        command_line.main(line.split())
+    assert "not allowed with argument --" in capsys.readouterr().err
 
 
 def test_a_recipe_with_an_unknown_key_is_refused_by_name(monkeypatch):

@@ -20,7 +20,9 @@ def test_every_recipe_of_this_base_has_its_form():
 def test_a_memory_that_is_off_costs_nothing_and_one_that_is_on_shows(finished, monkeypatch, capsys):
     monkeypatch.chdir(finished["linear"])
     zero_cost.main(["infini-all", "parallel"])
-    rows = [line.split("|")[1:-1] for line in capsys.readouterr().out.splitlines()[2:]]
+    said = capsys.readouterr()
+    assert said.err.count("computing on") == 1
+    rows = [line.split("|")[1:-1] for line in said.out.splitlines()[2:]]
     off, own = ({r[0].strip(): float(r[i]) for r in rows} for i in (3, 5))
     assert off["infini-all"] == off["parallel"] == own["parallel"] == 1
     assert abs(own["infini-all"] - 1) > 1e-4
