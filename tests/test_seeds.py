@@ -101,6 +101,7 @@ def seeds_form(**over: object) -> InfiniParams:
 def test_on_pythia_70m_the_parameters_are_as_many_as_the_reports_say():
     model = pythia_70m()
     num_base = num_parameters(model)
+    assert num_base == 70_426_624
     insert_infini(model, seeds_form())
     num_layer = num_parameters(decoder_layers(model)[0])
     attention = infini_modules(model)[0]
