@@ -1,6 +1,7 @@
 """No test reaches the network or depends on the test before it."""
 
 import os
+import signal
 
 # Before anything imports huggingface_hub and torch, which read them once.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -17,6 +18,8 @@ import torch
 from tests.tiny_project import PROJECTS, make_project, run_stages
 
 torch.set_num_threads(1)
+# A shell lets what it starts in the background ignore Ctrl-C, and so would all that tests start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)
