@@ -45,11 +45,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for name, form in forms_of(options.names, read_params()).items():
         length = form.segment_length
         if length not in plain:
-            plain[length] = perplexities(
-                InfiniParams(layers=[]), documents, length, ["own"], place
-            )[0]
+            base = InfiniParams(layers=[], segment_length=length)
+            plain[length] = perplexities(base, documents, ["own"], place)[0]
         rows.append([name, f"{plain[length]:.2f}"])
-        for ppl in perplexities(form, documents, length, ["off", "own"], place):
+        for ppl in perplexities(form, documents, ["off", "own"], place):
             rows[-1] += [f"{ppl:.2f}", f"{ppl / plain[length]:.4f}"]
         print(render(rows, HEADER), file=sys.stderr)
     print(render(rows, HEADER))
@@ -58,7 +57,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def perplexities(
     form: InfiniParams,
     documents: Int[Tensor, "B T"],
-    segment_length: int,
     reads: Sequence[Read],
     place: tuple[torch.device, torch.dtype],
 ) -> list[float]:
@@ -66,7 +64,7 @@ def perplexities(
     device, dtype = place
     model = load_base(BASE, dtype).to(device)
     insert_infini(model, form)
-    scores = (score_segments(model, documents, segment_length, read) for read in reads)
+    scores = (score_segments(model, documents, form.segment_length, read) for read in reads)
     return [total(score).ppl for score in scores]
 
 

@@ -132,10 +132,12 @@ def test_another_base_of_the_same_form_is_refused(tmp_path):
 
 def test_a_copy_of_the_base_with_another_tokenizer_is_the_same_base(tmp_path):
     base_dir = tiny_base_folder(tmp_path / "base")
-    save_trained(base_dir, tmp_path / "out")
+    model, params = save_trained(base_dir, tmp_path / "out")
     (base_dir / "tokenizer_config.json").write_text("{}")
     write_manifest(base_dir)
-    load_retrofit(base_dir, tmp_path / "out", torch.float32)
+    loaded, found = load_retrofit(base_dir, tmp_path / "out", torch.float32)
+    assert found == params
+    assert all(torch.equal(x, model.state_dict()[n]) for n, x in loaded.state_dict().items())
 
 
 def test_a_base_without_a_manifest_says_how_to_make_one(tmp_path):
