@@ -10,10 +10,11 @@ from pathlib import Path
 
 from benchmarks.cases import GROUPS, Sizes
 from benchmarks.measuring import Measured, ProductRate, measure_group
-from benchmarks.table import render, rows_of
+from benchmarks.table import HEADER, rows_of
 from infini_retrofit.pipeline import run_stage
 from infini_retrofit.report import verify_manifest
 from infini_retrofit.runtime import start_run
+from infini_retrofit.table import render
 
 BASE = Path("models/base")
 ROUNDS = 3
@@ -33,11 +34,11 @@ def main() -> None:
     for name in options.groups:
         print(f"measuring: {', '.join(GROUPS[name])}", file=sys.stderr)
         groups[name] = measure_group(name, BASE, sizes, rounds, rate)
-        print(render(rows_of(groups[name])), file=sys.stderr)
+        print(render(HEADER, rows_of(groups[name])), file=sys.stderr)
     rates = [operations / 1e9 for operations in rate.measured]
     print(f"Matrix products of 4096^3: {statistics.median(rates):.0f} GFLOP/s, ", end="")
     print(f"{min(rates):.0f} to {max(rates):.0f} in this run.\n")
-    print(render([row for group in groups.values() for row in rows_of(group)]))
+    print(render(HEADER, [row for group in groups.values() for row in rows_of(group)]))
     if "sliding" in groups:
         _compare_scores(*groups["sliding"])
 

@@ -1,4 +1,4 @@
-"""The benchmark's result as a Markdown table."""
+"""The benchmark's result as rows of a table."""
 
 from benchmarks.measuring import Measured
 
@@ -19,20 +19,3 @@ def rows_of(group: list[Measured]) -> list[list[str]]:
         ]
         for case in group
     ]
-
-
-def render(rows: list[list[str]], header: list[str] = HEADER) -> str:
-    """Align rows under the header; numbers to the right."""
-    lines = [header, *rows]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
-    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
-    lines = [header, rule, *rows]
-    return "\n".join(
-        "| "
-        + " | ".join(
-            cell.ljust(width) if i == 0 else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
-        )
-        + " |"
-        for line in lines
-    )

@@ -17,7 +17,6 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from benchmarks.table import render
 from infini_retrofit.base import load_base
 from infini_retrofit.carrier import Read
 from infini_retrofit.infini_params import InfiniParams
@@ -27,6 +26,7 @@ from infini_retrofit.pipeline import run_stage
 from infini_retrofit.report import verify_manifest
 from infini_retrofit.retrofit import insert_infini
 from infini_retrofit.runtime import start_run
+from infini_retrofit.table import render
 from infini_retrofit.texts import read_documents
 from recipes.overlays import check_recipe, read_overlay, recipe_names
 
@@ -50,8 +50,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         rows.append([name, f"{plain[length]:.2f}"])
         for ppl in perplexities(form, documents, ["off", "own"], place):
             rows[-1] += [f"{ppl:.2f}", f"{ppl / plain[length]:.4f}"]
-        print(render(rows, HEADER), file=sys.stderr)
-    print(render(rows, HEADER))
+        print(render(HEADER, rows), file=sys.stderr)
+    print(render(HEADER, rows))
 
 
 def perplexities(

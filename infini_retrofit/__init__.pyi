@@ -23,7 +23,7 @@ from .report import write_manifest as write_manifest
 from .retrofit import infini_modules as infini_modules
 from .retrofit import insert_infini as insert_infini
 from .retrofit import make_rival as make_rival
-from .retrofit import set_trainable as set_trainable
 from .retrofit import state_bytes as state_bytes
 from .segments import run_folded as run_folded
 from .segments import run_in_layer as run_in_layer
+from .trainable import set_trainable as set_trainable

@@ -20,14 +20,13 @@ Axes:
 """
 
 import math
-from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from infini_retrofit.carrier import Carried, Carrier, MemoryReading, SegmentCut
-from infini_retrofit.compressive_memory import CompressiveMemory, Recalled
+from infini_retrofit.compressive_memory import CompressiveMemory
 from infini_retrofit.feature_maps import FeatureMaps
 from infini_retrofit.infini_params import AttentionShape, InfiniParams
 from infini_retrofit.local_attention import (
@@ -37,24 +36,12 @@ from infini_retrofit.local_attention import (
     softmax_attention,
 )
 from infini_retrofit.local_context import Keys, carry_context
-from infini_retrofit.memory import SMALLEST_DENOMINATOR, memory_share, mix
+from infini_retrofit.memory import SMALLEST_DENOMINATOR, quotient
+from infini_retrofit.mixing import Local, Recalled, add_up, memory_share, mix
 from infini_retrofit.positions import place_by
 from infini_retrofit.stepping import Segments, go_on
 from infini_retrofit.unfinished import Tokens
 from infini_retrofit.window_attention import older_sums, window_attention
-
-
-@dataclass(frozen=True)
-class Local:
-    """What a segment's own tokens give to each query.
-
-    Attributes:
-        out: the attention's output.
-        log_mass: log of its denominator, where others share it.
-    """
-
-    out: Float[Tensor, "B S H L V"]
-    log_mass: Float[Tensor, "B S H L 1"] | None = None
 
 
 class InfiniAttention(nn.Module):
@@ -78,6 +65,7 @@ class InfiniAttention(nn.Module):
         self.uses_rope = params.positions == "rope"
         self.segment_length = params.segment_length
         self.local_context = params.local_context
+        self.bptt_segments = params.cutting_borders
         q_size, kv_size = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
         self.q_proj = nn.Linear(shape.hidden_size, q_size, bias=shape.qkv_bias)
         self.k_proj = nn.Linear(shape.hidden_size, kv_size, bias=shape.qkv_bias)
@@ -187,10 +175,8 @@ class InfiniAttention(nn.Module):
         # over needs a mask, because before the first segment there is nothing.
         is_key = context = feature = found = memory = None
         if self.local_context:
-            first_key = key[:, 0, :, :1]
-            keys, context = carry_context(
-                keys, first_key, place, self.local_context, before.context
-            )
+            carried = (self.local_context, before.context, self.bptt_segments)
+            keys, context = carry_context(keys, key[:, 0, :, :1], place, *carried)
             is_key = keys.is_key
         # The memory works on queries and keys before position encoding (section 2.1 of the
         # paper): what was stored far away is found by content, not by distance.
@@ -248,18 +234,17 @@ class InfiniAttention(nn.Module):
         self, local: Local, recalled: list[Recalled], carrier: Carrier
     ) -> Float[Tensor, "B S H L V"]:
         """Blend the local attention with what linear sums there are."""
-        numerator = sum(r.numerator for r in recalled)
-        denominator = sum(r.denominator for r in recalled)
-        logit = self.gate_logit.to(denominator.dtype)[:, None, None]
-        logit = logit + sum(r.logit for r in recalled)
+        total = add_up(recalled)
+        gate = self.gate_logit.to(total.denominator.dtype)[:, None, None]
+        logit = gate + total.logit
         if local.log_mass is not None:
             # Of the order of 1 while the linear sums hold no more tokens than the window.
-            mass = denominator / (self.feature_maps.num_features * self.window)
+            mass = total.denominator / (self.feature_maps.num_features * self.window)
             logit = logit + mass.clamp_min(SMALLEST_DENOMINATOR).log() - local.log_mass
-        share = memory_share(denominator, logit)
+        share = memory_share(total.denominator, logit)
         if carrier.readings is not None:
-            found = numerator / denominator.clamp_min(SMALLEST_DENOMINATOR)
+            found = quotient(total.numerator, total.denominator)
             norms = (x.detach().float().norm(dim=-1) for x in (found, local.out))
             reading = MemoryReading(share.detach()[..., 0].float(), *norms)
             carrier.readings[self.layer_index] = reading
-        return mix(local.out, numerator, denominator, share)
+        return mix(local.out, total.numerator, total.denominator, share)

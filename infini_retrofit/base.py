@@ -18,7 +18,15 @@ from transformers import (
 )
 
 from infini_retrofit import base_attention
-from infini_retrofit.report import verify_manifest, write_manifest, write_text
+from infini_retrofit.report import (
+    MANIFEST,
+    check_folder,
+    verify_manifest,
+    write_manifest,
+    write_text,
+)
+
+_MADE_BY = "dvc repro prepare_base"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,11 +64,26 @@ def write_base(base: BaseModel, name: str, out_dir: Path) -> None:
 
 def load_base(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
     """Load what `bring_base` wrote, in evaluation mode, after comparing it with its manifest."""
-    verify_manifest(folder, made_by="dvc repro prepare_base")
+    check_base(folder)
+    verify_manifest(folder, _MADE_BY)
     model = AutoModelForCausalLM.from_pretrained(
         folder, dtype=dtype, attn_implementation=base_attention.NAME, local_files_only=True
     )
     return model.eval()
+
+
+def check_base(folder: Path) -> None:
+    """Refuse a folder that holds no base, before anything is read.
+
+    Raises:
+        FileNotFoundError: if it is missing or holds something else, or has no manifest.
+    """
+    check_folder(folder, "config.json", "base model", _MADE_BY)
+    if not (folder / MANIFEST).is_file():
+        raise FileNotFoundError(
+            f"{folder / MANIFEST} is missing: run `{_MADE_BY}` to make it, or "
+            "`infini_retrofit.write_manifest` for a folder of your own"
+        )
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:

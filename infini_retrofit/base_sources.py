@@ -1,8 +1,7 @@
 """Where a base model comes from, each source a preset of params.yaml.
 
 It is a GGUF file inside an installed Python package, a repository of the Hugging Face Hub, a
-local folder, or trained here (`scratch`). Knows the supported families by name, and nothing of
-what is inside a model.
+local folder, or trained here (`scratch`). Knows nothing of what is inside a model.
 """
 
 import json
@@ -12,16 +11,17 @@ from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
 import torch
+from huggingface_hub import try_to_load_from_cache
 from transformers import AutoModelForCausalLM
 
 from infini_retrofit.base import BaseModel, load_tokenizer, write_base
 from infini_retrofit.corpora import CorpusShares, check_commit
+from infini_retrofit.families import FAMILIES
 from infini_retrofit.gguf_file import GgufFile
 from infini_retrofit.hub import fetch_snapshot
 from infini_retrofit.report import sha256
 from infini_retrofit.scratch import ScratchBase
 
-FAMILIES = ("gpt_neox", "llama")
 _WEIGHTS = "*.safetensors"
 _HUB_FILES = [_WEIGHTS, "*.json", "chat_template.jinja"]
 _EMBEDDED = "model: smollm2-135m"
@@ -42,6 +42,13 @@ class WheelBase:
             raise ValueError(
                 f"models.*.sha256 must be 64 lower-case hexadecimal digits, got {self.sha256!r}"
             )
+
+    def known_depth(self) -> int | None:
+        """Count its layers by the file's header; None: the package is not installed."""
+        try:
+            return GgufFile(find_in_package(self)).num_layers
+        except FileNotFoundError:
+            return None
 
     def load(self) -> BaseModel:
         """Read the file, unpacking its weights to float32."""
@@ -66,6 +73,11 @@ class HubBase:
         """Refuse branches and tags, which move."""
         check_commit("models.*.revision", self.revision)
 
+    def known_depth(self) -> int | None:
+        """Count its layers by its configuration; None: it is not in the Hub's cache."""
+        config = try_to_load_from_cache(self.repo_id, "config.json", revision=self.revision)
+        return _depth(Path(config)) if isinstance(config, str) else None
+
     def load(self) -> BaseModel:
         """Download what is not in the cache yet; the configuration first, to refuse early."""
         source = f"{self.repo_id} at {self.revision} of the Hugging Face Hub"
@@ -82,6 +94,10 @@ class LocalBase:
     """A folder in Hugging Face form."""
 
     path: str  # relative to the project's top folder, or absolute
+
+    def known_depth(self) -> int | None:
+        """Count its layers by its configuration; None: there is none."""
+        return _depth(Path(self.path) / "config.json")
 
     def load(self) -> BaseModel:
         """Read the folder."""
@@ -177,6 +193,13 @@ def _read_folder(folder: Path, source: str) -> BaseModel:
         source=source,
         note=f"{stored} weights, kept as float32",
     )
+
+
+def _depth(config: Path) -> int | None:
+    """Read how many layers a model has; None: that does not stand there."""
+    if not config.is_file():
+        return None
+    return json.loads(config.read_text(encoding="utf-8")).get("num_hidden_layers")
 
 
 def _check_config(folder: Path, source: str) -> None:

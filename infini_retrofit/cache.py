@@ -10,30 +10,27 @@ Axes:
     T  token of a prompt
 """
 
-import hashlib
 from collections.abc import Callable
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Int
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from jaxtyping import Bool, Int
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DummyLayer, DynamicLayer
 
 from infini_retrofit.attention import InfiniAttention
+from infini_retrofit.cache_file import check_file, check_model, describe
 from infini_retrofit.carrier import Carried, Carrier
 from infini_retrofit.local_context import LocalContext
 from infini_retrofit.memory import MemoryState
-from infini_retrofit.retrofit import attention_modules, infini_modules
+from infini_retrofit.retrofit import attention_modules
 from infini_retrofit.unfinished import Tokens
 
-FORMAT = "1"
 _KINDS = {"memory": MemoryState, "context": LocalContext, "unfinished": Tokens}
-_DIGESTED_VALUES = 64  # of each parameter
 
 
 class InfiniCache(Cache):
@@ -46,9 +43,12 @@ class InfiniCache(Cache):
         carried: by layer; a confined layer beside a parallel branch has an index of its own.
         num_seen: columns that went in, padding included.
         num_tokens: that went in, without padding; None: nothing did.
+        is_token: False in columns that were padding; None: nothing went in, or the cache is
+            bounded. Then how many tokens went in is all that counts, wherever they stood.
     """
 
     num_tokens: Int[Tensor, "B"] | None
+    is_token: Bool[Tensor, "B _"] | None
 
     def __init__(self, model: PreTrainedModel) -> None:
         is_infini = [isinstance(m, InfiniAttention) for m in attention_modules(model)]
@@ -57,7 +57,7 @@ class InfiniCache(Cache):
         )
         self.carried: dict[int, Carried] = {}
         self.num_seen = 0
-        self.num_tokens = None
+        self.num_tokens = self.is_token = None
 
     @property
     def is_bounded(self) -> bool:
@@ -66,7 +66,7 @@ class InfiniCache(Cache):
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of all that is kept."""
+        """Bytes of all that layers keep."""
         return sum(x.numel() * x.element_size() for x in self._tensors().values())
 
     @property
@@ -94,28 +94,56 @@ class InfiniCache(Cache):
 
     def keep(self, carrier: Carrier, num_rows: int, num_columns: int) -> None:
         """Take what the layers left after a forward pass, without its gradients."""
-        added = torch.full((num_rows,), num_columns)
+        new = torch.ones(num_rows, num_columns, dtype=torch.bool)
         if carrier.is_token is not None:
-            added = carrier.is_token.sum(dim=1).cpu()
+            new = carrier.is_token.cpu()
+        added = new.sum(dim=1)
         self.num_tokens = added if self.num_tokens is None else self.num_tokens + added
+        if not self.is_bounded:
+            self.is_token = new if self.is_token is None else torch.cat([self.is_token, new], dim=1)
         self.num_seen += num_columns
         self.carried = carrier.after
         self._change(torch.Tensor.detach)
 
-    def mask_for(self, input_ids: Int[Tensor, "B T"]) -> Int[Tensor, "B _"]:
+    def mask_for(
+        self, input_ids: Int[Tensor, "B T"], attention_mask: Int[Tensor, "B T"] | None = None
+    ) -> Int[Tensor, "B _"]:
         """Return the `attention_mask` with which `generate` goes on from here.
 
         Without one it would take the new tokens for the whole text, and skip as many as are here.
+
+        Args:
+            input_ids: the new columns.
+            attention_mask: which of them are tokens; None: they all are.
+
+        Raises:
+            ValueError: if the cache is one of another batch.
         """
-        tokens = torch.zeros(len(input_ids), 1) if self.num_tokens is None else self.num_tokens
-        columns = torch.arange(self.num_seen).flip(0)
-        seen = (columns < tokens.view(-1, 1)).to(input_ids)
-        return torch.cat([seen, torch.ones_like(input_ids)], dim=1)
+        self.check_rows(len(input_ids))
+        new = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        if self.num_tokens is None:
+            return new
+        seen = self.is_token
+        if seen is None:
+            seen = torch.arange(self.num_seen).flip(0) < self.num_tokens[:, None]
+        return torch.cat([seen.to(new), new], dim=1)
+
+    def check_rows(self, num_rows: int) -> None:
+        """Refuse to go on with another batch.
+
+        Raises:
+            ValueError: if it has another number of rows.
+        """
+        if self.batch_size not in (-1, num_rows):
+            raise ValueError(
+                f"past_key_values must have a row for each of the {num_rows} of the batch, got "
+                f"{self.batch_size}: repeat them with batch_repeat_interleave"
+            )
 
     def reset(self) -> None:
         """Forget everything."""
         super().reset()
-        self.carried, self.num_seen, self.num_tokens = {}, 0, None
+        self.carried, self.num_seen, self.num_tokens, self.is_token = {}, 0, None, None
 
     def crop(self, tokens_to_remove: int) -> None:
         """Refuse to take tokens back.
@@ -147,8 +175,9 @@ class InfiniCache(Cache):
     def _change(self, change: Callable[[Tensor], Tensor]) -> None:
         """Change every tensor of the Infini layers, and what belongs to rows beside them."""
         self.carried = {key: _map(carried, change) for key, carried in self.carried.items()}
-        if self.num_tokens is not None:
-            self.num_tokens = change(self.num_tokens)
+        self.num_tokens, self.is_token = (
+            None if x is None else change(x) for x in (self.num_tokens, self.is_token)
+        )
 
     def _tensors(self) -> dict[str, Tensor]:
         """Return every tensor under a name of its own."""
@@ -166,9 +195,10 @@ class InfiniCache(Cache):
 
     def save(self, path: Path, model: PreTrainedModel) -> None:
         """Write the cache, and which model filled it, to one file, whole or not at all."""
-        about = _describe(model) | {"num_seen": str(self.num_seen)}
+        about = describe(model) | {"num_seen": str(self.num_seen)}
         tensors = {name: x.detach().contiguous() for name, x in self._tensors().items()}
-        tensors["num_tokens"] = torch.zeros(0) if self.num_tokens is None else self.num_tokens
+        rows = {"num_tokens": self.num_tokens, "is_token": self.is_token}
+        tensors |= {name: x.contiguous() for name, x in rows.items() if x is not None}
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(path.name + ".partial")
         save_file(tensors, partial, about)
@@ -183,31 +213,17 @@ class InfiniCache(Cache):
             ValueError: if the file is no cache, or one of another model; the device may be
                 another, and the number type as well, of float32 and bfloat16.
         """
-        if not path.is_file():
-            raise FileNotFoundError(
-                f"{path} is missing: InfiniCache.save writes it, as does infini_retrofit.chat"
-            )
-        try:
-            with safe_open(path, framework="pt") as file:
-                about = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except SafetensorError as error:
-            raise ValueError(f"{path} must be a cache that was saved, got: {error}") from error
-        for name, expected in _describe(model).items():
-            if (found := about.get(name)) != expected:
-                raise ValueError(
-                    f"{name} of {path} must be {expected}, as of the model that is to go on from "
-                    f"it, got {found}"
-                )
+        about = check_file(path)
+        check_model(path, about, model)
         cache = cls(model)
-        cache._fill(tensors, model)
+        cache._fill(load_file(path), model)
         cache.num_seen = int(about["num_seen"])
         return cache
 
     def _fill(self, tensors: dict[str, Tensor], model: PreTrainedModel) -> None:
         """Put loaded tensors in their places."""
-        num_tokens = tensors.pop("num_tokens")
-        self.num_tokens = num_tokens if len(num_tokens) else None
+        self.num_tokens = tensors.pop("num_tokens", None)
+        self.is_token = tensors.pop("is_token", None)
         parts: dict[str, dict[int, dict[str, dict[str, Tensor]]]] = {"carried": {}, "full": {}}
         for name, x in tensors.items():
             kind, key, part, field = name.split(".")
@@ -229,20 +245,3 @@ def _map(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
         changed = {f.name: _map(getattr(value, f.name), change) for f in fields(value)}
         return type(value)(**changed)
     return change(value) if isinstance(value, Tensor) else value
-
-
-def _describe(model: PreTrainedModel) -> dict[str, str]:
-    """Return what must be equal for a model to go on from a cache."""
-    modules = infini_modules(model)
-    lengths = sorted({module.segment_length for module in modules.values()})
-    digest = hashlib.sha256()
-    for name, parameter in sorted(model.named_parameters()):
-        # The first values tell weights apart; rounded, they do not depend on the number type.
-        first = parameter.detach().flatten()[:_DIGESTED_VALUES].to(torch.bfloat16)
-        digest.update(name.encode() + first.view(torch.int16).cpu().numpy().tobytes())
-    return {
-        "format": FORMAT,
-        "segment_length": ", ".join(map(str, lengths)),
-        "other_layers": str(getattr(model.config, "other_layers", None)),
-        "model": digest.hexdigest(),
-    }

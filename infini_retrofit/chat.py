@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
 from infini_retrofit.base import load_tokenizer
 from infini_retrofit.cache import InfiniCache
+from infini_retrofit.cache_file import check_file
 from infini_retrofit.checkpoints import load_retrofit
 from infini_retrofit.generation import enable_generation, read
 from infini_retrofit.pipeline import run_stage
@@ -94,7 +94,12 @@ def main() -> None:
     """Read, then answer until the input ends."""
     options = _options()
     text = None if options.document is None else read_text(options.document)
-    check_cache(options.cache, is_written=text is not None)
+    if text is None:
+        check_file(options.cache)
+    elif options.cache is not None and options.cache.exists():
+        raise FileExistsError(
+            f"{options.cache} exists: leave --document out to go on from it, or remove it"
+        )
     device, dtype = start_run()
     model, params = load_retrofit(options.base, options.model, dtype)
     enable_generation(model.to(device), params, options.other_layers)
@@ -109,33 +114,6 @@ def main() -> None:
             cache.save(options.cache, model)
     print(f"{cache.num_seen:,} tokens read, {_size(cache)} kept", file=sys.stderr)
     converse(reader, cache, _prompts(), options.goes_on)
-
-
-def check_cache(path: Path | None, is_written: bool) -> None:
-    """Refuse a cache that cannot be written, or loaded, before a model is.
-
-    Raises:
-        FileExistsError: if it would be written over.
-        FileNotFoundError: if there is nothing to load.
-        ValueError: if what is to be loaded is no cache.
-    """
-    if path is None:
-        return
-    if is_written and path.exists():
-        raise FileExistsError(f"{path} exists: leave --document out to go on from it, or remove it")
-    if is_written:
-        return
-    if not path.exists():
-        raise FileNotFoundError(
-            f"{path} is missing: --cache must name a file that was saved, or come with --document"
-        )
-    try:
-        with safe_open(path, framework="pt") as file:
-            is_cache = "num_seen" in (file.metadata() or {})
-    except (SafetensorError, OSError):
-        is_cache = False
-    if not is_cache:
-        raise ValueError(f"{path} must be a cache that chat saved, got something else")
 
 
 def converse(reader: Reader, cache: InfiniCache, prompts: Iterable[str], goes_on: bool) -> None:

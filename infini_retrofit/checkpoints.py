@@ -12,10 +12,16 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from infini_retrofit.base import load_base
+from infini_retrofit.base import check_base, load_base
 from infini_retrofit.infini_params import InfiniParams
-from infini_retrofit.report import MANIFEST, verify_manifest, write_manifest, write_text
-from infini_retrofit.retrofit import attention_shape, insert_infini, resolve_layers
+from infini_retrofit.report import (
+    MANIFEST,
+    check_folder,
+    verify_manifest,
+    write_manifest,
+    write_text,
+)
+from infini_retrofit.retrofit import check_form, insert_infini
 
 WEIGHTS, CONFIG = "retrofit.safetensors", "infini_config.json"
 FORMAT = 2  # 1 named neither the base nor what the other layers see
@@ -82,9 +88,10 @@ def load_retrofit(
         made_by: the command that makes `folder`, for the message when it is missing.
 
     Raises:
-        FileNotFoundError: if a folder or its manifest is missing.
+        FileNotFoundError: if a folder or its manifest is missing, or holds something else.
         ValueError: if a file was changed, the base is another, or the format is newer.
     """
+    _check_retrofit(folder, made_by)
     verify_manifest(folder, made_by)
     about = _read_config(folder)
     _check_base(about, base_dir, folder)
@@ -102,15 +109,10 @@ def base_identity(base_dir: Path) -> dict[str, str]:
     """Return the sha256 of each file of a base's weights, by the file's name.
 
     Raises:
-        FileNotFoundError: if the folder has no manifest to read them from.
+        FileNotFoundError: if it is no base, or has no manifest to read them from.
     """
-    path = base_dir / MANIFEST
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"{path} is missing: run `dvc repro prepare_base` to make it, or "
-            "`infini_retrofit.write_manifest` for a folder of your own"
-        )
-    digests = json.loads(path.read_text(encoding="utf-8"))
+    check_base(base_dir)
+    digests = json.loads((base_dir / MANIFEST).read_text(encoding="utf-8"))
     return {name: sha for name, sha in digests.items() if name.endswith(".safetensors")}
 
 
@@ -123,8 +125,7 @@ def check_layers(params: InfiniParams, base_dir: Path) -> None:
     path = base_dir / "config.json"
     if path.is_file():
         config = AutoConfig.from_pretrained(base_dir, local_files_only=True)
-        resolve_layers(params.layers, config.num_hidden_layers)
-        params.count_features(attention_shape(config).of_heads(params.heads).head_dim)
+        check_form(params, config)
 
 
 def _freshly_inserted(base_dir: Path, params: InfiniParams) -> dict[str, torch.Tensor]:
@@ -135,10 +136,19 @@ def _freshly_inserted(base_dir: Path, params: InfiniParams) -> dict[str, torch.T
     return fresh.state_dict()
 
 
+def _check_retrofit(folder: Path, made_by: str) -> None:
+    """Refuse a folder that holds no retrofit, and an export by what it is."""
+    if (folder / "modeling.py").is_file():
+        raise FileNotFoundError(
+            f"{folder} must be the folder of a retrofit, got an exported model: name the folder "
+            "that it was exported from, or open it with AutoModelForCausalLM.from_pretrained("
+            f'"{folder}", trust_remote_code=True)'
+        )
+    check_folder(folder, CONFIG, "retrofitted model", made_by)
+
+
 def _read_config(folder: Path) -> dict[str, Any]:
     """Read how a retrofit was inserted."""
-    if not (folder / CONFIG).is_file():
-        raise FileNotFoundError(f"{folder} holds no {CONFIG}: it is no retrofitted model")
     about = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     if (found := about.get("format", 1)) > FORMAT:
         raise ValueError(

@@ -15,44 +15,29 @@ Axes:
 """
 
 import math
-from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from infini_retrofit.feature_maps import rms_norm
+from infini_retrofit.forgetting import fade, left_of_memory, left_of_tokens, starting_rates
 from infini_retrofit.infini_params import AttentionShape, InfiniParams
 from infini_retrofit.memory import (
     SMALLEST_DENOMINATOR,
     MemoryState,
     Write,
+    empty_state,
     prefix_states,
+    quotient,
     retrieve,
     scan_states,
     write_segments,
 )
+from infini_retrofit.mixing import Recalled
 
-# Half-lives with which the heads of a layer, or the features of a head, start: evenly spread on a
-# logarithmic scale.
-SHORTEST_HALF_LIFE, LONGEST_HALF_LIFE = 2.0, 2048.0  # tokens
 # What a learnable initial state weighs at first, as a number of tokens written.
 INITIAL_STATE_TOKENS = 1.0
-
-
-@dataclass(frozen=True)
-class Recalled:
-    """What the queries find.
-
-    Attributes:
-        numerator: the sum of values, each times what its key has in common with the query.
-        denominator: the sum of those weights; 0 where the memory is empty.
-        logit: what the queries and their distance to the border add to the gate's logit.
-    """
-
-    numerator: Float[Tensor, "B S H L V"]
-    denominator: Float[Tensor, "B S H L 1"]
-    logit: Float[Tensor, "*#B #H #L 1"]
 
 
 class CompressiveMemory(nn.Module):
@@ -76,14 +61,14 @@ class CompressiveMemory(nn.Module):
         self.rule = params.update_rule
         # The seeds divided the matrix by the tokens of a segment, and the normalizer not.
         self.divisor = params.segment_length if params.seed_scaling else None
-        self.bptt_segments = None if params.bptt_segments == "all" else params.bptt_segments
+        self.bptt_segments = params.cutting_borders
         self.written_tokens = None if params.written_tokens == "all" else params.written_tokens
         self.decay_logit = self.query_gate = self.write_score = self.recall_gain = None
         self.initial_matrix = self.initial_logit = None
         if params.decay == "head":
-            self.decay_logit = nn.Parameter(_starting_decay(heads)[:, None])
+            self.decay_logit = nn.Parameter(starting_rates(heads)[:, None])
         if params.decay == "feature":
-            self.decay_logit = nn.Parameter(_starting_decay(num_features).repeat(heads, 1))
+            self.decay_logit = nn.Parameter(starting_rates(num_features).repeat(heads, 1))
         if params.gate == "query":
             self.query_gate = nn.Parameter(torch.zeros(shape.num_heads, size))
         if self.written_tokens is not None:
@@ -134,16 +119,24 @@ class CompressiveMemory(nn.Module):
         with torch.autocast(key.device.type, enabled=False):
             num_tokens = _count_tokens(key, is_token)
             write = Write(feature, value, self._weight(key.to(feature.dtype), is_token))
-            if before is None:
-                before = self._initial_state(len(key))
-            elif self.bptt_segments is not None:
-                before = before.detach()
+            before = self._before(write, before)
             if self.rule == "linear" and self.decay_logit is None:
                 return prefix_states(write_segments(write), before, self.bptt_segments)
             retention = None
             if self.decay_logit is not None:
-                retention = torch.exp(-self._rate(feature.dtype) * num_tokens[..., None, None])
+                retention = left_of_memory(self._rate(feature.dtype), num_tokens)
             return scan_states(write, self.rule, before, retention, self.bptt_segments)
+
+    def _before(self, write: Write, before: MemoryState | None) -> MemoryState:
+        """Return what the first segment finds."""
+        if before is not None:
+            return before if self.bptt_segments is None else before.detach()
+        if self.initial_matrix is None:
+            return empty_state(write)
+        weight, num_documents = self.initial_logit.exp(), len(write.feature)
+        matrix = weight[..., None] * self.initial_matrix
+        parts = (x.expand(num_documents, *x.shape) for x in (matrix, weight))
+        return MemoryState(*parts)
 
     def recent_states(
         self,
@@ -159,12 +152,11 @@ class CompressiveMemory(nn.Module):
         """
         alone = [x.flatten(0, 1)[:, None] for x in (key, feature, value)]
         mask = None if is_token is None else is_token.flatten(0, 1)[:, None]
-        first, _ = self.states(key[:, :1], feature[:, :1], value[:, :1], None, before)
         _, after = self.states(*alone, mask, None)
-        found = []
+        first, found = self._before(Write(feature, value), before), []
         for name in ("matrix", "normalizer"):
             written = getattr(after, name).unflatten(0, key.shape[:2])
-            found.append(torch.cat([getattr(first, name), written], dim=1))
+            found.append(torch.cat([getattr(first, name)[:, None], written], dim=1))
         return MemoryState(*(x[:, :-1] for x in found)), MemoryState(*(x[:, -1] for x in found))
 
     def read(
@@ -185,40 +177,17 @@ class CompressiveMemory(nn.Module):
         with torch.autocast(query.device.type, enabled=False):
             logit = self._logit(query.to(feature.dtype))
             if self.decay_logit is not None:
-                feature, faded = self._fade(feature, found, num_before)
+                rate = self._rate(feature.dtype)
+                feature, faded = fade(rate, feature, found.normalizer, num_before)
                 logit = logit + faded
             numerator, denominator = retrieve(feature, found)
             if self.divisor is not None:
                 numerator = numerator / self.divisor
             if self.recall_gain is not None:
                 gain = self.recall_gain.to(numerator.dtype)[:, None, None]
-                mean = numerator / denominator.clamp_min(SMALLEST_DENOMINATOR)
-                numerator = rms_norm(mean) * gain
+                numerator = rms_norm(quotient(numerator, denominator)) * gain
                 denominator = (denominator > SMALLEST_DENOMINATOR).to(numerator.dtype)
             return Recalled(numerator, denominator, logit)
-
-    def _fade(
-        self,
-        feature: Float[Tensor, "B S H L F"],
-        found: MemoryState,
-        num_before: Int[Tensor, "B"] | None,
-    ) -> tuple[Float[Tensor, "B S H L F"], Float[Tensor, "B S H L 1"]]:
-        """Let what was found at the border go on fading while the segment is read.
-
-        Returns:
-            The features that read what is left, and the logarithm of how much that is: the share
-            of a memory falls as what it holds for a query does.
-        """
-        group = self.num_heads // self.num_kv_heads
-        rate = self._rate(feature.dtype).repeat_interleave(group, dim=0)
-        steps = torch.arange(feature.shape[3], device=feature.device)[:, None]
-        if num_before is not None:
-            steps = steps + num_before.view(-1, 1, 1, 1, 1)
-        left = feature * torch.exp(-rate[:, None] * steps)
-        normalizer = found.normalizer.repeat_interleave(group, dim=2)[:, :, :, None]
-        at_border, now = ((x * normalizer).sum(-1, keepdim=True) for x in (feature, left))
-        logs = (x.clamp_min(SMALLEST_DENOMINATOR).log() for x in (now, at_border))
-        return left, torch.sub(*logs)
 
     def _weight(
         self, key: Float[Tensor, "B S N L K"], is_token: Bool[Tensor, "B S L"] | None
@@ -226,11 +195,9 @@ class CompressiveMemory(nn.Module):
         """Return how much each token counts when it is written; None: all count once."""
         weight = None if is_token is None else is_token[:, :, None, :, None].to(key.dtype)
         if self.decay_logit is not None:
-            # To the last token, not to the end of the padding behind it.
-            last = _count_tokens(key, is_token)[..., None, None, None] - 1
-            steps = (last - torch.arange(key.shape[3], device=key.device)[:, None]).clamp_min(0)
-            faded = torch.exp(-self._rate(key.dtype)[:, None] * steps)
-            weight = faded if weight is None else weight * faded
+            num_tokens = _count_tokens(key, is_token)
+            left = left_of_tokens(self._rate(key.dtype), num_tokens, key.shape[3])
+            weight = left if weight is None else weight * left
         if self.written_tokens is not None:
             score = torch.einsum("bsnlk,nk->bsnl", key, self.write_score.to(key.dtype))
             score = score * key.shape[-1] ** -0.5
@@ -252,13 +219,6 @@ class CompressiveMemory(nn.Module):
         moved = torch.einsum("bshlk,hk->bshl", query, self.query_gate.to(query.dtype))
         return moved[..., None] * query.shape[-1] ** -0.5
 
-    def _initial_state(self, batch: int) -> MemoryState | None:
-        if self.initial_matrix is None:
-            return None
-        weight = self.initial_logit.exp()
-        matrix = weight[..., None] * self.initial_matrix
-        return MemoryState(matrix.expand(batch, *matrix.shape), weight.expand(batch, *weight.shape))
-
 
 def _count_tokens(
     key: Float[Tensor, "B S N L K"], is_token: Bool[Tensor, "B S L"] | None
@@ -266,10 +226,3 @@ def _count_tokens(
     if is_token is None:
         return torch.full(key.shape[:2], key.shape[3], device=key.device)
     return is_token.sum(dim=-1)
-
-
-def _starting_decay(number: int) -> Float[Tensor, "_"]:
-    shortest, longest = math.log(SHORTEST_HALF_LIFE), math.log(LONGEST_HALF_LIFE)
-    middle = torch.tensor([(shortest + longest) / 2])
-    half_lives = torch.linspace(shortest, longest, number) if number > 1 else middle
-    return math.log(math.log(2)) - half_lives

@@ -7,13 +7,12 @@ import torch
 from transformers import PreTrainedModel
 
 from infini_retrofit.attention import InfiniAttention
+from infini_retrofit.families import decoder_layers, family_of
 from infini_retrofit.infini_params import InfiniParams
 from infini_retrofit.retrofit import (
     BRANCH,
     attention_modules,
     attention_shape,
-    decoder_layers,
-    family_of,
     put_beside,
     without_memory,
 )

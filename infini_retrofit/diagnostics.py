@@ -20,14 +20,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from infini_retrofit.carrier import Carrier, MemoryReading
-from infini_retrofit.perplexity import (
-    DOCUMENTS_PER_BATCH,
-    Score,
-    next_token_nlls,
-    score_segments,
-    total,
-)
-from infini_retrofit.retrofit import infini_modules
+from infini_retrofit.labels import next_token_nlls
+from infini_retrofit.perplexity import DOCUMENTS_PER_BATCH, Score, score_segments, total
+from infini_retrofit.retrofit import has_memory
 from infini_retrofit.segments import run_folded
 
 
@@ -48,8 +43,7 @@ def _runs(
     model: PreTrainedModel, input_ids: Int[Tensor, "B T"], segment_length: int
 ) -> Iterator[tuple[dict[int, MemoryReading], Int[Tensor, "_ T"], Float[Tensor, "_ T D"]]]:
     """Run batches of documents: what each layer reads, the ids, the last hidden states."""
-    has_memory = any(m.memory is not None for m in infini_modules(model).values())
-    if not has_memory or input_ids.shape[1] <= segment_length:
+    if not has_memory(model) or input_ids.shape[1] <= segment_length:
         return
     for ids in input_ids.to(model.device).split(DOCUMENTS_PER_BATCH):
         carrier = Carrier(readings={})

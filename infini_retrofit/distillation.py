@@ -20,19 +20,19 @@ from transformers import PreTrainedModel
 from infini_retrofit.carrier import Carrier
 from infini_retrofit.cross_entropy import token_kls
 from infini_retrofit.diagnostics import memory_use
+from infini_retrofit.families import decoder_layers
 from infini_retrofit.history import no_ppl
 from infini_retrofit.infini_params import InfiniParams
 from infini_retrofit.perplexity import score_rows, total
 from infini_retrofit.retrofit import (
     attention_modules,
-    decoder_layers,
     insert_infini,
     resolve_layers,
-    set_trainable,
 )
 from infini_retrofit.schedule import LrScale, Schedule
 from infini_retrofit.segments import run_folded, run_in_layer
 from infini_retrofit.teacher import LayerCall, LayerTeacher, PredictionTeacher
+from infini_retrofit.trainable import set_trainable
 from infini_retrofit.trainee import Trainee
 
 

@@ -1,4 +1,4 @@
-"""One model under every protocol, and how sure it is that a memory helps.
+"""One model under every protocol.
 
 The same code scores the base, retrofitted models and the control. Knows no files.
 
@@ -18,25 +18,23 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from infini_retrofit.bootstrap import MIN_GROUPS_FOR_INTERVAL, paired_bootstrap
 from infini_retrofit.infini_params import InfiniParams
+from infini_retrofit.labels import next_token_nlls, t2_nlls
 from infini_retrofit.perplexity import (
     Run,
     Score,
     full_runs,
     memory_runs,
-    next_token_nlls,
     score_positions,
     score_sliding,
     segment_runs,
-    t2_nlls,
     total,
 )
 from infini_retrofit.retrofit import (
-    decoder_layers,
+    check_form,
+    has_memory,
     infini_modules,
     make_rival,
-    resolve_layers,
     state_bytes,
 )
 
@@ -134,8 +132,7 @@ def _document_nlls(
     def scored(runs: Iterable[Run]) -> Tensor:
         return torch.stack([next_token_nlls(model, *run).cpu() for run in runs])
 
-    has_memory = any(m.memory is not None for m in infini_modules(model).values())
-    reads = ("own", *MEMORY_PROTOCOLS) if has_memory else ("own",)
+    reads = ("own", *MEMORY_PROTOCOLS) if has_memory(model) else ("own",)
     rows: dict[str, list[Tensor]] = {"t2": [], **{read: [] for read in reads}}
     for runs in memory_runs(model, documents, length, reads):
         rows["t2"].append(t2_nlls(model, *runs["own"], length).cpu())
@@ -154,62 +151,13 @@ def _document_nlls(
     return nlls
 
 
-def gains(model: Evaluation, control: Evaluation, titles: Sequence[str]) -> dict[str, float]:
-    """Compare a model with what it must beat, document by document.
-
-    Its rival at equal bytes is its own or the control's, whichever is better over all documents.
-
-    Args:
-        model: what its memory gains is asked for.
-        control: what was trained alike without a memory.
-        titles: of each document's article; documents of one article are not independent.
-
-    Returns:
-        `gain_over_<other>`, the nats a token by which the model is better, and, given enough
-        articles, the ends of its 95% paired bootstrap interval, `_low` and `_high`.
-    """
-    rivals = [evaluation.of_documents("segment_kv") for evaluation in (model, control)]
-    others = {
-        **{name: model.of_documents(f"segment_{name}") for name in MEMORY_PROTOCOLS},
-        "control": control.of_documents("segment"),
-        "kv": min(rivals, key=np.mean),
-    }
-    metrics = {}
-    for name, other in others.items():
-        gain = paired_bootstrap(other - model.of_documents("segment"), titles)
-        metrics[f"gain_over_{name}"] = gain.mean
-        if len(set(titles)) >= MIN_GROUPS_FOR_INTERVAL:
-            metrics |= {f"gain_over_{name}_low": gain.low, f"gain_over_{name}_high": gain.high}
-    return metrics
-
-
-def gap_test_nats(control: dict[str, float]) -> float:
-    """Return what the control loses to segmentation; where it loses nothing, warn of it."""
-    segment, full = control["segment_test_nll"], control["full_test_nll"]
-    if not segment > full:
-        print(
-            f"warning: gap_recovered is left out: the control scores {segment:.4f} nats a token "
-            f"in segments and {full:.4f} under full attention, so there is no gap; documents are "
-            "probably longer than what the model was trained on",
-            file=sys.stderr,
-        )
-    return segment - full
-
-
-def gap_recovered(model: dict[str, float], control: dict[str, float]) -> float:
-    """Return the share of the control's loss to segmentation that a model wins back."""
-    gap = control["gap_test_nats"]
-    assert gap > 0, gap
-    return (control["segment_test_nll"] - model["segment_test_nll"]) / gap
-
-
 def check_fit(model: PreTrainedModel, infini: InfiniParams, text: TestText) -> None:
-    """Refuse layers that the base does not have, and warn of documents beyond its positions.
+    """Refuse a form that does not fit the base, and warn of documents beyond its positions.
 
     Raises:
-        ValueError: if a layer index is out of range or named twice.
+        ValueError: if there are layers that the base does not have, or sizes beyond its own.
     """
-    resolve_layers(infini.layers, len(decoder_layers(model)))
+    check_form(infini, model.config)
     num_positions, num_tokens = model.config.max_position_embeddings, text.documents.shape[1]
     if num_tokens > num_positions:
         print(

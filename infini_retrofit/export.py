@@ -25,6 +25,7 @@ from infini_retrofit.generation import enable_generation
 from infini_retrofit.imports import first_party_files
 from infini_retrofit.infini_params import InfiniParams
 from infini_retrofit.model_card import Card, write_card
+from infini_retrofit.pipeline import run_stage
 from infini_retrofit.record import read_record
 from infini_retrofit.report import MANIFEST, write_manifest, write_text
 
@@ -178,19 +179,16 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--base-model", help="the base's name on the Hugging Face Hub")
     add("--other-layers", choices=OTHER_LAYERS, help="what they see (default: as the model says)")
     given = parser.parse_args(arguments)
-    try:
-        metrics = _named(given.metrics, "metrics", "--metrics")
-        lock = _named(given.lock, "dvc.lock", "--lock")
-        record = read_record(given.folder, metrics, lock)
-        about = About(
-            metrics=record.metrics,
-            training=record.training,
-            license=given.license,
-            base_model=given.base_model,
-        )
-        export_model(given.base, given.folder, given.out, about, given.other_layers)
-    except (ValueError, OSError) as error:
-        sys.exit("error: " + " ".join(str(error).split()))
+    metrics = _named(given.metrics, "metrics", "--metrics")
+    lock = _named(given.lock, "dvc.lock", "--lock")
+    record = read_record(given.folder, metrics, lock)
+    about = About(
+        metrics=record.metrics,
+        training=record.training,
+        license=given.license,
+        base_model=given.base_model,
+    )
+    export_model(given.base, given.folder, given.out, about, given.other_layers)
     if record.doubts:
         print(f"note: {'; '.join(record.doubts)}", file=sys.stderr)
     opened = f'AutoModelForCausalLM.from_pretrained("{given.out}", trust_remote_code=True)'
@@ -198,4 +196,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_stage(main)

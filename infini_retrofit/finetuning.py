@@ -23,21 +23,20 @@ from infini_retrofit.curriculum import NumSegments, choose_length, recut
 from infini_retrofit.diagnostics import memory_use
 from infini_retrofit.history import no_ppl, ppl_of_nll
 from infini_retrofit.infini_params import InfiniParams
-from infini_retrofit.lora import Adapters, LoraParams, add_lora
-from infini_retrofit.perplexity import (
+from infini_retrofit.labels import (
     Labelled,
-    Score,
     next_token_nlls,
     next_tokens,
-    segment_runs,
     t2_nlls,
     tokens_after_next,
-    total,
 )
-from infini_retrofit.retrofit import insert_infini, set_trainable, without_memory
+from infini_retrofit.lora import Adapters, LoraParams, add_lora
+from infini_retrofit.perplexity import Score, segment_runs, total
+from infini_retrofit.retrofit import insert_infini, without_memory
 from infini_retrofit.schedule import FullLrScale, Schedule
 from infini_retrofit.segments import run_folded
 from infini_retrofit.teacher import DocumentTeacher
+from infini_retrofit.trainable import set_trainable
 from infini_retrofit.trainee import Trainee
 
 Trainable = Literal["memory", "infini", "attention", "all", "lora"]

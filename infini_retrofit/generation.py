@@ -29,7 +29,8 @@ from infini_retrofit.confinement import confine_others
 from infini_retrofit.infini_params import InfiniParams
 from infini_retrofit.retrofit import attention_modules, infini_modules
 
-_PREPARE = "_prepare_cache_for_generation"  # of transformers' GenerationMixin
+# Of transformers' GenerationMixin.
+_PREPARE, _MAKE_MASK = "_prepare_cache_for_generation", "_prepare_attention_mask_for_generation"
 
 
 def enable_generation(
@@ -66,6 +67,7 @@ def enable_generation(
     if not is_enabled:
         model.generation_config.use_cache = True
         setattr(model, _PREPARE, MethodType(_prepare_cache, model))
+        setattr(model, _MAKE_MASK, MethodType(_make_mask, model))
         model.base_model.register_forward_pre_hook(_open, with_kwargs=True)
         model.base_model.register_forward_hook(_close, with_kwargs=True)
 
@@ -115,14 +117,15 @@ def _open(body: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, 
     ids = kwargs.get("input_ids")
     num_rows, num_columns = (kwargs["inputs_embeds"] if ids is None else ids).shape[:2]
     mask, cache = kwargs.get("attention_mask"), kwargs.get("past_key_values")
-    carrier = Carrier(is_token=_padding(mask, num_columns))
     uses_cache = kwargs.get("use_cache")
     if cache is None and (body.config.use_cache if uses_cache is None else uses_cache):
         cache = InfiniCache(body)
+    carrier, num_seen = Carrier(), 0
     if cache is not None:
         _require_infini(cache)
-        _check_rows(cache, num_rows)
-        carrier.is_open, carrier.before = True, cache.carried
+        cache.check_rows(num_rows)
+        carrier.is_open, carrier.before, num_seen = True, cache.carried, cache.num_seen
+    carrier.is_token = _padding(mask, num_seen, num_columns)
     if all(isinstance(module, InfiniAttention) for module in attention_modules(body)):
         # A mask of four axes is taken as it is: none is built that no layer would use.
         kwargs["attention_mask"] = torch.ones(1, 1, 1, 1, dtype=torch.bool)
@@ -136,14 +139,15 @@ def _close(body: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) ->
         cache.keep(carrier, *output.last_hidden_state.shape[:2])
 
 
-def _padding(mask: Tensor | None, num_columns: int) -> Tensor | None:
+def _padding(mask: Tensor | None, num_seen: int, num_columns: int) -> Tensor | None:
     """Return where the new columns are tokens; None: they all are."""
     if mask is None:
         return None
-    if mask.dim() != 2 or mask.shape[1] < num_columns:
+    if mask.dim() != 2 or mask.shape[1] != num_seen + num_columns:
         raise ValueError(
-            f"attention_mask must have 2 axes (row, token) and at least {num_columns} tokens for a "
-            f"model with Infini layers, got shape {tuple(mask.shape)}"
+            "attention_mask must have 2 axes (row, token) for a model with Infini layers, and "
+            f"tell of the {num_seen} tokens that the cache has seen and the {num_columns} new "
+            f"ones, got shape {tuple(mask.shape)}"
         )
     is_token = mask[:, -num_columns:].bool()
     return None if is_token.all() else is_token
@@ -155,15 +159,6 @@ def _require_infini(cache: Any) -> None:
         raise ValueError(
             "past_key_values must be an InfiniCache for a model with Infini layers, "
             f"got {type(cache).__name__}"
-        )
-
-
-def _check_rows(cache: InfiniCache, num_rows: int) -> None:
-    """Refuse a cache of another batch."""
-    if cache.batch_size not in (-1, num_rows):
-        raise ValueError(
-            f"past_key_values must have a row for each of the {num_rows} of the batch, got "
-            f"{cache.batch_size}: repeat them with batch_repeat_interleave"
         )
 
 
@@ -184,6 +179,24 @@ def _prepare_cache(
         model_kwargs["past_key_values"] = InfiniCache(model)
     prepare = getattr(type(model), _PREPARE)
     prepare(model, generation_config, model_kwargs, generation_mode, *args)
+
+
+def _make_mask(
+    model: PreTrainedModel,
+    inputs_tensor: Tensor,
+    generation_config: GenerationConfig,
+    model_kwargs: dict[str, Any],
+) -> Tensor:
+    """Make the mask that a caller of `generate` left out, where that can mean one thing only."""
+    cache = model_kwargs.get("past_key_values")
+    if isinstance(cache, InfiniCache) and cache.num_seen:
+        raise ValueError(
+            f"attention_mask must come with a cache that has seen {cache.num_seen} tokens, got "
+            "none: pass cache.mask_for(input_ids) if the input_ids are new, or "
+            "torch.ones_like(input_ids) if they begin with those tokens"
+        )
+    make = getattr(type(model), _MAKE_MASK)
+    return make(model, inputs_tensor, generation_config, model_kwargs)
 
 
 def _check_generation(config: GenerationConfig, mode: GenerationMode, length: int) -> None:

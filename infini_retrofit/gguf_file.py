@@ -25,12 +25,14 @@ class GgufFile:
 
     Attributes:
         family: the architecture, as the file names it.
+        num_layers: how many layers the model has; None: the file does not say.
         note: how the weights are stored, such as `4-bit (Q4_1) weights unpacked to float32`.
     """
 
     def __init__(self, path: Path) -> None:
         metadata, _ = read_gguf_metadata(str(path))
         self.family: str = metadata["general.architecture"]
+        self.num_layers: int | None = metadata.get(f"{self.family}.block_count")
         self.note = _describe(metadata.get("general.file_type", LlamaFileType.GUESSED))
         self._pre_tokenizer = metadata.get("tokenizer.ggml.pre", "default")
         self._folder, self._name = path.parent, path.name

@@ -28,7 +28,7 @@ from infini_retrofit.base import load_tokenizer
 from infini_retrofit.carrier import Carrier
 from infini_retrofit.checkpoints import load_retrofit
 from infini_retrofit.cross_entropy import token_nlls
-from infini_retrofit.perplexity import Labelled, next_tokens
+from infini_retrofit.labels import Labelled, next_tokens
 from infini_retrofit.pipeline import run_stage
 from infini_retrofit.runtime import pick_device, pick_dtype
 from infini_retrofit.segments import run_folded

@@ -5,11 +5,13 @@ Knows neither models nor corpora.
 
 import hashlib
 import re
+import sys
 from json import JSONDecodeError
 from pathlib import Path
 
-from huggingface_hub import snapshot_download
+from huggingface_hub import get_cached_repo_tree, snapshot_download
 from huggingface_hub.errors import (
+    CachedRepoTreeNotFoundError,
     FileMetadataError,
     HfHubHTTPError,
     HTTPError,
@@ -31,6 +33,10 @@ def fetch_snapshot(
     repo_type: str = "model",
 ) -> Path:
     """Fetch what is not in the local cache yet, and return the folder that holds it.
+
+    A download leaves a list of the commit's files in the cache, and without network a file of it
+    that is missing is noticed. A cache that was copied by hand, or filled by an old version of
+    huggingface_hub, may have none: what it holds is then taken for all, and stderr says so.
 
     Args:
         repo_id: such as `EleutherAI/pythia-70m`.
@@ -60,8 +66,18 @@ def fetch_snapshot(
             f"{repo_id} is not in the local cache and {_reason(error)}; "
             f"the embedded default (`{embedded}`) needs no network"
         ) from error
-    for path in matching_files(Path(folder), patterns):
+    found = matching_files(Path(folder), patterns)
+    for path in found:
         _check_content(path)
+    try:
+        get_cached_repo_tree(repo_id, repo_type=repo_type, revision=revision)
+    except CachedRepoTreeNotFoundError:
+        names = ", ".join(path.name for path in found) or "none"
+        print(
+            f"note: the local cache holds no list of the files of {repo_id}, so that a missing one "
+            f"would not be noticed; found of {', '.join(patterns)}: {names}",
+            file=sys.stderr,
+        )
     return Path(folder)
 
 

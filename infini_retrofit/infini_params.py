@@ -156,6 +156,11 @@ class InfiniParams:
         return self.init == "random_layer"
 
     @property
+    def cutting_borders(self) -> int | None:
+        """Every which border no gradient crosses; None: they cross all."""
+        return None if self.bptt_segments == "all" else self.bptt_segments
+
+    @property
     def has_memory(self) -> bool:
         """Whether anything is remembered across segments, beside carried keys and values."""
         return self.memory == "on" and self.layers != []

@@ -41,6 +41,12 @@ class LocalContext:
         """Return what keys are put behind."""
         return self.key, self.value, self.is_token
 
+    def detach(self) -> "LocalContext":
+        """Cut the gradient here, so that back-propagation stops at this segment."""
+        return LocalContext(
+            self.key.detach(), self.value.detach(), self.is_token, self.sink_key.detach()
+        )
+
 
 @dataclass(frozen=True)
 class Keys:
@@ -61,6 +67,7 @@ def carry_context(
     place: Place,
     num_carried: int,
     before: LocalContext | None,
+    bptt_segments: int | None = None,
 ) -> tuple[Keys, LocalContext | None]:
     """Put before each segment's keys and values what the segment before carries over.
 
@@ -70,12 +77,15 @@ def carry_context(
         place: applies positions.
         num_carried: C, at least 1 and at most a segment.
         before: what comes from before the first segment; None: nothing, the document begins.
+        bptt_segments: gradients do not cross every so many-th border, nor come from `before`;
+            None: they cross all.
 
     Returns:
         All that each segment attends to, and what the segment after the last will need; None
         after a segment shorter than C, which must be the document's last.
     """
     first = _nothing(own, num_carried) if before is None else before
+    first = first if bptt_segments is None else first.detach()
     # Documents that start late in a batch have nothing before them yet.
     has_begun = first.is_token.any(dim=1)[:, None, None, None]
     sink_key = torch.where(has_begun, first.sink_key, first_key)
@@ -97,6 +107,8 @@ def carry_context(
         for sink, (x, axis) in zip(sinks, own, strict=True)
     ]
     found = [torch.cat([f, x[:, :-1]], dim=1) for f, x in zip(firsts, left, strict=True)]
+    if bptt_segments is not None:
+        found = _cut_gradients(found, bptt_segments)
     return _put_before(own, found), LocalContext(*(x[:, -1] for x in left), sink_key)
 
 
@@ -123,6 +135,20 @@ def context_at(
     pairs = zip(last.carried(), found, strict=True)
     chosen = (torch.where(is_last.view(-1, *(1,) * (x.dim() - 1)), x, f) for x, f in pairs)
     return LocalContext(*chosen, last.sink_key)
+
+
+def _cut_gradients(found: list[Tensor], bptt_segments: int) -> list[Tensor]:
+    """Cut the gradients of the keys and values that each segment finds, at every so many-th border.
+
+    The document's first token has crossed every border before a segment, the others the last.
+    """
+    key, value, is_token = found
+    num_segments, num_carried = is_token.shape[1:]
+    segment = torch.arange(num_segments, device=key.device)[:, None]
+    is_sink = torch.arange(num_carried, device=key.device) == 0
+    is_cut = (segment % bptt_segments == 0) | (is_sink & (segment >= bptt_segments))
+    is_cut = is_cut[:, None, :, None]
+    return [torch.where(is_cut, x.detach(), x) for x in (key, value)] + [is_token]
 
 
 def _put_before(own: Keys, found: list[Tensor]) -> Keys:

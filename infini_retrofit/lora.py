@@ -14,7 +14,9 @@ from peft.tuners.lora import LoraModel
 from torch import nn
 from transformers import PreTrainedModel
 
-from infini_retrofit.retrofit import PROJECTIONS, attention_modules, infini_modules, set_trainable
+from infini_retrofit.families import PROJECTIONS
+from infini_retrofit.retrofit import attention_modules, infini_modules
+from infini_retrofit.trainable import set_trainable
 
 # GPT-NeoX projects to queries, keys and values at once.
 ADAPTED = (*PROJECTIONS, "query_key_value", "dense")

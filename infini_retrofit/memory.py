@@ -17,7 +17,7 @@ Axes:
     V   value channel
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -53,6 +53,13 @@ class MemoryState:
         return MemoryState(self.matrix.roll(1, dims=0), self.normalizer.roll(1, dims=0))
 
 
+def quotient(
+    numerator: Float[Tensor, "*B V"], denominator: Float[Tensor, "*B 1"]
+) -> Float[Tensor, "*B V"]:
+    """Divide by a sum of weights, which is 0 where the memory is empty: 0 / 0 is 0 here."""
+    return numerator / denominator.clamp_min(SMALLEST_DENOMINATOR)
+
+
 def memory_bytes(num_heads: int, num_features: int, value_dim: int) -> int:
     """Count the bytes of one layer's float32 memory, kept once for each key/value head."""
     return 4 * num_heads * num_features * (value_dim + 1)
@@ -73,6 +80,11 @@ class Write:
     value: Float[Tensor, "*B N L V"]
     weight: Float[Tensor, "*B #N L #F"] | None = None
 
+    @property
+    def counted(self) -> Float[Tensor, "*B N L F"]:
+        """The features, each as much as its token counts."""
+        return self.feature if self.weight is None else self.feature * self.weight
+
     def segment(self, index: int) -> "Write":
         """Return one segment's part of leading axes (batch, segment)."""
         weight = None if self.weight is None else self.weight[:, index]
@@ -82,9 +94,7 @@ class Write:
 def write_segments(write: Write) -> MemoryState:
     """Return what each segment by itself adds to the memory (the sums of eq. 8)."""
     with torch.autocast(write.feature.device.type, enabled=False):
-        feature = write.feature
-        if write.weight is not None:
-            feature = feature * write.weight
+        feature = write.counted
         matrix = feature.transpose(-1, -2) @ write.value.to(feature.dtype)
         return MemoryState(matrix, feature.sum(dim=-2))
 
@@ -149,7 +159,7 @@ def scan_states(
     Returns:
         As `prefix_states`.
     """
-    state = _empty(write) if initial is None else initial
+    state = empty_state(write) if initial is None else initial
     states = []
     for index in range(write.feature.shape[1]):
         if bptt_segments is not None and index and index % bptt_segments == 0:
@@ -164,7 +174,8 @@ def scan_states(
     return MemoryState(matrix, normalizer), state
 
 
-def _empty(write: Write) -> MemoryState:
+def empty_state(write: Write) -> MemoryState:
+    """Return the memory of documents of which nothing is written yet, for what is to be."""
     feature, value = write.feature[:, 0], write.value[:, 0]
     shape = (*feature.shape[:2], feature.shape[-1])
     return MemoryState(feature.new_zeros(*shape, value.shape[-1]), feature.new_zeros(shape))
@@ -187,16 +198,14 @@ def _update(
             numerator, denominator = retrieve(write.feature, state)
             # ARMT's z may have nothing in common with a key where M has.
             holds_something = denominator > SMALLEST_DENOMINATOR
-            known_value = numerator / denominator.clamp_min(SMALLEST_DENOMINATOR)
-            value = value - known_value * holds_something
+            value = value - quotient(numerator, denominator) * holds_something
             if rule == "delta_gamma":
                 square = write.feature.square().sum(-1, keepdim=True)
-                known = denominator / square.clamp_min(SMALLEST_DENOMINATOR)
-                new_share = (1 - known).clamp(0, 1)
-        added = write_segments(Write(write.feature, value, write.weight))
+                new_share = (1 - quotient(denominator, square)).clamp(0, 1)
+        added = write_segments(replace(write, value=value))
         gain = added.normalizer
         if new_share is not None:
-            gain = write_segments(Write(write.feature * new_share, value, write.weight)).normalizer
+            gain = replace(write, feature=write.feature * new_share).counted.sum(dim=-2)
         kept = state
         if retention is not None:
             kept = MemoryState(state.matrix * retention[..., None], state.normalizer * retention)
@@ -225,31 +234,3 @@ def retrieve(
 
 def _split_groups(x: Float[Tensor, "*B N GL V"], num_heads: int, num_tokens: int) -> Tensor:
     return x.unflatten(-2, (num_heads // x.shape[-3], num_tokens)).flatten(-4, -3)
-
-
-def recall(feature: Float[Tensor, "*B H L F"], state: MemoryState) -> Float[Tensor, "*B H L V"]:
-    """Read the memory once for each query (eq. 7); an empty memory reads as zeros."""
-    numerator, denominator = retrieve(feature, state)
-    return numerator / denominator.clamp_min(SMALLEST_DENOMINATOR)
-
-
-def memory_share(
-    denominator: Float[Tensor, "*B H L 1"], logit: Float[Tensor, "*#B #H #L #1"]
-) -> Float[Tensor, "*B H L 1"]:
-    """Return the share of the MEMORY in each query's output: 0 where the memory is empty.
-
-    Differs from the paper: there an empty memory still takes its share, which scales the first
-    segment by `1 - memory_share`. Here an empty memory gives exactly the local attention.
-    """
-    return torch.sigmoid(logit.to(denominator.dtype)) * (denominator > SMALLEST_DENOMINATOR)
-
-
-def mix(
-    local: Float[Tensor, "*B H L V"],
-    numerator: Float[Tensor, "*B H L V"],
-    denominator: Float[Tensor, "*B H L 1"],
-    share: Float[Tensor, "*B H L 1"],
-) -> Float[Tensor, "*B H L V"]:
-    """Blend local attention with what the memory recalls for each query (eq. 10)."""
-    weight = share / denominator.clamp_min(SMALLEST_DENOMINATOR)
-    return torch.addcmul(local * (1 - share), numerator, weight).to(local.dtype)

@@ -13,6 +13,7 @@ from huggingface_hub import ModelCardData
 
 from infini_retrofit.infini_params import InfiniParams
 from infini_retrofit.report import write_text
+from infini_retrofit.table import render
 
 # Name on the Hugging Face Hub and licence of the bases that params.yaml names.
 PRESETS = {
@@ -176,10 +177,9 @@ def _is_nested(results: Mapping[str, Any]) -> bool:
 
 def _table(columns: Mapping[str, Mapping[str, Any]]) -> str:
     """Return columns of numbers as Markdown, a row for each key."""
-    rows = list(dict.fromkeys(key for column in columns.values() for key in column))
-    lines = [["metric", *columns], ["---"] * (len(columns) + 1)]
-    lines += [[f"`{key}`", *(_number(c.get(key)) for c in columns.values())] for key in rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    keys = dict.fromkeys(key for column in columns.values() for key in column)
+    rows = [[f"`{key}`", *(_number(c.get(key)) for c in columns.values())] for key in keys]
+    return render(["metric", *columns], rows)
 
 
 def _number(value: Any) -> str:

@@ -13,9 +13,6 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, TypeVar
 
-from ruamel.yaml import YAML
-from ruamel.yaml.error import MarkedYAMLError, YAMLError
-
 T = TypeVar("T")
 PARAMS_PATH = Path("params.yaml")
 _WORDS = {int: "an integer", float: "a finite number", str: "text", bool: "true or false"}
@@ -68,6 +65,10 @@ def read_params(path: Path = PARAMS_PATH) -> dict[str, Any]:
         FileNotFoundError: if there is no such file.
         ValueError: if it is not a mapping in valid YAML and UTF-8.
     """
+    # Here, for commands without parameters run without this package.
+    from ruamel.yaml import YAML
+    from ruamel.yaml.error import MarkedYAMLError, YAMLError
+
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing: run this in the project's top folder")
     try:

@@ -1,15 +1,13 @@
 """The protocols under which this project scores a model; see README.md for their names.
 
 A score is a sum of negative log-likelihoods in nats, float64, and the number of tokens in it.
-Every token but the first of a stream or document is scored exactly once (t2 apart). Which token
-is a position's label, in scores and in losses, this file is the only place that says. Nothing
-here knows of training, files or which models are compared.
+Every token but the first of a stream or document is scored exactly once (t2 apart). Nothing here
+knows of training, files or which models are compared.
 
 Axes:
     *B  any leading axes: documents, or none
     B  document or window
     T  token
-    N  position that has a label
     D  model width
     Scored  token of a document but the first
 """
@@ -26,7 +24,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from infini_retrofit.carrier import Carrier, Read
-from infini_retrofit.cross_entropy import token_nlls
+from infini_retrofit.labels import next_token_nlls
 from infini_retrofit.segments import run_folded, run_in_layer, run_swapped
 
 # Windows that go through the model at once; memory, not speed, bounds it.
@@ -37,8 +35,6 @@ DOCUMENTS_PER_BATCH = 2
 Run = tuple[Tensor, Tensor]
 # Whose memory a document reads: as a `Carrier` says, or another document's.
 Whose = Literal[Read, "swapped"]
-# Hidden states that predict, (N D), and the token that each is to predict, (N).
-Labelled = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True)
@@ -180,43 +176,6 @@ def full_runs(model: PreTrainedModel, documents: Int[Tensor, "B T"]) -> Iterator
         yield ids, hidden_states
 
 
-def next_tokens(ids: Int[Tensor, "*B T"], hidden_states: Float[Tensor, "*B T D"]) -> Labelled:
-    """Label every position but the last of a row with the token that comes next."""
-    return hidden_states[..., :-1, :].flatten(0, -2), ids[..., 1:].flatten()
-
-
-def tokens_after_next(
-    ids: Int[Tensor, "*B T"], hidden_states: Float[Tensor, "*B T D"], segment_length: int
-) -> Labelled:
-    """Label as the seeds did, shifting twice: in a segment, position t with token t + 2.
-
-    The seeds did not feed a segment's last token in; here it is, so that a memory or context
-    carried over holds it as well.
-    """
-    segments = (-1, segment_length)
-    hidden_states = hidden_states.unflatten(-2, segments)[..., :-2, :].flatten(0, -2)
-    return hidden_states, ids.unflatten(-1, segments)[..., 2:].flatten()
-
-
-@torch.inference_mode()
-def next_token_nlls(
-    model: PreTrainedModel, ids: Int[Tensor, "T"], hidden_states: Float[Tensor, "T D"]
-) -> Float[Tensor, "T-1"]:
-    """Score every token of a row but the first, in nats."""
-    return _nlls(model, next_tokens(ids, hidden_states))
-
-
-@torch.inference_mode()
-def t2_nlls(
-    model: PreTrainedModel,
-    ids: Int[Tensor, "T"],
-    hidden_states: Float[Tensor, "T D"],
-    segment_length: int,
-) -> Float[Tensor, "_"]:
-    """Score a document as the seeds did; see `tokens_after_next`."""
-    return _nlls(model, tokens_after_next(ids, hidden_states, segment_length))
-
-
 def score_segments(
     model: PreTrainedModel,
     documents: Int[Tensor, "B T"],
@@ -266,11 +225,6 @@ def score_unigram(train: Int[Tensor, "Train"], test: Int[Tensor, "Test"], vocab_
     counts = torch.bincount(train, minlength=vocab_size).double() + 1
     nlls = -(counts / counts.sum()).log()[test[1:]]
     return Score(nlls.sum().item(), len(nlls))
-
-
-def _nlls(model: PreTrainedModel, labelled: Labelled) -> Float[Tensor, "N"]:
-    hidden_states, labels = labelled
-    return token_nlls(hidden_states, model.get_output_embeddings().weight, labels)
 
 
 def _batches(items: Sequence, size: int) -> list[Sequence]:

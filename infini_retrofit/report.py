@@ -85,6 +85,28 @@ def verify_manifest(folder: Path, made_by: str = "dvc repro") -> None:
             )
 
 
+def check_folder(folder: Path, file: str, kind: str, made_by: str) -> None:
+    """Refuse a folder that is not there or holds something else, and say which ones do not.
+
+    Args:
+        folder: as the user named it.
+        file: that every folder of this kind holds.
+        kind: what the folder is to be, for the message.
+        made_by: the command that makes one, for the message.
+
+    Raises:
+        FileNotFoundError: with the folders of this kind that stand beside it.
+    """
+    if (folder / file).is_file():
+        return
+    fault = f"holds no {file}: it is no {kind}" if folder.is_dir() else "is missing"
+    separator = ";" if folder.is_dir() else ":"
+    beside = sorted(str(path.parent) for path in folder.parent.glob(f"*/{file}"))
+    here = f"in the project's folder (this one is {Path.cwd()})"
+    way_out = f"or name one of {', '.join(beside)}" if beside else here
+    raise FileNotFoundError(f"{folder} {fault}{separator} run `{made_by}` to make it, {way_out}")
+
+
 def sha256(path: Path) -> str:
     """Return the SHA-256 of a file's bytes in hexadecimal."""
     digest = hashlib.sha256()

@@ -1,72 +1,20 @@
 """Put Infini layers into a pretrained model.
 
-The only module that knows the insides of `transformers` models: where their layers are, how
-their attention keeps its weights. It knows nothing of training, files, texts or protocols.
+Knows nothing of training, files, texts or protocols.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Literal
+from dataclasses import replace
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from infini_retrofit.attention import InfiniAttention
+from infini_retrofit.families import PROJECTIONS, decoder_layers, family_of
 from infini_retrofit.infini_params import AttentionShape, InfiniParams
 
-PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
-Part = Literal["memory", "infini", "attention", "all"]
 # Name under which a parallel branch hangs below the base's attention, whose own names stay.
 BRANCH = "infini"
-# What the model type of an exported model has before that of its base.
-EXPORTED = "infini_"
-OF_MEMORY = ("gate", "alpha", "memory")
-GROUPS = (*OF_MEMORY, "infini", "rest")
-
-
-@dataclass(frozen=True)
-class Family:
-    """What differs between families of models.
-
-    Attributes:
-        attention: name of the attention module in a decoder layer.
-        split: its weights and biases as those of q_proj, k_proj, v_proj and o_proj.
-    """
-
-    attention: str
-    split: Callable[[nn.Module], dict[str, Tensor]]
-
-
-def _split_llama(attention: nn.Module) -> dict[str, Tensor]:
-    return {k: v for k, v in attention.state_dict().items() if k.split(".")[0] in PROJECTIONS}
-
-
-def _split_neox(attention: nn.Module) -> dict[str, Tensor]:
-    """Take apart GPT-NeoX's fused projection, whose rows run head by head, then q, k, v."""
-    parts = {}
-    for name, fused in attention.query_key_value.state_dict().items():
-        by_head = fused.unflatten(0, (-1, 3, attention.head_size))
-        for index, projection in enumerate(PROJECTIONS[:3]):
-            parts[f"{projection}.{name}"] = by_head[:, index].flatten(0, 1)
-    dense = attention.dense.state_dict()
-    return parts | {f"o_proj.{name}": value for name, value in dense.items()}
-
-
-FAMILIES = {
-    "gpt_neox": Family("attention", _split_neox),
-    "llama": Family("self_attn", _split_llama),
-}
-
-
-def family_of(config: PretrainedConfig) -> Family:
-    """Return the family of a base, or of the exported form of a model made from one."""
-    return FAMILIES[config.model_type.removeprefix(EXPORTED)]
-
-
-def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
-    """Return the model's decoder layers."""
-    return model.base_model.layers
 
 
 def attention_modules(model: PreTrainedModel) -> list[nn.Module]:
@@ -83,6 +31,11 @@ def infini_modules(model: PreTrainedModel) -> dict[int, InfiniAttention]:
         if isinstance(module, InfiniAttention):
             found[index] = module
     return found
+
+
+def has_memory(model: PreTrainedModel) -> bool:
+    """Tell whether any layer of a base or retrofitted model remembers across segments."""
+    return any(module.memory is not None for module in infini_modules(model).values())
 
 
 def attention_shape(config: PretrainedConfig) -> AttentionShape:
@@ -116,6 +69,16 @@ def resolve_layers(layers: list[int] | str, num_layers: int) -> list[int]:
     if len(set(resolved)) < len(resolved):
         raise ValueError(f"infini.layers must name each layer once, got {list(layers)}")
     return resolved
+
+
+def check_form(params: InfiniParams, config: PretrainedConfig) -> None:
+    """Refuse layers and sizes that do not fit a base.
+
+    Raises:
+        ValueError: if there are any.
+    """
+    resolve_layers(params.layers, config.num_hidden_layers)
+    params.count_features(attention_shape(config).of_heads(params.heads).head_dim)
 
 
 def state_bytes(model: PreTrainedModel, params: InfiniParams) -> int:
@@ -237,53 +200,3 @@ def make_rival(model: PreTrainedModel, params: InfiniParams) -> None:
     for module in infini_modules(model).values():
         module.drop_memory()
         module.local_context = num_tokens
-
-
-def set_trainable(
-    model: PreTrainedModel,
-    part: Part,
-    whole_layers: bool = False,
-    frozen_dtype: torch.dtype | None = None,
-) -> dict[str, list[nn.Parameter]]:
-    """Freeze all but one part of the model, whose parameters become float32.
-
-    Load the model in float32 and name the dtype of the rest, so that what trains starts from
-    unrounded weights.
-
-    Args:
-        model: a retrofitted model.
-        part: `memory`: what the Infini attention has and a base's has not; `infini`: all of the
-            Infini attention; `attention`: the attention of every layer; `all`.
-        whole_layers: let `infini` mean the MLP and norms of the Infini layers as well.
-        frozen_dtype: of what does not train; None: as it is.
-
-    Returns:
-        The trainable parameters in groups: `gate` (what needs a rate in logits), `alpha`,
-        `memory` (what else a base has no counterpart of), `infini` and `rest`.
-    """
-    infini = infini_modules(model)
-    owners = [decoder_layers(model)[i] if whole_layers else infini[i] for i in infini]
-    group_of = {id(p): "infini" for owner in owners for p in owner.parameters()}
-    for module in infini.values():
-        for name, parameters in module.memory_parameters().items():
-            group_of |= {id(p): name for p in parameters}
-    chosen = {
-        "memory": owners,
-        "infini": owners,
-        "attention": attention_modules(model) + owners,
-        "all": [model],
-    }[part]
-    groups: dict[str, list[nn.Parameter]] = {name: [] for name in GROUPS}
-    model.requires_grad_(False)
-    parameters = {id(p): p for module in chosen for p in module.parameters()}
-    for key, parameter in parameters.items():
-        group = group_of.get(key, "rest")
-        if part != "memory" or group in OF_MEMORY:
-            parameter.data = parameter.data.float()
-            parameter.requires_grad_(True)
-            groups[group].append(parameter)
-    if frozen_dtype is not None:
-        for parameter in model.parameters():
-            if not parameter.requires_grad:
-                parameter.data = parameter.data.to(frozen_dtype)
-    return groups

@@ -6,6 +6,7 @@ Knows no stage and no model.
 import ctypes
 import os
 import sys
+from collections.abc import Callable
 
 import torch
 
@@ -50,15 +51,29 @@ def start_run() -> tuple[torch.device, torch.dtype]:
     return device, dtype
 
 
+def return_freed_memory() -> None:
+    """Give the system back what was freed and `start_run` lets glibc keep.
+
+    What is resident then is what is used. Without glibc nothing changes.
+    """
+    if trim := _of_glibc("malloc_trim"):
+        trim(0)
+
+
 def _keep_freed_memory() -> None:
     """Let glibc reuse the memory of large tensors instead of returning it to the system.
 
     By default every tensor above a threshold is mapped anew, and the system spends more time on
     clearing its pages than some operations take. Without glibc nothing changes.
     """
+    if mallopt := _of_glibc("mallopt"):
+        mallopt(_M_MMAP_THRESHOLD, _LARGEST_MMAP_THRESHOLD)
+        mallopt(_M_TRIM_THRESHOLD, _LARGEST_INT)
+
+
+def _of_glibc(name: str) -> Callable[..., int] | None:
+    """Return a function of glibc; None where there is no glibc, or none with this function."""
     try:
-        mallopt = ctypes.CDLL("libc.so.6").mallopt
+        return getattr(ctypes.CDLL("libc.so.6"), name)
     except (OSError, AttributeError):
-        return
-    mallopt(_M_MMAP_THRESHOLD, _LARGEST_MMAP_THRESHOLD)
-    mallopt(_M_TRIM_THRESHOLD, _LARGEST_INT)
+        return None

@@ -78,6 +78,10 @@ class ScratchBase:
         if self.lr <= 0:
             raise ValueError(f"models.*.lr must be greater than 0, got {self.lr}")
 
+    def known_depth(self) -> int:
+        """Count its layers."""
+        return self.num_layers
+
     def load(self, corpus_name: str, corpus: CorpusShares) -> BaseModel:
         """Train tokenizer and model.
 

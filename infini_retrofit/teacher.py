@@ -18,7 +18,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from infini_retrofit.retrofit import FAMILIES, decoder_layers
+from infini_retrofit.families import decoder_layers, family_of
 from infini_retrofit.segments import run_folded, run_in_layer
 
 
@@ -66,7 +66,7 @@ class LayerTeacher:
 
     def __init__(self, model: PreTrainedModel, layers: list[int]) -> None:
         """Copy what an insertion into `layers` would change; call it before inserting."""
-        family = FAMILIES[model.config.model_type]
+        family = family_of(model.config)
         self.decoder = _keep_decoder(model, layers, max(layers, default=-1) + 1)
         self._attention: dict[int, tuple] = {}
         self._calls: dict[int, LayerCall] = {}

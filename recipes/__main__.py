@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from infini_retrofit.params import read_params
+from infini_retrofit.table import render
 from recipes import against
 from recipes.experiments import (
     all_experiments,
@@ -28,7 +29,7 @@ from recipes.overlays import (
     read_overlay,
     recipe_names,
 )
-from recipes.table import finished, markdown, row
+from recipes.table import finished, markdown
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -102,8 +103,7 @@ def print_gains(names: Sequence[str]) -> None:
             + (f"some that have not been run: {', '.join(missing)}" if names else "none")
         )
     print(f"{names[0]}, finetuned, protocol {against.PROTOCOL}, is better:\n")
-    print("\n".join(map(row, [against.COLUMNS, ("---", "---", "--:", "--:")])))
-    print("\n".join(map(row, against.gains(revisions, names))))
+    print(render(against.COLUMNS, against.gains(revisions, names)))
 
 
 def run_and_compare(args: argparse.Namespace) -> None:

@@ -53,21 +53,27 @@ def gains(revisions: Mapping[str, str], names: Sequence[str]) -> list[tuple[str,
     """
     base = read_scores(names[0], revisions[names[0]], *_SAME_TEXTS)
     own = read_scores(names[0], revisions[names[0]], "finetuned")
-    pairs = [(name, model) for name in names for model in MODELS][1:]
-    rows = []
-    for name, model in pairs:
-        other = read_scores(name, revisions[name], model)
-        if not are_alike(read_scores(name, revisions[name], *_SAME_TEXTS), base):
+    for name in names[1:]:
+        others = read_scores(name, revisions[name], *_SAME_TEXTS)
+        if not are_alike(others, base):
             raise ValueError(
-                f"experiments must have scored the same documents of the same base, got {len(own)} "
-                f"of {names[0]} and {len(other)} of {name}, or of other texts or bases"
+                f"experiments must have scored the same documents of the same base, got "
+                f"{len(base)} of {names[0]} and {len(others)} of {name}, or of other texts or bases"
             )
-        differences = [other[k][0] - own[k][0] for k in own]
-        gain = paired_bootstrap(differences, list(articles(own).values()))
-        is_sure = len(set(articles(own).values())) >= MIN_GROUPS_FOR_INTERVAL
-        interval = f"[{gain.low:+.4f}, {gain.high:+.4f}]" if is_sure else "-"
-        rows.append((name, model, f"{gain.mean:+.4f}", interval))
-    return rows
+    pairs = [(name, model) for name in names for model in MODELS][1:]
+    return [
+        (name, model, *gain(own, read_scores(name, revisions[name], model)))
+        for name, model in pairs
+    ]
+
+
+def gain(own: Scores, other: Scores) -> tuple[str, str]:
+    """Say by how much one model's scores are better than another's on the same documents."""
+    groups = list(articles(own).values())
+    found = paired_bootstrap([other[k][0] - own[k][0] for k in own], groups)
+    is_sure = len(set(groups)) >= MIN_GROUPS_FOR_INTERVAL
+    interval = f"[{found.low:+.4f}, {found.high:+.4f}]" if is_sure else "-"
+    return f"{found.mean:+.4f}", interval
 
 
 def are_alike(scores: Scores, others: Scores) -> bool:

@@ -6,6 +6,8 @@ Knows which metrics the stages write; not how experiments are run or found.
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from infini_retrofit.table import render
+
 MISSING = "-"
 Metrics = Mapping[str, Any]  # of one experiment, by file
 
@@ -70,19 +72,9 @@ def finished(commits: Sequence[Mapping[str, Any]]) -> dict[str, Finished]:
 
 def markdown(experiments: Mapping[str, Finished], names: Sequence[str]) -> str:
     """Lay out a row for each name, in that order; what an experiment lacks is a dash."""
-    lines = [
-        row(["recipe", *(column.title for column in COLUMNS)]),
-        row(["---", *("--:" for _ in COLUMNS)]),
-    ]
-    for name in names:
-        metrics = experiments[name].metrics if name in experiments else {}
-        lines.append(row([name, *(_cell(metrics, c) for c in COLUMNS)]))
-    return "\n".join(lines)
-
-
-def row(cells: Sequence[str]) -> str:
-    """Lay out one row of a Markdown table."""
-    return f"| {' | '.join(cells)} |"
+    found = {name: experiments[name].metrics if name in experiments else {} for name in names}
+    rows = [[name, *(_cell(metrics, c) for c in COLUMNS)] for name, metrics in found.items()]
+    return render(["recipe", *(column.title for column in COLUMNS)], rows)
 
 
 def _cell(metrics: Metrics, column: Column) -> str:

@@ -1,6 +1,6 @@
 """Stage `check_params`: refuse bad parameters before any other stage's outputs are touched.
 
-Reads:  params.yaml (all of it), models/base if it is there
+Reads:  params.yaml (all of it), what tells how deep the base is, models/base if it is there
 Writes: data/params_ok
 """
 
@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 from typing import NamedTuple
 
-from infini_retrofit.base_sources import BASE_KINDS
+from infini_retrofit.base_sources import BASE_KINDS, LocalBase
 from infini_retrofit.checkpoints import check_layers
 from infini_retrofit.corpora import CORPORA, SAME, LongdocsParams
 from infini_retrofit.distillation import DistillParams
@@ -18,6 +18,7 @@ from infini_retrofit.infini_params import InfiniParams
 from infini_retrofit.params import load_choice, load_presets, load_section, read_params
 from infini_retrofit.pipeline import run_stage
 from infini_retrofit.report import write_text
+from infini_retrofit.retrofit import resolve_layers
 
 PARAMS_OK, BASE = Path("data/params_ok"), Path("models/base")
 PRESETS = {"model": ("models", BASE_KINDS), "corpus": ("corpora", CORPORA)}
@@ -112,9 +113,17 @@ def check_objective(infini: InfiniParams, distill: DistillParams) -> None:
 
 
 def check_base(infini: InfiniParams) -> None:
-    """Check the layers against the base, if the chosen one is on disk already."""
+    """Check the layers against the chosen base: its source, and what is on disk already.
+
+    What is on disk under its name, but of another depth, is what `prepare_base` will replace.
+    """
+    depth = load_choice(BASE_KINDS, "model", "models").known_depth()
+    if depth is not None:
+        resolve_layers(infini.layers, depth)
     about = BASE / "base.json"
-    if about.is_file() and json.loads(about.read_text())["name"] == load_section(str, "model"):
+    if not about.is_file() or json.loads(about.read_text())["name"] != load_section(str, "model"):
+        return
+    if depth in (None, LocalBase(path=str(BASE)).known_depth()):
         check_layers(infini, BASE)
 
 

@@ -18,12 +18,10 @@ from infini_retrofit.evaluation import (
     Evaluation,
     TestText,
     evaluate,
-    gains,
-    gap_recovered,
-    gap_test_nats,
     rows_of_documents,
     rows_of_positions,
 )
+from infini_retrofit.gains import gains, gap_recovered, gap_test_nats
 from infini_retrofit.imports import first_party_files
 from infini_retrofit.infini_params import InfiniParams
 from infini_retrofit.params import load_section

@@ -17,8 +17,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from infini_retrofit.carrier import Carried, Carrier
+from infini_retrofit.families import FAMILIES, decoder_layers
 from infini_retrofit.infini_params import InfiniParams
-from infini_retrofit.retrofit import FAMILIES, decoder_layers
+from infini_retrofit.memory import MemoryState, quotient, retrieve
 
 Tables = tuple[Tensor, Tensor]
 
@@ -81,6 +82,11 @@ def naive_feature(x: Tensor, name: str = "elu1", weight: Tensor | None = None) -
 def naive_average(weights: Tensor, value: Tensor) -> Tensor:
     """Average values (T V); zero where no weight is."""
     return weights @ value / weights.sum() if weights.sum() > 0 else 0 * weights @ value
+
+
+def recall(feature: Tensor, state: MemoryState) -> Tensor:
+    """Read a memory once for each query; an empty one reads as zeros."""
+    return quotient(*retrieve(feature, state))
 
 
 def naive_recall(query: Tensor, key: Tensor, value: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ import pytest
 from infini_retrofit.bootstrap import paired_bootstrap
 from infini_retrofit.report import write_rows
 from recipes import __main__ as command_line
+from recipes import against
 from recipes.against import SCORES, gains
 from tests.test_recipe_table import commit as shown_commit
 from tests.test_recipe_table import experiment
@@ -68,7 +69,7 @@ def test_scores_of_other_documents_and_missing_ones_are_refused(revisions):
     others = revisions | {"theirs": revision_of("theirs", [0, *ARTICLES[:-1]])}
     with pytest.raises(ValueError, match=r"have scored the same documents of .* got 13 of mine"):
         gains(others, ["mine", "theirs"])
-    with pytest.raises(ValueError, match=r"eval_documents\.tsv of theirs must hold scores of fin"):
+    with pytest.raises(ValueError, match=r"eval_documents\.tsv of theirs must hold scores of base"):
         gains(revisions | {"theirs": "HEAD~9"}, ["mine", "theirs"])
 
 
@@ -76,6 +77,21 @@ def test_scores_of_another_base_are_refused(revisions):
     others = revisions | {"theirs": revision_of("theirs", base=DRAWN[4] + 0.1)}
     with pytest.raises(ValueError, match="or of other texts or bases"):
         gains(others, ["mine", "theirs"])
+
+
+def test_scores_of_the_base_are_read_once_an_experiment(revisions, monkeypatch):
+    read, found = against.read_scores, []
+
+    def count(name: str, *args: str) -> against.Scores:
+        found.append((name, *args[1:]))
+        return read(name, *args)
+
+    monkeypatch.setattr(against, "read_scores", count)
+    gains(revisions, ["mine", "theirs"])
+    of_base = ("base", "full")
+    assert sorted(found) == sorted(
+        [("mine", *of_base), ("theirs", *of_base), *((name, model) for name, model in NLLS)]
+    )
 
 
 def test_few_articles_get_no_interval(revisions):
@@ -93,8 +109,8 @@ def test_the_command_finds_experiments_by_name(revisions, monkeypatch, capsys):
     command_line.main(["--against", "mine", "theirs"])
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "mine, finetuned, protocol segment, is better:"
-    assert [line.split(" | ")[0] for line in lines[2:]] == [
-        *("| than", "| ---", "| mine", "| theirs", "| theirs")
+    assert [line.split()[1] for line in lines[2:]] == [
+        *("than", "------", "mine", "theirs", "theirs")
     ]
     for names, got in (([], "none"), (["mine", "yours"], "some .* not been run: yours")):
         with pytest.raises(SystemExit, match=f"names of finished experiments, .* got {got}$"):

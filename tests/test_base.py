@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import constants
 from tokenizers import Tokenizer
 
-from infini_retrofit import base_sources, retrofit
+from infini_retrofit import base_sources
 from infini_retrofit.base import load_base, load_tokenizer
-from infini_retrofit.base_sources import LocalBase
+from infini_retrofit.base_sources import HubBase, LocalBase
 from infini_retrofit.corpora import FilesCorpus
 from infini_retrofit.pipeline import ChangedWhileRunningError
 from stages import prepare_base
@@ -117,8 +118,25 @@ def test_missing_weights_are_not_made_up_and_the_old_base_stays(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"base", "source"}
 
 
-def test_the_families_are_those_that_can_be_retrofitted():
-    assert set(base_sources.FAMILIES) == set(retrofit.FAMILIES)
+def test_a_folder_tells_its_depth_unread_and_an_empty_one_does_not(tmp_path):
+    base = LocalBase(path=str(tmp_path / "source"))
+    assert base.known_depth() is None
+    source = tiny_base_folder(tmp_path / "source", num_hidden_layers=2)
+    (source / "model.safetensors").unlink()
+    assert base.known_depth() == 2
+    edit_config(source, num_hidden_layers=5)
+    assert base.known_depth() == 5
+
+
+def test_a_repository_tells_its_depth_by_the_cache_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    base = HubBase(repo_id="org/name", revision="0" * 40)
+    assert base.known_depth() is None
+    for commit, num_layers in (("0" * 40, 2), ("1" * 40, 5)):
+        snapshot = tmp_path / "models--org--name/snapshots" / commit
+        tiny_base_folder(snapshot, num_hidden_layers=num_layers)
+        (snapshot / "model.safetensors").unlink()
+    assert base.known_depth() == 2
 
 
 @pytest.fixture

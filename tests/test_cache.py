@@ -8,6 +8,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from infini_retrofit import cache_file
 from infini_retrofit.cache import InfiniCache
 from infini_retrofit.generation import read
 from tests.reference import largest
@@ -121,10 +122,22 @@ def test_what_is_no_cache_is_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"book\.cache is missing"):
         InfiniCache.load(path, model)
     path.write_text("not a cache")
-    with pytest.raises(ValueError, match="must be a cache that was saved"):
-        InfiniCache.load(path, model)
-    save_file({"x": torch.zeros(1)}, path)
-    with pytest.raises(ValueError, match=r"format of .* must be 1, .* got None"):
+    for number in range(3):
+        if number == 1:
+            save_file({"x": torch.zeros(1)}, path)
+        if number == 2:
+            path.unlink()
+            path.mkdir()
+        with pytest.raises(ValueError, match=r"must be a cache that .* wrote, got something else"):
+            InfiniCache.load(path, model)
+
+
+def test_a_cache_of_another_format_is_refused(tmp_path, monkeypatch):
+    model, path = generating_model(), tmp_path / "book.cache"
+    monkeypatch.setattr(cache_file, "FORMAT", "1")
+    filled(model, draw_ids(1, 7)).save(path, model)
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match=r"format of .* must be 2, .* got 1: read the text again"):
         InfiniCache.load(path, model)
 
 

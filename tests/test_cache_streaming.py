@@ -1,5 +1,6 @@
 """What the measurement of streaming counts, on a tiny model: not how fast that is."""
 
+import re
 import sys
 import time
 
@@ -8,6 +9,7 @@ import torch
 
 from benchmarks import streaming
 from benchmarks.streaming import Stream, late_over_early, measure_stream, resident_bytes
+from infini_retrofit import runtime
 from tests.tiny import tiny_base_folder
 from tests.tiny_generation import SEGMENT, generating_model
 
@@ -54,6 +56,29 @@ def test_resident_memory_is_that_of_now():
     assert resident_bytes(torch.device("cpu")) < during
 
 
+def keep_freed(stream: Stream, monkeypatch) -> None:
+    """Let each call leave freed memory behind that malloc may keep, more at each."""
+    step, kept = type(stream).__call__, []
+
+    def leave_holes(stream: Stream) -> float:
+        blocks = [b"x" * (2**16 + i) for i in range(800)]
+        kept.append(blocks[-1])  # on top of the others
+        return step(stream)
+
+    monkeypatch.setattr(Stream, "__call__", leave_holes)
+
+
+@pytest.mark.skipif(not runtime._of_glibc("malloc_trim"), reason="needs glibc")
+@pytest.mark.parametrize("gives_back", [True, False])
+def test_memory_that_was_freed_and_kept_is_told_apart(monkeypatch, gives_back):
+    stream = Stream(generating_model(layers=[1]))
+    keep_freed(stream, monkeypatch)
+    if not gives_back:
+        monkeypatch.setattr(streaming, "return_freed_memory", lambda: None)
+    (part,) = measure_stream(stream, 3 * CALL, num_parts=1)
+    assert (part.resident_bytes - part.needed_bytes > 2**24) == gives_back
+
+
 @pytest.mark.parametrize("other", ["segment", "full"])
 def test_the_command_prints_ten_parts_and_their_ratios(tmp_path, monkeypatch, capsys, other):
     folder = tiny_base_folder(tmp_path / "base", num_hidden_layers=1)
@@ -61,9 +86,11 @@ def test_the_command_prints_ten_parts_and_their_ratios(tmp_path, monkeypatch, ca
     monkeypatch.setattr(sys, "argv", ["streaming", "--base", str(folder), *options])
     monkeypatch.setattr(streaming, "start_run", lambda: (torch.device("cpu"), torch.float32))
     streaming.main()
-    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    said = capsys.readouterr().out
+    rows = [line for line in said.splitlines() if line.startswith("| ")]
     assert len(rows) == 2 + 10
-    assert rows[-1].startswith("| 252 |")
+    assert rows[-1].startswith("| 252 ")
+    assert re.search(r"last tenth over first: [\d.]+; after .* given back: [\d.]+\.\n", said)
 
 
 def test_a_stream_that_is_too_short_to_tell_is_refused(monkeypatch, capsys):

@@ -110,6 +110,40 @@ def test_each_mistake_is_named_and_the_earlier_result_stays(earlier, changes, me
     assert check_params.PARAMS_OK.read_text() == OLD
 
 
+@pytest.mark.parametrize(
+    ("changes", "deepest"),
+    [
+        ({"model": "pythia-mini"}, 5),
+        ({"model": "pythia-mini", "models__pythia-mini__num_layers": 2}, 1),
+        ({"model": "my-model", "models__my-model__path": "own-model"}, 2),
+    ],
+)
+def test_a_layer_beyond_a_base_that_is_not_brought_yet_is_refused(earlier, changes, deepest):
+    tiny_base_folder(earlier / "own-model")
+    write(**changes, infini__layers=[0, deepest])
+    check_params.main()
+    check_params.PARAMS_OK.write_text(OLD)
+    write(**changes, infini__layers=[0, deepest + 1])
+    message = rf"^infini\.layers must be in -{deepest + 1}\.\.{deepest} .* got {deepest + 1}$"
+    with pytest.raises(ValueError, match=message):
+        check_params.main()
+    assert check_params.PARAMS_OK.read_text() == OLD
+
+
+def test_a_base_that_will_be_replaced_by_a_deeper_one_refuses_nothing(earlier):
+    tiny_base_folder(check_params.BASE)
+    about = json.loads((check_params.BASE / "base.json").read_text())
+    (check_params.BASE / "base.json").write_text(json.dumps(about | {"name": "my-model"}))
+    tiny_base_folder(earlier / "own-model", num_hidden_layers=4)
+    change = {"model": "my-model", "models__my-model__path": "own-model"}
+    write(**change, infini__layers=[3])
+    check_params.main()
+    change["models__my-model__path"] = str(check_params.BASE)
+    write(**change, infini__layers=[3])
+    with pytest.raises(ValueError, match=r"infini\.layers must be in -3\.\.2 .* got 3"):
+        check_params.main()
+
+
 @pytest.mark.parametrize("model", ["my-model", "pythia-70m"])
 def test_layers_are_compared_with_the_base_only_if_it_is_the_chosen_one(earlier, model):
     tiny_base_folder(check_params.BASE)

@@ -1,6 +1,8 @@
 """What is saved comes back bit by bit, and what was tampered with does not."""
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,10 +10,12 @@ from safetensors.torch import load_file
 
 from infini_retrofit.base import load_base
 from infini_retrofit.checkpoints import CONFIG, FORMAT, WEIGHTS, load_retrofit, save_retrofit
+from infini_retrofit.families import FAMILIES
 from infini_retrofit.generation import enable_generation
 from infini_retrofit.report import write_manifest
-from infini_retrofit.retrofit import FAMILIES, infini_modules, insert_infini, set_trainable
+from infini_retrofit.retrofit import infini_modules, insert_infini
 from infini_retrofit.segments import run_folded
+from infini_retrofit.trainable import set_trainable
 from tests.reference import infini_params
 from tests.tiny import random_ids, tiny_base_folder
 
@@ -169,10 +173,25 @@ def test_a_model_with_other_layers_than_its_parameters_say_is_refused(tmp_path):
     assert not (tmp_path / "again").exists()
 
 
-def test_a_base_is_no_retrofit(tmp_path):
-    base_dir = tiny_base_folder(tmp_path / "base")
-    with pytest.raises(FileNotFoundError, match=f"base holds no {CONFIG}: it is no retrofitted"):
-        load_retrofit(base_dir, base_dir, torch.float32)
+def test_folders_of_another_kind_are_refused_with_those_that_will_do(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    base, out = tiny_base_folder(Path("models/base")), Path("models/finetuned")
+    save_trained(base, out)
+    ways_out = {
+        (base, base): f"models/base holds no {CONFIG}: it is no retrofitted model; run `dvc repro` "
+        "to make it, or name one of models/finetuned",
+        (base, Path("models/fintuned")): "models/fintuned is missing: run `dvc repro` to make it, "
+        "or name one of models/finetuned",
+        (out, out): "models/finetuned holds no config.json: it is no base model; run `dvc repro "
+        "prepare_base` to make it, or name one of models/base",
+        (Path("base"), out): "base is missing: run `dvc repro prepare_base` to make it, in "
+        f"the project's folder (this one is {tmp_path})",
+    }
+    for (base_dir, folder), message in ways_out.items():
+        with pytest.raises(FileNotFoundError, match=f"^{re.escape(message)}$"):
+            load_retrofit(base_dir, folder, torch.float32)
+    with pytest.raises(FileNotFoundError, match=r"^models/finetuned holds no config"):
+        load_base(out, torch.float32)
 
 
 def test_a_newer_format_is_refused_and_the_first_is_read(tmp_path):

@@ -10,8 +10,9 @@ from transformers import PreTrainedModel
 from infini_retrofit import diagnostics, perplexity
 from infini_retrofit.carrier import MemoryReading
 from infini_retrofit.diagnostics import memory_use, read_memory, share_histogram
+from infini_retrofit.families import FAMILIES
 from infini_retrofit.perplexity import score_segments, total
-from infini_retrofit.retrofit import FAMILIES, infini_modules, insert_infini
+from infini_retrofit.retrofit import infini_modules, insert_infini
 from infini_retrofit.segments import run_folded
 from tests.naive import naive_heads
 from tests.reference import (

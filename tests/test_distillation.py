@@ -9,8 +9,9 @@ from safetensors.torch import load_file
 from infini_retrofit.base import load_base
 from infini_retrofit.checkpoints import WEIGHTS, check_layers, load_retrofit, save_retrofit
 from infini_retrofit.distillation import Distillation
+from infini_retrofit.families import decoder_layers
 from infini_retrofit.perplexity import score_rows, total
-from infini_retrofit.retrofit import decoder_layers, infini_modules
+from infini_retrofit.retrofit import infini_modules
 from infini_retrofit.segments import run_in_layer
 from infini_retrofit.training import train
 from tests.reference import infini_params, largest, record_layers

@@ -1,36 +1,30 @@
-"""Which score stands under which name, and what a memory gains over what."""
+"""Which score stands under which name, and which forms fit a base."""
 
-import math
 from collections.abc import Callable
 
-import numpy as np
 import pytest
 import torch
 from transformers import PreTrainedModel
 
 from infini_retrofit import evaluation, perplexity
-from infini_retrofit.bootstrap import paired_bootstrap
 from infini_retrofit.evaluation import (
-    MEMORY_PROTOCOLS,
     EvalParams,
-    Evaluation,
     evaluate,
-    gains,
-    gap_recovered,
-    gap_test_nats,
     rows_of_documents,
     rows_of_positions,
 )
+from infini_retrofit.families import FAMILIES
+from infini_retrofit.gains import gains
+from infini_retrofit.labels import t2_nlls
 from infini_retrofit.perplexity import (
     Score,
     score_full,
     score_segments,
     score_sliding,
     segment_runs,
-    t2_nlls,
     total,
 )
-from infini_retrofit.retrofit import FAMILIES, insert_infini, make_rival
+from infini_retrofit.retrofit import insert_infini, make_rival
 from tests.reference import infini_params
 from tests.tiny import random_ids, tiny_model
 
@@ -139,60 +133,6 @@ def test_a_form_that_carries_nothing_has_no_rival_and_nothing_to_gain(over, inse
     assert set(gains(found, found, TITLES).values()) == {0.0}
 
 
-def made_up(**document_nlls: list[float]) -> Evaluation:
-    """Make an evaluation of documents of two scored tokens each."""
-    spread = torch.tensor([[-0.5, 0.5]], dtype=torch.float64)
-    nlls = {
-        k: torch.tensor(v, dtype=torch.float64)[:, None] + spread for k, v in document_nlls.items()
-    }
-    return Evaluation({}, nlls)
-
-
-OWN = [2.0, 3.0, 4.0]
-
-
-@pytest.mark.parametrize(
-    ("own_kv", "control_kv", "better"),
-    [
-        ([2.1, 3.3, 4.2], [2.2, 3.4, 4.6], [2.1, 3.3, 4.2]),
-        ([2.3, 3.1, 4.9], [2.4, 3.0, 4.1], [2.4, 3.0, 4.1]),  # on the whole, not on each
-    ],
-)
-def test_a_gain_is_what_the_other_loses_more_document_by_document(own_kv, control_kv, better):
-    control = [2.5, 2.9, 4.4]
-    others = {"off": [2.3, 3.1, 4.0], "recent": [2.1, 3.0, 4.3], "swapped": [1.9, 3.6, 4.2]}
-    cut = {f"segment_{name}": values for name, values in others.items()}
-    model = made_up(segment=OWN, segment_kv=own_kv, **cut)
-    found = gains(model, made_up(segment=control, segment_kv=control_kv), TITLES)
-    others |= {"control": control, "kv": better}
-    assert found == {
-        f"gain_over_{name}": pytest.approx(np.mean(other) - np.mean(OWN))
-        for name, other in others.items()
-    }
-    assert found["gain_over_off"] > 0
-
-
-@pytest.mark.parametrize(("num_articles", "has_interval"), [(9, False), (10, True), (12, True)])
-def test_only_enough_articles_give_an_interval_and_they_are_what_is_resampled(
-    num_articles, has_interval
-):
-    gain = np.random.default_rng(0).normal(0.1, 0.3, size=12)
-    titles = [f"article {i % num_articles}" for i in range(12)]
-    own = dict.fromkeys(("segment", "segment_kv"), [3.0] * 12)
-    others = {f"segment_{name}": list(3 + gain) for name in MEMORY_PROTOCOLS}
-    found = gains(made_up(**own, **others), made_up(**own), titles)
-    want = paired_bootstrap(gain, titles)
-    assert found["gain_over_off"] == pytest.approx(gain.mean())
-    assert ("gain_over_off_low" in found) == ("gain_over_off_high" in found) == has_interval
-    if has_interval:
-        assert found["gain_over_off_low"] == pytest.approx(want.low)
-        assert found["gain_over_off_high"] == pytest.approx(want.high)
-        assert (found["gain_over_control_low"], found["gain_over_control_high"]) == (0, 0)
-    if 10 <= num_articles < 12:
-        apart = paired_bootstrap(gain, list(map(str, range(12))))
-        assert want.high != pytest.approx(apart.high, rel=1e-3)
-
-
 def test_rows_hold_every_document_and_every_position_of_the_protocols_asked_for():
     model = make_model("llama", True)
     found = evaluate(model, INFINI, EvalParams(**EVAL), text_for(model))
@@ -214,20 +154,19 @@ def test_rows_hold_every_document_and_every_position_of_the_protocols_asked_for(
 
 
 @pytest.mark.parametrize(
-    ("segment_nll", "share"), [(3.0, 0.0), (2.5, 0.5), (2.0, 1.0), (3.5, -0.5)]
+    ("over", "message"),
+    [
+        ({"layers": [0, 3]}, r"infini\.layers must be in -3\.\.2 for a base of 3 layers, got 3"),
+        (
+            {"feature_map": "hedgehog", "num_features": 14},
+            r"infini\.num_features must be at most 12 for heads of 6 channels, got 14",
+        ),
+    ],
 )
-def test_the_gap_runs_from_the_control_s_segments_to_its_full_attention(segment_nll, share):
-    control = {"segment_test_nll": 3.0, "full_test_nll": 2.0}
-    model = {"segment_test_nll": segment_nll, "full_test_nll": 9.0}
-    control["gap_test_nats"] = gap_test_nats(control)
-    assert gap_recovered(model, control) == pytest.approx(share)
-
-
-@pytest.mark.parametrize(("full_nll", "num_lines"), [(2.9, 0), (3.0, 1), (3.5, 1), (math.nan, 1)])
-def test_where_full_attention_is_no_better_that_is_said(full_nll, num_lines, capsys):
-    control = {"segment_test_nll": 3.0, "full_test_nll": full_nll}
-    assert gap_test_nats(control) == pytest.approx(3.0 - full_nll, nan_ok=True)
-    assert len(capsys.readouterr().err.splitlines()) == num_lines
+def test_a_form_that_does_not_fit_the_base_is_refused(over, message):
+    model = tiny_model("llama")
+    with pytest.raises(ValueError, match=message):
+        evaluation.check_fit(model, infini_params(**over), text_for(model))
 
 
 @pytest.mark.parametrize("num_positions", [DOCUMENT, DOCUMENT - 1])

@@ -19,8 +19,8 @@ from infini_retrofit.feature_maps import (
     rms_norm,
     state_dtype,
 )
-from infini_retrofit.memory import Write, recall, write_segments
-from tests.reference import largest, naive_feature
+from infini_retrofit.memory import Write, write_segments
+from tests.reference import largest, naive_feature, recall
 
 HEADS, KV_HEADS, TOKENS, KEY = 6, 2, 5, 7
 every_map = pytest.mark.parametrize("name", sorted(FEATURES_PER_CHANNEL))

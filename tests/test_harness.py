@@ -14,7 +14,8 @@ import torch
 from infini_retrofit.carrier import Carrier
 from infini_retrofit.checkpoints import save_retrofit
 from infini_retrofit.export import About, export_model
-from infini_retrofit.perplexity import next_token_nlls, score_segments, total
+from infini_retrofit.labels import next_token_nlls
+from infini_retrofit.perplexity import score_segments, total
 from infini_retrofit.pipeline import run_stage
 from infini_retrofit.retrofit import insert_infini
 from infini_retrofit.segments import run_folded
@@ -153,7 +154,10 @@ def test_our_tasks_ask_about_the_project_s_articles(lm, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("task", "message"),
     [
-        ("article_perplexity", r"error: nowhere.manifest\.json is missing: run `dvc repro`"),
+        (
+            "article_perplexity",
+            r"error: nowhere is missing: run `dvc repro` to make it, in the project's",
+        ),
         ("no_such_task", r"error: .*no_such_task"),
     ],
 )

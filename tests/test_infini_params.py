@@ -112,6 +112,11 @@ def test_a_layer_trains_whole_where_all_of_it_starts_at_random(init):
     assert infini_params(init=init).whole_layers is (init == "random_layer")
 
 
+@pytest.mark.parametrize(("bptt_segments", "want"), [("all", None), (1, 1), (3, 3)])
+def test_gradients_cross_all_borders_or_are_cut_at_every_so_many_th(bptt_segments, want):
+    assert infini_params(bptt_segments=bptt_segments).cutting_borders == want
+
+
 SHAPE = AttentionShape(
     hidden_size=24, num_heads=4, num_kv_heads=2, head_dim=6, qkv_bias=True, o_bias=True
 )

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from infini_retrofit.finetuning import ControlParams, Finetuning, make_control
-from infini_retrofit.perplexity import Score, score_segments, segment_runs, t2_nlls, total
+from infini_retrofit.labels import t2_nlls
+from infini_retrofit.perplexity import Score, score_segments, segment_runs, total
 from infini_retrofit.segments import run_folded
 from tests.reference import largest
 from tests.tiny import FAMILIES, Family, random_ids, tiny_model

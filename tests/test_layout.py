@@ -26,7 +26,7 @@ LEVELS = [
         *("wikitemplates", "wikitext", "articles", "texts", "hub", "gguf_file", "cross_entropy"),
         *("imports", "offline_plots", "schedule", "history", "feature_maps", "infini_params"),
         *("bootstrap", "curriculum", "processes", "corpora", "tokenization"),
-        "shapes",
+        *("shapes", "families", "labels", "forgetting", "mixing", "table"),
     },
     {
         *("compressive_memory", "window_attention", "attention", "local_attention", "carrier"),
@@ -35,12 +35,21 @@ LEVELS = [
         *("trainer", "model_card", "record"),
     },
     {
-        *("retrofit", "segments", "cache", "checkpoints", "teacher", "lora", "modeling"),
-        *("confinement", "generation"),
+        *(
+            "retrofit",
+            "segments",
+            "cache",
+            "cache_file",
+            "checkpoints",
+            "teacher",
+            "lora",
+            "modeling",
+        ),
+        *("confinement", "generation", "trainable"),
     },
     {
         *("training", "trainee", "distillation", "finetuning", "perplexity", "evaluation"),
-        *("diagnostics", "recall", "export", "chat", "harness"),
+        *("diagnostics", "gains", "export", "chat", "harness"),
     },
 ]
 LEVEL_OF = {name: level for level, names in enumerate(LEVELS) for name in names}

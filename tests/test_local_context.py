@@ -8,6 +8,7 @@ from torch import Tensor
 
 from infini_retrofit import attention
 from infini_retrofit.attention import InfiniAttention
+from infini_retrofit.carrier import Carrier
 from infini_retrofit.infini_params import AttentionShape, InfiniParams
 from infini_retrofit.local_context import Keys, LocalContext, carry_context
 from tests.naive import NaiveLayer
@@ -79,15 +80,15 @@ def test_a_document_shorter_than_what_is_carried_carries_nothing_on():
     assert not keys.is_key[..., :3].any()
 
 
-def params_of(num_carried: int, kind: str) -> InfiniParams:
-    return infini_params(local_context=num_carried, local=kind, memory="off", window=2)
+def params_of(num_carried: int, kind: str, **over: object) -> InfiniParams:
+    return infini_params(local_context=num_carried, local=kind, memory="off", window=2, **over)
 
 
-def infini_layer(num_carried: int, kind: str) -> InfiniAttention:
+def infini_layer(num_carried: int, kind: str, **over: object) -> InfiniAttention:
     shape = AttentionShape(
         hidden_size=10, num_heads=2, num_kv_heads=1, head_dim=6, qkv_bias=True, o_bias=True
     )
-    return InfiniAttention(shape, params_of(num_carried, kind), layer_index=0).double()
+    return InfiniAttention(shape, params_of(num_carried, kind, **over), layer_index=0).double()
 
 
 def tables(num_tokens: int, first: int = 0) -> tuple[Tensor, Tensor]:
@@ -117,9 +118,9 @@ def test_a_layer_that_carries_equals_a_loop_over_tokens(num_carried, kind):
     assert difference_from_the_loop(num_carried, kind) < 1e-9
 
 
-def sink_placed_twice(own: Keys, first_key: Tensor, place, num_carried: int, before):
+def sink_placed_twice(own: Keys, first_key: Tensor, place, num_carried: int, *others):
     """Turn the first token's key again that was turned already."""
-    return carry_context(own, own.key[:, 0, :, :1], place, num_carried, before)
+    return carry_context(own, own.key[:, 0, :, :1], place, num_carried, *others)
 
 
 @pytest.mark.parametrize("broken", [None, sink_placed_twice])
@@ -131,29 +132,29 @@ def test_only_distances_between_positions_count(broken, monkeypatch):
     assert moved > 0.01 if broken else moved < 1e-9
 
 
-def without_sink(own: Keys, first_key: Tensor, place, num_carried: int, before):
+def without_sink(own: Keys, first_key: Tensor, place, num_carried: int, *others):
     """Carry the last tokens of the segment before, and nothing else."""
-    keys, after = carry_context(own, first_key, place, num_carried, before)
+    keys, after = carry_context(own, first_key, place, num_carried, *others)
     key, value = keys.key.clone(), keys.value.clone()
     key[:, 1:, :, 0] = own.key[:, :-1, :, -num_carried]
     value[:, 1:, :, 0] = own.value[:, :-1, :, -num_carried]
     return replace(keys, key=key, value=value), after
 
 
-def sink_where_it_was(own: Keys, first_key: Tensor, place, num_carried: int, before):
+def sink_where_it_was(own: Keys, first_key: Tensor, place, num_carried: int, *others):
     """Leave the document's first token at the position of the first token."""
     first_key = own.key[:, 0, :, :1]
-    return carry_context(own, first_key, lambda x, index: x, num_carried, before)
+    return carry_context(own, first_key, lambda x, index: x, num_carried, *others)
 
 
-def sink_one_off(own: Keys, first_key: Tensor, place, num_carried: int, before):
+def sink_one_off(own: Keys, first_key: Tensor, place, num_carried: int, *others):
     """Put the first token where the first of the last tokens stands already."""
-    return carry_context(own, first_key, lambda x, i: place(x, i + 1), num_carried, before)
+    return carry_context(own, first_key, lambda x, i: place(x, i + 1), num_carried, *others)
 
 
-def sink_of_the_segment(own: Keys, first_key: Tensor, place, num_carried: int, before):
+def sink_of_the_segment(own: Keys, first_key: Tensor, place, num_carried: int, *others):
     """Take the first token of the segment before for the document's."""
-    keys, after = carry_context(own, first_key, place, num_carried, before)
+    keys, after = carry_context(own, first_key, place, num_carried, *others)
     value = keys.value.clone()
     value[:, 1:, :, 0] = own.value[:, :-1, :, 0]
     return replace(keys, value=value), after
@@ -165,3 +166,41 @@ def sink_of_the_segment(own: Keys, first_key: Tensor, place, num_carried: int, b
 def test_another_sink_is_noticed(broken, monkeypatch):
     monkeypatch.setattr(attention, "carry_context", broken)
     assert difference_from_the_loop(3) > 0.01
+
+
+def felt(layer: InfiniAttention) -> list[list[int]]:
+    """List for each segment the earlier ones whose tokens its output sends gradients to."""
+    x = torch.randn(SEGMENTS * LENGTH, 10, dtype=torch.float64, requires_grad=True)
+    reached = []
+    for r, out in enumerate(run(layer, x).split(LENGTH)):
+        (gradient,) = torch.autograd.grad(out.sum(), x, retain_graph=True)
+        sizes = [part.abs().max() for part in gradient.split(LENGTH)]
+        reached.append([w for w, size in enumerate(sizes[:r]) if size > 1e-9])
+    return reached
+
+
+@carried_sizes
+@pytest.mark.parametrize("bptt_segments", ["all", 1, 2, 3, SEGMENTS])
+def test_gradients_cross_with_what_is_carried_where_the_memory_s_do(num_carried, bptt_segments):
+    layer = infini_layer(num_carried, "softmax", bptt_segments=bptt_segments)
+    whole = infini_layer(num_carried, "softmax")
+    every = SEGMENTS if bptt_segments == "all" else bptt_segments
+    want = [{0} if r < every else set() for r in range(SEGMENTS)]
+    for r in range(SEGMENTS):
+        want[r] |= {r - 1} if num_carried > 1 and r % every else set()
+    assert felt(layer) == [sorted(w for w in want[r] if w < r) for r in range(SEGMENTS)]
+    whole.load_state_dict(layer.state_dict())
+    x = draw_document()
+    assert torch.equal(run(layer, x), run(whole, x))
+
+
+@pytest.mark.parametrize(("bptt_segments", "is_cut"), [("all", False), (2, True)])
+def test_what_another_call_left_is_taken_as_it_is_if_gradients_are_cut(bptt_segments, is_cut):
+    layer = infini_layer(3, "softmax", bptt_segments=bptt_segments)
+    x = torch.randn(1, LENGTH, 10, dtype=torch.float64, requires_grad=True)
+    first, second = Carrier(), draw_document()[None, :LENGTH]
+    layer(x, tuple(t[None] for t in tables(LENGTH)), carrier=first)
+    placed = tuple(t[None] for t in tables(LENGTH, LENGTH))
+    out, _ = layer(second, placed, carrier=Carrier(before=first.after))
+    (gradient,) = torch.autograd.grad(out.sum(), x, allow_unused=True, materialize_grads=True)
+    assert (largest(gradient) == 0) is is_cut

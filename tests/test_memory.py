@@ -10,14 +10,13 @@ from infini_retrofit.memory import (
     MemoryState,
     Write,
     memory_bytes,
-    memory_share,
-    mix,
     prefix_states,
-    recall,
+    quotient,
     retrieve,
     write_segments,
 )
-from tests.reference import largest, naive_recall
+from infini_retrofit.mixing import memory_share, mix
+from tests.reference import largest, naive_recall, recall
 
 BATCH, SEGMENTS, KV_HEADS, GROUP, TOKENS, KEY, VALUE = 2, 3, 2, 3, 5, 7, 4
 HEADS = KV_HEADS * GROUP
@@ -137,6 +136,20 @@ def test_an_empty_memory_gives_exactly_the_local_attention():
     assert torch.equal(read_and_mix(local, query, empty, gate), local)
     as_printed = local * (1 - torch.sigmoid(gate)[:, None, None]) + recall(elu1(query), empty)
     assert not torch.allclose(as_printed, local, rtol=1e-2)
+
+
+@pytest.mark.parametrize("divide", [quotient, torch.div])
+def test_nothing_over_nothing_is_zero_with_usable_gradients(divide):
+    numerator = torch.tensor([[3.0, 5.0], [0.0, 0.0]], requires_grad=True)
+    denominator = torch.tensor([[2.0], [0.0]], requires_grad=True)
+    found = divide(numerator, denominator)
+    found[1].sum().backward()
+    assert found[0].tolist() == [1.5, 2.5]
+    are_usable = [
+        found[1].eq(0).all(),
+        *(x.grad.isfinite().all() for x in (numerator, denominator)),
+    ]
+    assert all(are_usable) is (divide is quotient)
 
 
 def test_identical_values_are_recalled_exactly():

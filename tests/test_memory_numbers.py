@@ -19,15 +19,13 @@ from infini_retrofit.memory import (
     MemoryState,
     UpdateRule,
     Write,
-    memory_share,
-    mix,
     prefix_states,
-    recall,
     retrieve,
     scan_states,
     write_segments,
 )
-from tests.reference import largest
+from infini_retrofit.mixing import memory_share, mix
+from tests.reference import largest, recall
 
 BATCH, SEGMENTS, KV_HEADS, GROUP, TOKENS, KEY, VALUE = 2, 3, 2, 3, 5, 7, 4
 HEADS = KV_HEADS * GROUP

@@ -8,7 +8,8 @@ from infini_retrofit.carrier import Carrier
 from infini_retrofit.export import as_exported
 from infini_retrofit.local_attention import alibi_slopes
 from infini_retrofit.modeling import KEPT_FLOAT32, MODELS
-from infini_retrofit.retrofit import OF_MEMORY, infini_modules, insert_infini, set_trainable
+from infini_retrofit.retrofit import infini_modules, insert_infini
+from infini_retrofit.trainable import OF_MEMORY, set_trainable
 from tests.reference import infini_params, largest
 from tests.tiny import FAMILIES, random_ids, tiny_base_folder
 

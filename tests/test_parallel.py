@@ -10,13 +10,8 @@ from transformers import PreTrainedModel
 
 from infini_retrofit import retrofit
 from infini_retrofit.carrier import Carrier, Read
-from infini_retrofit.retrofit import (
-    FAMILIES,
-    attention_modules,
-    decoder_layers,
-    infini_modules,
-    insert_infini,
-)
+from infini_retrofit.families import FAMILIES, decoder_layers
+from infini_retrofit.retrofit import attention_modules, infini_modules, insert_infini
 from infini_retrofit.segments import run_folded, run_in_layer
 from tests.reference import infini_params, largest
 from tests.tiny import random_ids, tiny_model

@@ -8,8 +8,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import LlamaForCausalLM, PreTrainedModel
 
-from infini_retrofit import perplexity
+from infini_retrofit import labels, perplexity
 from infini_retrofit.carrier import Carrier
+from infini_retrofit.families import FAMILIES
+from infini_retrofit.labels import t2_nlls
 from infini_retrofit.perplexity import (
     Score,
     Whose,
@@ -20,10 +22,9 @@ from infini_retrofit.perplexity import (
     score_unigram,
     segment_runs,
     sliding_spans,
-    t2_nlls,
     total,
 )
-from infini_retrofit.retrofit import FAMILIES, insert_infini
+from infini_retrofit.retrofit import insert_infini
 from infini_retrofit.segments import run_in_layer
 from tests.reference import infini_params, segment_loop
 from tests.tiny import random_ids, tiny_llama, tiny_model
@@ -51,14 +52,14 @@ def plain_nlls(model: PreTrainedModel, ids: Tensor, shift: int = 1) -> Tensor:
 
 def scored(monkeypatch, score, *args: object) -> Tensor:
     """Return every single score that a protocol gives, in its order."""
-    nlls, token_nlls = [], perplexity.token_nlls
+    nlls, token_nlls = [], labels.token_nlls
 
     def spy(*inputs: Tensor) -> Tensor:
         nlls.append(token_nlls(*inputs))
         return nlls[-1]
 
     with monkeypatch.context() as patch:
-        patch.setattr(perplexity, "token_nlls", spy)
+        patch.setattr(labels, "token_nlls", spy)
         score(*args)
     return torch.cat(nlls)
 

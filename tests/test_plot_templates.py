@@ -16,10 +16,10 @@ from infini_retrofit.diagnostics import share_histogram
 from infini_retrofit.evaluation import (
     MEMORY_PROTOCOLS,
     Evaluation,
-    gains,
     rows_of_documents,
     rows_of_positions,
 )
+from infini_retrofit.gains import gains
 from infini_retrofit.history import memory_history
 from infini_retrofit.offline_plots import VEGA_LITE
 from stages.eval_sliding import POSITION_PROTOCOLS

@@ -6,9 +6,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from infini_retrofit.labels import next_token_nlls
 from infini_retrofit.perplexity import (
     full_runs,
-    next_token_nlls,
     score_positions,
     score_segments,
     segment_runs,

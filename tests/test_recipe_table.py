@@ -24,10 +24,15 @@ METRICS = {
     "distill": {"num_trained_tokens": 262144},
     "finetune": {"num_trained_tokens": 327680, "num_trainable_parameters": 26542350},
 }
-ROW = (
-    "| infini-all | 23.46 | 23.60 | 29.10 | 29.80 | 30.20 | 30.10 | 29.90 | 28.80 | 8.6% "
-    "| 1,497,600 | 26,542,350 | 589,824 |"
-)
+ROW = [
+    *("infini-all", "23.46", "23.60", "29.10", "29.80", "30.20", "30.10", "29.90", "28.80"),
+    *("8.6%", "1,497,600", "26,542,350", "589,824"),
+]
+
+
+def cells(line: str) -> list[str]:
+    """Return what a line of a table holds."""
+    return [cell.strip() for cell in line.strip("|").split("|")]
 
 
 def experiment(
@@ -47,33 +52,30 @@ def commit(*experiments: dict[str, Any]) -> dict[str, Any]:
 
 def test_a_finished_experiment_is_a_row():
     experiments = finished([commit(), commit(experiment("infini-all", METRICS))])
-    header, rule, row = markdown(experiments, ["infini-all"]).splitlines()
+    header, _, row = map(cells, markdown(experiments, ["infini-all"]).splitlines())
     assert row == ROW
-    assert header.count("|") == rule.count("|") == row.count("|") == len(COLUMNS) + 2
-    assert header.startswith("| recipe | sliding | full | segment | its control | memory off | ")
+    assert header == ["recipe", *(column.title for column in COLUMNS)]
+    assert header[:6] == ["recipe", "sliding", "full", "segment", "its control", "memory off"]
 
 
 @pytest.mark.parametrize("file", METRICS)
 def test_what_is_missing_is_a_dash_and_the_rest_stays(file):
     rest = {name: values for name, values in METRICS.items() if name != file}
     experiments = finished([commit(experiment("infini-all", rest))])
-    cells = markdown(experiments, ["infini-all"]).splitlines()[2].split(" | ")
-    whole = ROW.split(" | ")
-    changed = {
-        i for i, (cell, before) in enumerate(zip(cells, whole, strict=True)) if cell != before
-    }
+    found = cells(markdown(experiments, ["infini-all"]).splitlines()[2])
+    pairs = zip(found, ROW, strict=True)
+    changed = {i for i, (cell, before) in enumerate(pairs) if cell != before}
     expected = {"eval_sliding": set(range(1, 11)), "distill": {12}, "finetune": {11, 12}}
     assert changed == expected[file]
-    tokens = {"distill": "327,680 |", "finetune": "262,144 |"}
-    assert cells[-1] == tokens.get(file, "589,824 |")
+    tokens = {"distill": "327,680", "finetune": "262,144"}
+    assert found[-1] == tokens.get(file, "589,824")
 
 
 def test_a_metric_that_dvc_could_not_read_is_a_dash():
     shown = experiment("infini-all", METRICS)
     shown["revs"][0]["data"]["metrics"]["metrics/eval_sliding.json"] = {"error": {"msg": "bad"}}
-    row = markdown(finished([commit(shown)]), ["infini-all"]).splitlines()[2]
-    assert row.startswith("| infini-all | - | - |")
-    assert row.endswith("| 26,542,350 | 589,824 |")
+    row = cells(markdown(finished([commit(shown)]), ["infini-all"]).splitlines()[2])
+    assert row == ["infini-all", *["-"] * 10, "26,542,350", "589,824"]
 
 
 @pytest.mark.parametrize("state", ["queued", "running", "failed"])
@@ -95,12 +97,11 @@ def test_without_names_the_recipes_that_have_run_are_shown(capsys, monkeypatch):
     shown = [experiment(name, METRICS) for name in ("lolcats", "my-own-name", "infini-all")]
     monkeypatch.setattr(command_line, "all_experiments", lambda: [commit(*shown)])
     command_line.main(["--table"])
-    rows = capsys.readouterr().out.splitlines()[2:]
-    assert [row.split()[1] for row in rows] == ["infini-all", "lolcats"]
-    assert rows[0] == ROW
+    rows = list(map(cells, capsys.readouterr().out.splitlines()[2:]))
+    assert rows == [ROW, ["lolcats", *ROW[1:]]]
     command_line.main(["--table", "my-own-name", "control"])
-    rows = capsys.readouterr().out.splitlines()[2:]
-    assert rows == [ROW.replace("infini-all", "my-own-name"), "| control |" + " - |" * len(COLUMNS)]
+    rows = list(map(cells, capsys.readouterr().out.splitlines()[2:]))
+    assert rows == [["my-own-name", *ROW[1:]], ["control", *["-"] * len(COLUMNS)]]
 
 
 def test_with_nothing_to_show_it_says_so(monkeypatch):
@@ -130,7 +131,7 @@ def test_recipes_run_as_real_experiments_one_after_another(tmp_path, monkeypatch
     assert code == 0, output
     code, output = python_m_recipes("--table", "first", "second", "third")
     assert code == 0, output
-    names = [line.split(" | ") for line in output.splitlines()[2:]]
-    assert [(cells[0], cells[3]) for cells in names] == [
-        *(("| first", "21.00"), ("| second", "13.00"), ("| third", "43.00")),
+    rows = list(map(cells, output.splitlines()[2:]))
+    assert [(row[0], row[3]) for row in rows] == [
+        *(("first", "21.00"), ("second", "13.00"), ("third", "43.00")),
     ]

@@ -7,13 +7,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from infini_retrofit import retrofit
+from infini_retrofit import families
 from infini_retrofit.carrier import Carried, Carrier
+from infini_retrofit.families import FAMILIES, PROJECTIONS, decoder_layers
 from infini_retrofit.infini_params import InfiniParams
 from infini_retrofit.retrofit import (
-    FAMILIES,
-    PROJECTIONS,
-    decoder_layers,
+    has_memory,
     infini_modules,
     insert_infini,
     resolve_layers,
@@ -74,7 +73,7 @@ FAMILIES_AS_THEY_ARE = dict(FAMILIES)
 
 @pytest.mark.parametrize("split", [split_by_kind, split_without_bias])
 def test_a_fused_projection_split_wrongly_is_noticed(split, monkeypatch):
-    monkeypatch.setitem(retrofit.FAMILIES, "gpt_neox", replace(FAMILIES["gpt_neox"], split=split))
+    monkeypatch.setitem(families.FAMILIES, "gpt_neox", replace(FAMILIES["gpt_neox"], split=split))
     assert full_difference("gpt_neox") > 0.01
 
 
@@ -178,6 +177,19 @@ def carried_tensors(carried: Carried) -> list[Tensor]:
     memory, context = carried.memory, carried.context
     tensors = [] if memory is None else [memory.matrix, memory.normalizer]
     return tensors + ([] if context is None else [context.key, context.value])
+
+
+@pytest.mark.parametrize("insertion", ["replace", "parallel"])
+def test_a_model_has_a_memory_if_any_of_its_layers_has_one(insertion):
+    base, model, without = (tiny_model("llama") for _ in range(3))
+    form = {"insertion": insertion, "layers": [1, 2]}
+    insert_infini(model, infini_params(**form))
+    insert_infini(without, infini_params(**form, memory="off"))
+    assert [has_memory(m) for m in (base, model, without)] == [False, True, False]
+    infini_modules(model)[1].drop_memory()
+    assert has_memory(model)
+    infini_modules(model)[2].drop_memory()
+    assert not has_memory(model)
 
 
 def test_no_layers_are_the_plain_base():

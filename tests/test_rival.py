@@ -5,8 +5,8 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
+from infini_retrofit.families import FAMILIES
 from infini_retrofit.retrofit import (
-    FAMILIES,
     carried_tokens,
     infini_modules,
     insert_infini,

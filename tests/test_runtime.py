@@ -47,4 +47,11 @@ def test_without_glibc_the_allocator_is_left_alone(monkeypatch):
 
     monkeypatch.setattr(runtime.ctypes, "CDLL", no_library)
     runtime._keep_freed_memory()
-    assert asked == ["libc.so.6"]
+    runtime.return_freed_memory()
+    assert asked == ["libc.so.6"] * 2
+
+
+def test_a_library_of_another_kind_has_nothing_to_give_back(monkeypatch):
+    monkeypatch.setattr(runtime.ctypes, "CDLL", lambda name: object())
+    runtime._keep_freed_memory()
+    runtime.return_freed_memory()

@@ -7,13 +7,9 @@ from transformers import PreTrainedModel
 
 from infini_retrofit import compressive_memory, memory, segments
 from infini_retrofit.carrier import Carrier
+from infini_retrofit.families import FAMILIES
 from infini_retrofit.memory import MemoryState, prefix_states
-from infini_retrofit.retrofit import (
-    FAMILIES,
-    attention_modules,
-    infini_modules,
-    insert_infini,
-)
+from infini_retrofit.retrofit import attention_modules, infini_modules, insert_infini
 from infini_retrofit.segments import fold, run_folded, run_in_layer, run_swapped
 from tests.reference import infini_params, largest, segment_loop
 from tests.tiny import random_ids, tiny_model

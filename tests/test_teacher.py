@@ -4,13 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from infini_retrofit.retrofit import (
-    FAMILIES,
-    attention_modules,
-    decoder_layers,
-    infini_modules,
-    insert_infini,
-)
+from infini_retrofit.families import FAMILIES, decoder_layers
+from infini_retrofit.retrofit import attention_modules, infini_modules, insert_infini
 from infini_retrofit.segments import run_folded
 from infini_retrofit.teacher import DocumentTeacher, LayerTeacher, PredictionTeacher
 from tests.reference import infini_params, largest, record_layers

@@ -10,6 +10,8 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +21,7 @@ from safetensors.torch import load_file
 
 from infini_retrofit.pipeline import training_run
 from infini_retrofit.processes import share_rows
+from tests import tiny_project
 from tests.tiny_project import PUBLISHED, ROOT, STAGES, make_project, run_stage, write_params
 from tests.tiny_project import SMALL as SMALL_PROJECT
 from tests.tiny_training import finetuning
@@ -62,25 +65,38 @@ class Runs:
         return torch.load(self.folder / f"{task}-{rank}.pt")
 
 
-def start(*program: object) -> subprocess.CompletedProcess[str]:
+@contextmanager
+def started(*program: object) -> Iterator[subprocess.Popen[str]]:
     """Run a program in two processes of the processor, whatever GPUs there are."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    return subprocess.run(
+    run = subprocess.Popen(
         [*command, *map(str, program)],
         env=os.environ | {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)},
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        timeout=300,
     )
+    with run:
+        try:
+            yield run
+        finally:
+            run.terminate()
+
+
+def end_of(run: subprocess.Popen[str]) -> subprocess.CompletedProcess[str]:
+    """Wait until both processes have ended."""
+    said = run.communicate(timeout=300)
+    return subprocess.CompletedProcess(run.args, run.returncode, *said)
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
-    """Train in one process, then in two."""
+    """Train in two processes, and in one while they start."""
     folder = tmp_path_factory.mktemp("runs")
     (folder / "one").mkdir()
-    make_project(folder / "one", **CHANGES | ONE)
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tiny_project, "TRAINING_STEPS", 10)  # what the base knows counts for nothing
+        make_project(folder / "one", **CHANGES | ONE)
         patch.chdir(folder / "one")
         for stage in STAGES[: STAGES.index("baseline_eval")]:
             run_stage(stage)
@@ -88,11 +104,10 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     for name in projects:
         shutil.copytree(folder / "one", folder / name)
         write_params(folder / name, SMALL_PROJECT | CHANGES | TWO)
-    for stage in TRAINING_STAGES:
-        run_in_float32(folder / "one", stage)
-    for name in ("killed", "failed"):
-        shutil.copytree(folder / "one/models/distilled", folder / name / "models/distilled")
-    end = start(ROOT / "tests/two_processes.py", folder)
+    with started(ROOT / "tests/two_processes.py", folder) as run:
+        for stage in TRAINING_STAGES:
+            run_in_float32(folder / "one", stage)
+        end = end_of(run)
     assert (folder / "shard-0.pt").exists(), end.stderr[-4000:]
     return Runs(folder, end)
 
@@ -148,7 +163,8 @@ def test_a_process_that_fails_ends_all_with_one_sentence(runs):
 
 def test_a_mistake_of_all_is_said_once(tmp_path):
     (tmp_path / "stage.py").write_text(STAGE)
-    end = start(tmp_path / "stage.py")
+    with started(tmp_path / "stage.py") as run:
+        end = end_of(run)
     assert end.returncode == 1
     assert end.stderr.count("error: lr must be greater than 0, got -1\n") == 1
 
@@ -168,7 +184,7 @@ def test_a_run_of_two_processes_goes_on_where_it_was_killed(runs):
     steps_of_an_epoch = 2
     assert [runs.returned("resume", rank) for rank in (0, 1)] == [steps_of_an_epoch] * 2
     assert not list((runs.folder / "killed/checkpoints").iterdir())
-    assert_alike(runs.folder / "killed", runs.folder / "one", "finetune")
+    assert_alike(runs.folder / "killed", runs.folder / "two", "finetune")
 
 
 def test_all_processes_stop_when_the_first_does(runs):

@@ -11,11 +11,10 @@ from infini_retrofit.memory import (
     UpdateRule,
     Write,
     prefix_states,
-    recall,
     scan_states,
     write_segments,
 )
-from tests.reference import largest
+from tests.reference import largest, recall
 
 BATCH, SEGMENTS, HEADS, TOKENS, KEY, VALUE = 2, 5, 3, 4, 7, 6
 every_rule = pytest.mark.parametrize("rule", ["linear", "delta", "delta_gamma"])

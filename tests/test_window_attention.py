@@ -7,7 +7,8 @@ from torch import Tensor
 from infini_retrofit import window_attention as module
 from infini_retrofit.feature_maps import elu1
 from infini_retrofit.local_attention import alibi_slopes, softmax_attention
-from infini_retrofit.memory import MemoryState, Write, memory_share, mix, retrieve, write_segments
+from infini_retrofit.memory import MemoryState, Write, retrieve, write_segments
+from infini_retrofit.mixing import memory_share, mix
 from infini_retrofit.window_attention import older_sums, window_attention
 from tests.reference import largest, naive_feature
 

@@ -4,6 +4,7 @@
 """
 
 import os
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,8 +21,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from infini_retrofit import pipeline, runtime, training  # noqa: E402
+from infini_retrofit.families import decoder_layers  # noqa: E402
 from infini_retrofit.finetuning import Finetuning  # noqa: E402
-from infini_retrofit.retrofit import decoder_layers  # noqa: E402
 from infini_retrofit.trainee import Trainee  # noqa: E402
 from tests.tiny import random_ids  # noqa: E402
 from tests.tiny_training import TOKENS, finetuning, run  # noqa: E402
@@ -57,6 +58,7 @@ def fine_tune_until(failure: BaseException, folder: Path, rank: int | None = Non
 
 def kill(folder: Path) -> list[str]:
     """Die after the second epoch and return which files are then the second process's."""
+    take_distilled(folder, "killed")
     with pytest.raises(KeyboardInterrupt):
         fine_tune_until(KeyboardInterrupt(), folder / "killed")
     return written_by_second(folder / "killed")
@@ -75,6 +77,14 @@ def train_in_stages(folder: Path) -> list[str]:
         run_in_float32(folder / "two", stage)
         torch.distributed.barrier()  # the first process is still writing
     return written_by_second(folder / "two")
+
+
+def take_distilled(folder: Path, name: str) -> None:
+    """Let a project go on from what both processes distilled."""
+    if RANK == 0:
+        models = (folder / project / "models/distilled" for project in ("two", name))
+        shutil.copytree(*models)
+    torch.distributed.barrier()
 
 
 def train_unweighted(folder: Path) -> None:
@@ -165,12 +175,13 @@ def written_by_second(folder: Path) -> list[str]:
 def fail(folder: Path) -> None:
     """Fine-tune until one process finds what a user can mend."""
     pipeline._PATIENCE = 1
+    take_distilled(folder, "failed")
     mistake = ValueError("the moon must be full, got half")
     pipeline.run_stage(lambda: fine_tune_until(mistake, folder / "failed", rank=1))
 
 
 TASKS: list[Callable[[Path], object]] = [
-    *(kill, resume, train_in_stages, train_unweighted, train_apart, stop_early, diverge, shard),
+    *(train_in_stages, kill, resume, train_unweighted, train_apart, stop_early, diverge, shard),
     fail,
 ]
 

@@ -1,0 +1,76 @@
+"""What generation refuses, and where what the other layers see is read from."""
+
+import pytest
+import torch
+from transformers import DynamicCache
+
+from infini_retrofit.cache import InfiniCache
+from infini_retrofit.generation import enable_generation, read
+from tests.tiny_generation import draw_ids, generate, generating_model, retrofitted_model
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"prefill_chunk_size": 7}, "prefill_chunk_size must be a multiple of segment_length=5"),
+        ({"cache_implementation": "static"}, "cache_implementation must be None"),
+        ({"prompt_lookup_num_tokens": 2}, "generate must run without an assistant"),
+        ({"past_key_values": DynamicCache()}, "past_key_values must be an InfiniCache"),
+    ],
+    ids=str,
+)
+def test_what_an_infini_cache_cannot_do_is_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        generate(generating_model(), draw_ids(1, 4), **options)
+
+
+@pytest.mark.parametrize("num_tokens", [4, 33, 40])
+def test_a_prompt_that_would_be_skipped_or_taken_for_the_whole_text_is_refused(num_tokens):
+    model, prompt = generating_model(), draw_ids(1, num_tokens)
+    cache = InfiniCache(model)
+    list(read(model, draw_ids(1, 33), cache))
+    with pytest.raises(ValueError, match=r"must come with a cache that has seen 33 tokens, got no"):
+        generate(model, prompt, past_key_values=cache)
+    ones = torch.ones_like(prompt)
+    if num_tokens <= 33:
+        message = rf"the 33 tokens .* got {num_tokens}: pass cache\.mask_for"
+        with pytest.raises(ValueError, match=message):
+            generate(model, prompt, past_key_values=cache, attention_mask=ones)
+    assert cache.num_seen == 33
+
+
+def test_a_cache_of_other_rows_is_refused():
+    model = generating_model()
+    cache = InfiniCache(model)
+    list(read(model, draw_ids(2, 4), cache))
+    with pytest.raises(ValueError, match="a row for each of the 3 of the batch, got 2"):
+        model(draw_ids(3, 4), past_key_values=cache)
+    cache.batch_repeat_interleave(2)
+    model(draw_ids(4, 4), past_key_values=cache)
+
+
+def test_other_layers_come_from_the_configuration_and_go_there():
+    model, params = retrofitted_model(layers=[1])
+    model.config.other_layers = "full"
+    enable_generation(model, params)
+    assert not InfiniCache(model).is_bounded
+    model, params = retrofitted_model(layers=[1])
+    enable_generation(model, params)
+    assert InfiniCache(model).is_bounded
+    assert model.config.other_layers == "segment"
+    with pytest.raises(ValueError, match="other_layers must be full or segment, got 'none'"):
+        enable_generation(model, params, "none")
+    with pytest.raises(ValueError, match=r"must be segment .* got 'full': load the model again"):
+        enable_generation(model, params, "full")
+
+
+def test_a_model_that_would_not_fill_a_cache_is_refused():
+    model, _ = retrofitted_model()
+    with pytest.raises(ValueError, match=r"call enable_generation\(model, params\) first"):
+        list(read(model, draw_ids(1, 4), InfiniCache(model)))
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 4, 4), (1, 3), (1, 5)], ids=str)
+def test_a_mask_that_says_nothing_of_the_tokens_is_refused(shape):
+    with pytest.raises(ValueError, match=r"attention_mask must have 2 axes .* 0 tokens .* 4 new"):
+        generating_model()(draw_ids(1, 4), attention_mask=torch.ones(shape))
