@@ -20,11 +20,15 @@ class Column(NamedTuple):
     shown: Callable[[Any], str]
 
 
+def _shown_ppl(value: float) -> str:
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.2f}"
+
+
 def _ppl(title: str, key: str, model: str = "finetuned") -> Column:
-    return Column(title, (("eval_sliding", model, f"{key}_test_ppl"),), "{:.2f}".format)
+    return Column(title, (("eval_sliding", model, f"{key}_test_ppl"),), _shown_ppl)
 
 
-COLUMNS = (
+MEMORY = (
     _ppl("sliding", "sliding"),
     _ppl("full", "full"),
     _ppl("segment", "segment"),
@@ -42,6 +46,19 @@ COLUMNS = (
         "{:,}".format,
     ),
 )
+LABELS = (
+    Column("distillation loss", (("distill", "val_loss"),), "{:.4f}".format),
+    _ppl("distilled: sliding", "sliding", "distilled"),
+    _ppl("t2", "t2", "distilled"),
+    _ppl("fine-tuned: sliding", "sliding"),
+    _ppl("segment", "segment"),
+    _ppl("t2", "t2"),
+    _ppl("control: sliding", "sliding", "control"),
+    _ppl("t2", "t2", "control"),
+    Column("best epoch", (("finetune", "best_epoch"),), "{}".format),
+    Column("epochs run", (("finetune", "epochs_run"),), "{}".format),
+)
+COLUMNS = {"memory": MEMORY, "labels": LABELS}  # what a memory wins back | what labels do (seeds)
 
 
 class Finished(NamedTuple):
@@ -70,11 +87,13 @@ def finished(commits: Sequence[Mapping[str, Any]]) -> dict[str, Finished]:
     return {name: Finished(last["rev"], last["data"]["metrics"]) for name, last in newest.items()}
 
 
-def markdown(experiments: Mapping[str, Finished], names: Sequence[str]) -> str:
+def markdown(
+    experiments: Mapping[str, Finished], names: Sequence[str], columns: Sequence[Column] = MEMORY
+) -> str:
     """Lay out a row for each name, in that order; what an experiment lacks is a dash."""
     found = {name: experiments[name].metrics if name in experiments else {} for name in names}
-    rows = [[name, *(_cell(metrics, c) for c in COLUMNS)] for name, metrics in found.items()]
-    return render(["recipe", *(column.title for column in COLUMNS)], rows)
+    rows = [[name, *(_cell(metrics, c) for c in columns)] for name, metrics in found.items()]
+    return render(["recipe", *(column.title for column in columns)], rows)
 
 
 def _cell(metrics: Metrics, column: Column) -> str:

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from recipes import __main__ as command_line
-from recipes.table import COLUMNS, finished, markdown
+from recipes.table import LABELS, MEMORY, finished, markdown
 from tests.tiny_checkout import make_pipeline, python_m_recipes
 
 MODEL = {
@@ -54,7 +54,7 @@ def test_a_finished_experiment_is_a_row():
     experiments = finished([commit(), commit(experiment("infini-all", METRICS))])
     header, _, row = map(cells, markdown(experiments, ["infini-all"]).splitlines())
     assert row == ROW
-    assert header == ["recipe", *(column.title for column in COLUMNS)]
+    assert header == ["recipe", *(column.title for column in MEMORY)]
     assert header[:6] == ["recipe", "sliding", "full", "segment", "its control", "memory off"]
 
 
@@ -101,7 +101,24 @@ def test_without_names_the_recipes_that_have_run_are_shown(capsys, monkeypatch):
     assert rows == [ROW, ["lolcats", *ROW[1:]]]
     command_line.main(["--table", "my-own-name", "control"])
     rows = list(map(cells, capsys.readouterr().out.splitlines()[2:]))
-    assert rows == [["my-own-name", *ROW[1:]], ["control", *["-"] * len(COLUMNS)]]
+    assert rows == [["my-own-name", *ROW[1:]], ["control", *["-"] * len(MEMORY)]]
+
+
+def test_other_columns_show_what_labels_do(capsys, monkeypatch):
+    models = {
+        "distilled": {"sliding_test_ppl": 25.63, "t2_test_ppl": 18739.4},
+        "finetuned": {"sliding_test_ppl": 94.32, "segment_test_ppl": 127.5, "t2_test_ppl": 5701.2},
+        "control": {"sliding_test_ppl": 30.61, "t2_test_ppl": 999.25},
+    }
+    epochs = {"best_epoch": 4, "epochs_run": 5}
+    metrics = {"eval_sliding": models, "distill": {"val_loss": 0.17833}, "finetune": epochs}
+    shown = [commit(experiment("v1", metrics))]
+    monkeypatch.setattr(command_line, "all_experiments", lambda: shown)
+    command_line.main(["--table", "--columns", "labels"])
+    header, _, row = map(cells, capsys.readouterr().out.splitlines())
+    assert header == ["recipe", *(column.title for column in LABELS)]
+    finetuned, control = ["94.32", "127.50", "5,701"], ["30.61", "999.25"]
+    assert row == ["v1", "0.1783", "25.63", "18,739", *finetuned, *control, "4", "5"]
 
 
 def test_with_nothing_to_show_it_says_so(monkeypatch):
