@@ -87,7 +87,15 @@ def measure_stream(stream: Stream, num_tokens: int, num_parts: int = NUM_PARTS) 
         stream: just begun.
         num_tokens: at least; filled up to whole calls in equal parts.
         num_parts: to measure.
+
+    Raises:
+        ValueError: if there are too few tokens to tell parts apart.
     """
+    if num_tokens < (least := 2 * num_parts * stream.per_call):
+        raise ValueError(
+            f"tokens must be at least {least}, two calls of {stream.per_call} in each of "
+            f"{num_parts} parts, got {num_tokens}"
+        )
     calls_per_part = -(-(num_tokens - stream.per_call) // (stream.per_call * num_parts))
     for _ in range(num_parts):
         seconds = statistics.median(stream() for _ in range(calls_per_part))
@@ -157,11 +165,7 @@ def _options() -> argparse.Namespace:
     add("--tokens", type=int, default=200_000, help="to stream (default: %(default)s)")
     add("--segment-length", type=int, default=256, help="without a retrofit (default: %(default)s)")
     add("--other-layers", choices=["segment", "full"], help="default: as the retrofit says")
-    options = parser.parse_args()
-    least = 2 * NUM_PARTS * SEGMENTS_PER_CALL * options.segment_length
-    if options.tokens < least:
-        parser.error(f"--tokens must be at least {least}, got {options.tokens}")
-    return options
+    return parser.parse_args()
 
 
 if __name__ == "__main__":

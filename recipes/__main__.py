@@ -104,8 +104,9 @@ def print_gains(names: Sequence[str]) -> None:
             "--against needs names of finished experiments, the one in question first, got "
             + (f"some that have not been run: {', '.join(missing)}" if names else "none")
         )
+    gains = against.gains(revisions, names)
     print(f"{names[0]}, finetuned, protocol {against.PROTOCOL}, is better:\n")
-    print(render(against.COLUMNS, against.gains(revisions, names)))
+    print(render(against.COLUMNS, gains))
 
 
 def run_and_compare(args: argparse.Namespace) -> None:

@@ -33,7 +33,10 @@ def read_scores(name: str, revision: str, model: str, protocol: str = PROTOCOL) 
     rows = csv.DictReader(shown.stdout.splitlines(), delimiter="\t")
     wanted = [r for r in rows if (r["model"], r["protocol"]) == (model, protocol)]
     if not wanted or "article" not in wanted[0]:
-        raise ValueError(f"{SCORES} of {name} must hold scores of {model} by article, got none")
+        raise ValueError(
+            f"{SCORES} of {name} must hold scores of {model} by article, got none: it was scored "
+            "by an older version, run it again"
+        )
     return {r["document"]: (float(r["nll"]), r["article"]) for r in wanted}
 
 
