@@ -120,8 +120,8 @@ def describe(model: PreTrainedModel) -> dict[str, str]:
         "format": FORMAT,
         "other_layers": model.config.other_layers,
         **{name: json.dumps(x, sort_keys=True) for name, x in choices.items()},
-        "rope_parameters": json.dumps(rope, sort_keys=True),
         "model": _digest(model),
+        "rope_parameters": json.dumps(rope, sort_keys=True),
     }
 
 

@@ -42,8 +42,8 @@ class About:
     Attributes:
         metrics: results by the name of their file; a nested one has a column for each model.
         training: parameters by stage; empty, as metrics may be: not recorded.
-        license: an identifier of the Hugging Face Hub; None: the base's, if its name tells.
-        base_model: the base's name on the Hub; None: what its name tells.
+        license: an identifier of the Hugging Face Hub; None: the base's, if its source is known.
+        base_model: the base's name on the Hub; None: what its source tells.
     """
 
     metrics: dict[str, Any]

@@ -52,7 +52,7 @@ print(tokenizer.decode(model.generate(**inputs, max_new_tokens=20)[0]))
 
 It needs torch, transformers and safetensors. The code beside the weights is read by
 `trust_remote_code=True`: read it first. Each row is cut into segments from its first real token on,
-and has a memory of its own.
+and knows nothing of the others.
 
 ## Data and training
 
@@ -84,7 +84,7 @@ _OTHER_LAYERS = {
 
 _LIMITS = {
     True: "The memory holds sums, not texts: expect the gist of what was read, not quotations.",
-    False: "Its Infini layers have no memory: they cannot know what segments long gone said.",
+    False: "It has no memory: what its attention no longer sees is lost.",
 }
 
 
@@ -167,8 +167,8 @@ def _before(infini: InfiniParams) -> str:
         memory = "a compressive memory of fixed size for everything before it"
         return f"{memory}, with {context}" if infini.local_context else memory
     if infini.local_context and infini.layers != []:
-        return f"without a memory: of the text before a segment it has {context}"
-    return "without a memory: nothing of the text before a segment is kept"
+        return f"no memory, only {context}"
+    return "no memory: nothing is carried over from before it"
 
 
 def _license_text(of_base: str) -> str:

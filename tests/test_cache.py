@@ -97,7 +97,13 @@ def test_a_cache_is_loaded_in_the_number_type_of_the_model(tmp_path):
     [
         ({"segment_length": 6}, "segment_length of .* must be 6, .* got 5"),
         ({"other_layers": "full"}, "other_layers of .* must be full, .* got segment"),
-        ({"layers": [0]}, "model of .* must be "),
+        ({"layers": [0]}, r"infini\.layers of .* must be \[0\], .* got \[1\]"),
+        ({"update_rule": "delta"}, r'infini\.update_rule of .* must be "delta", .* got "linear"'),
+        ({"local": "linear"}, r'infini\.local of .* must be "linear", .* got "softmax"'),
+        ({"local_context": 2}, r"infini\.local_context of .* must be 2, .* got 0"),
+        ({"seed_scaling": True}, r"infini\.seed_scaling of .* must be true, .* got false"),
+        ({"feature_map": "dpfp"}, r'infini\.feature_map of .* must be "dpfp", .* got "elu1"'),
+        ({"positions": "none"}, r'infini\.positions of .* must be "none", .* got "rope"'),
         ({"family": "gpt_neox"}, "model of .* must be "),
     ],
     ids=str,
@@ -109,12 +115,29 @@ def test_a_cache_of_another_model_is_refused_by_name(tmp_path, over, message):
         InfiniCache.load(tmp_path / "book.cache", generating_model(**{"layers": [1]} | over))
 
 
-def test_a_cache_of_other_weights_is_refused(tmp_path):
+@pytest.mark.parametrize("place", [0, -1])
+def test_a_cache_of_other_weights_is_refused(tmp_path, place):
     model = generating_model()
     filled(model, draw_ids(1, 7)).save(tmp_path / "book.cache", model)
-    model.lm_head.weight.data[0, 0] += 1
-    with pytest.raises(ValueError, match="model of "):
+    model.lm_head.weight.data[place, place] *= 1.01
+    with pytest.raises(ValueError, match=r"^model of "):
         InfiniCache.load(tmp_path / "book.cache", model)
+
+
+def test_a_cache_of_another_rotation_is_refused(tmp_path):
+    model = generating_model()
+    filled(model, draw_ids(1, 7)).save(tmp_path / "book.cache", model)
+    model.config.rope_parameters["rope_theta"] = 5.0
+    with pytest.raises(ValueError, match=r"^rope_parameters of .* must be .*5\.0"):
+        InfiniCache.load(tmp_path / "book.cache", model)
+
+
+def test_the_same_model_in_other_words_goes_on(tmp_path, monkeypatch):
+    model = generating_model(layers=[-1])
+    filled(model, draw_ids(1, 7)).save(tmp_path / "book.cache", model)
+    monkeypatch.setattr(cache_file, "_VALUES_AT_ONCE", 7)
+    other = generating_model(layers=[2], bptt_segments=1)
+    assert InfiniCache.load(tmp_path / "book.cache", other).num_seen == 7
 
 
 def test_what_is_no_cache_is_refused(tmp_path):

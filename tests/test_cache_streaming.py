@@ -10,6 +10,10 @@ import torch
 from benchmarks import streaming
 from benchmarks.streaming import Stream, late_over_early, measure_stream, resident_bytes
 from infini_retrofit import runtime
+from infini_retrofit.base import load_base
+from infini_retrofit.checkpoints import save_retrofit
+from infini_retrofit.retrofit import insert_infini
+from tests.reference import infini_params
 from tests.tiny import tiny_base_folder
 from tests.tiny_generation import SEGMENT, generating_model
 
@@ -93,8 +97,42 @@ def test_the_command_prints_ten_parts_and_their_ratios(tmp_path, monkeypatch, ca
     assert re.search(r"last tenth over first: [\d.]+; after .* given back: [\d.]+\.\n", said)
 
 
-def test_a_stream_that_is_too_short_to_tell_is_refused(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["streaming", "--tokens", "1000"])
-    with pytest.raises(SystemExit):
+@pytest.mark.parametrize("num_tokens", [1, 399])
+def test_a_stream_too_short_for_the_retrofit_s_own_segments_is_refused(
+    tmp_path, monkeypatch, num_tokens
+):
+    base = tiny_base_folder(tmp_path / "base", num_hidden_layers=1)
+    model, params = load_base(base, torch.float32), infini_params(segment_length=SEGMENT)
+    insert_infini(model, params)
+    save_retrofit(model, params, base, tmp_path / "retrofit")
+    options = ["--base", str(base), "--segment-length", "3", "--tokens", str(num_tokens)]
+    monkeypatch.setattr(sys, "argv", ["streaming", str(tmp_path / "retrofit"), *options])
+    monkeypatch.setattr(streaming, "start_run", lambda: (torch.device("cpu"), torch.float32))
+    with pytest.raises(ValueError, match=rf"^tokens must be at least 400, .* got {num_tokens}$"):
         streaming.main()
-    assert "--tokens must be at least 20480, got 1000" in capsys.readouterr().err
+
+
+class LeakyStream(Stream):
+    """A broken stream: of each call something stays."""
+
+    def __call__(self) -> float:
+        """Keep two MiB."""
+        self.kept = [*getattr(self, "kept", []), torch.ones(2**19)]
+        return super().__call__()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize(
+    ("kind", "other", "cache_grows", "memory_grows"),
+    [
+        (Stream, "segment", False, False),
+        (Stream, "full", True, False),
+        (LeakyStream, "segment", False, True),
+    ],
+)
+def test_memory_stays_flat_over_hundreds_of_segments(kind, other, cache_grows, memory_grows):
+    stream = kind(generating_model(other_layers=other, layers=[0, 2], local_context=2))
+    parts = list(measure_stream(stream, 300 * SEGMENT, num_parts=5))
+    assert stream.cache.num_seen >= 300 * SEGMENT
+    assert (len({part.cache_bytes for part in parts}) > 1) == cache_grows
+    assert (parts[-1].needed_bytes > 1.02 * parts[0].needed_bytes) == memory_grows

@@ -17,6 +17,7 @@ from infini_retrofit.cache import InfiniCache
 from infini_retrofit.chat import Reader, converse
 from infini_retrofit.checkpoints import load_retrofit, save_retrofit
 from infini_retrofit.generation import enable_generation
+from infini_retrofit.pipeline import run_stage
 from infini_retrofit.retrofit import infini_modules, insert_infini
 from tests.reference import infini_params
 from tests.tiny import tiny_base_folder
@@ -196,6 +197,46 @@ def test_the_example_of_the_readme_runs(folders, tmp_path, monkeypatch, capsys):
     exec(compile(example, "README.md", "exec"), {})
     first, second = capsys.readouterr().out.split("In short,")[1:]
     assert first == second
+
+
+@pytest.mark.parametrize("folder", ["file", "file/below"])
+def test_a_place_where_no_cache_can_be_written_is_refused_before_reading(
+    monkeypatch, folders, tmp_path, folder
+):
+    monkeypatch.setattr(chat, "load_retrofit", pytest.fail)
+    document = tmp_path / "file"
+    document.write_text(TEXT)
+    options = ("--document", document, "--cache", tmp_path / folder / "book.cache")
+    with pytest.raises(OSError, match=r"^cannot write to .*book\.cache: "):
+        run_chat(monkeypatch, folders, "", *options)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs signals")
+@pytest.mark.parametrize("is_kept", [False, True], ids=["reading", "answering"])
+def test_ctrl_c_while_reading_or_answering_leaves_nothing_half(
+    monkeypatch, folders, tmp_path, is_kept
+):
+    (tmp_path / "book.txt").write_text(TEXT)
+    kept, load, calls = tmp_path / "book.cache", chat.load_retrofit, []
+
+    def interrupt(module, args, kwargs) -> None:
+        calls.append(kwargs["input_ids"].shape[1])
+        if calls[-1] == 1 if is_kept else len(calls) == 2:
+            signal.raise_signal(signal.SIGINT)
+
+    def loaded(*args: object) -> tuple:
+        model, params = load(*args)
+        model.base_model.register_forward_pre_hook(interrupt, with_kwargs=True)
+        return model, params
+
+    monkeypatch.setattr(chat, "load_retrofit", loaded)
+    options = ("--document", tmp_path / "book.txt", "--cache", kept)
+    with pytest.raises(SystemExit) as left:
+        run_stage(lambda: run_chat(monkeypatch, folders, "The dog\n", *options))
+    assert left.value.code == 130
+    assert calls[1] > 1
+    assert kept.exists() == is_kept
+    assert not list(tmp_path.glob("*.partial"))
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs signals")

@@ -12,7 +12,7 @@ from infini_retrofit.cache import InfiniCache
 from infini_retrofit.carrier import Carried, Carrier
 from infini_retrofit.compressive_memory import CompressiveMemory
 from infini_retrofit.generation import enable_generation, read
-from infini_retrofit.retrofit import insert_infini
+from infini_retrofit.retrofit import infini_modules, insert_infini
 from infini_retrofit.segments import run_folded
 from tests.reference import infini_params, largest
 from tests.tiny import FAMILIES, tiny_model
@@ -154,6 +154,15 @@ def test_beams_that_keep_their_rows_are_noticed(monkeypatch):
     assert not torch.equal(got, want)
 
 
+def generation_repeats(cache: InfiniCache) -> None:
+    """Leave a row for each prompt."""
+
+
+def repeated_by_hand(cache: InfiniCache) -> None:
+    """Make a row for each beam."""
+    cache.batch_repeat_interleave(3)
+
+
 @pytest.mark.parametrize("other", ["segment", "full"])
 def test_a_text_is_read_once_and_asked_many_times(other):
     model, ids = generating_model(other_layers=other, layers=[1]), draw_ids(1, 33)
@@ -169,6 +178,37 @@ def test_a_text_is_read_once_and_asked_many_times(other):
         assert largest(logits - want_logits) < 1e-5
         assert asked.num_seen == 33 + 4 + 6
     assert cache.num_seen == 33
+
+
+@pytest.mark.parametrize("repeat", [generation_repeats, repeated_by_hand])
+@pytest.mark.parametrize(
+    ("other", "options"),
+    [
+        ("segment", {"num_beams": 3}),
+        ("full", {"num_beams": 3}),
+        ("segment", {"num_return_sequences": 3, "do_sample": True, "top_k": 5}),
+    ],
+    ids=str,
+)
+def test_beams_after_a_text_that_was_read_equal_those_of_all_of_it(other, options, repeat):
+    model, ids = generating_model(other_layers=other, layers=[1]), draw_ids(2, 33)
+    prompt, cache = draw_ids(2, 4, seed=1), InfiniCache(model)
+    want, want_logits = generate(model, torch.cat([ids, prompt], dim=1), **options)
+    list(read(model, ids, cache))
+    mask = cache.mask_for(prompt)
+    repeat(cache)
+    got, logits = generate(model, prompt, past_key_values=cache, attention_mask=mask, **options)
+    assert torch.equal(got, want)
+    assert largest(logits - want_logits) < 1e-5
+    assert cache.batch_size == 6
+
+
+def test_what_was_read_can_be_trained_on():
+    model, cache = generating_model(), InfiniCache(generating_model())
+    list(read(model, draw_ids(1, 33), cache))
+    model(draw_ids(1, 9), past_key_values=cache).logits.sum().backward()
+    assert all(module.gate_logit.grad.abs().sum() > 0 for module in infini_modules(model).values())
+    assert not any(x.is_inference() or x.requires_grad for x in cache._tensors().values())
 
 
 def test_a_conversation_goes_on_in_one_cache():

@@ -5,7 +5,9 @@ import torch
 from transformers import DynamicCache
 
 from infini_retrofit.cache import InfiniCache
-from infini_retrofit.generation import enable_generation, read
+from infini_retrofit.generation import enable_generation, read, segment_length
+from tests.reference import largest
+from tests.tiny import tiny_model
 from tests.tiny_generation import draw_ids, generate, generating_model, retrofitted_model
 
 
@@ -64,10 +66,46 @@ def test_other_layers_come_from_the_configuration_and_go_there():
         enable_generation(model, params, "full")
 
 
-def test_a_model_that_would_not_fill_a_cache_is_refused():
+def test_a_model_that_would_not_fill_a_cache_is_refused(tmp_path):
     model, _ = retrofitted_model()
-    with pytest.raises(ValueError, match=r"call enable_generation\(model, params\) first"):
+    refused = pytest.raises(ValueError, match=r"call enable_generation\(model, params\) first")
+    with refused:
         list(read(model, draw_ids(1, 4), InfiniCache(model)))
+    enabled, path = generating_model(), tmp_path / "book.cache"
+    cache = InfiniCache(enabled)
+    list(read(enabled, draw_ids(1, 4), cache))
+    with refused:
+        cache.save(path, model)
+    cache.save(path, enabled)
+    with refused:
+        InfiniCache.load(path, model)
+
+
+def test_a_model_without_infini_layers_is_refused_unless_its_own_are_confined():
+    with pytest.raises(ValueError, match="model must have Infini layers, got none"):
+        segment_length(tiny_model("llama"))
+    model, params = retrofitted_model(layers=[])
+    with pytest.raises(ValueError, match=r"other_layers must be segment .* got 'full'"):
+        enable_generation(model, params, "full")
+    enable_generation(model, params)
+    assert segment_length(model) == params.segment_length
+    assert generate(model, draw_ids(1, 4))[0].shape == (1, 7)
+
+
+@torch.inference_mode()
+def test_a_body_takes_its_arguments_by_position_and_may_give_a_tuple():
+    model, ids = generating_model(), draw_ids(1, 13)
+    body, positions, cache = model.base_model, 2 * torch.arange(13)[None], InfiniCache(model)
+    want = body(input_ids=ids, position_ids=positions)[0]
+    assert largest(body(ids, None, positions, cache)[0] - want) < 1e-5
+    assert largest(body(ids)[0] - want) > 1e-3
+    assert cache.num_seen == 13
+    found = body(ids, None, positions, use_cache=True, return_dict=False)
+    assert isinstance(found, tuple)
+    assert largest(found[0] - want) < 1e-5
+    assert found[1].num_seen == 13
+    with pytest.raises(TypeError, match="input_ids"):
+        body(ids, input_ids=ids)
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 4, 4), (1, 3), (1, 5)], ids=str)

@@ -1,6 +1,7 @@
 """lm-evaluation-harness gives this project's own numbers, on texts longer than a piece."""
 
 import importlib.util
+import json
 import math
 import re
 import sys
@@ -190,9 +191,52 @@ def test_an_unknown_number_type_is_refused():
         InfiniLM(dtype="float61")
 
 
-def test_a_generation_is_refused(lm):
-    with pytest.raises(NotImplementedError, match="export it and use --model hf"):
-        lm.generate_until([])
+def test_a_long_context_is_streamed(lm, monkeypatch):
+    events = []
+    for name in ("_run", "_log_likelihood"):
+        method = getattr(lm, name)
+        noting = lambda *args, n=name, m=method: events.append(n) or m(*args)  # noqa: E731
+        monkeypatch.setattr(lm, name, noting)
+    lm._loglikelihood_tokens([(("", ""), lm.tok_encode(TEXT), [1, 2])], disable_tqdm=True)
+    assert len(events) > 6
+    assert events == ["_run", "_log_likelihood"] * (len(events) // 2)
+
+
+def run_command(monkeypatch: pytest.MonkeyPatch, folder: Path, task: dict[str, object]) -> dict:
+    """Run the command on a task of one's own and the fixture's retrofit; return its results."""
+    (folder / "tasks").mkdir()
+    (folder / "texts.json").write_text(json.dumps({"text": TEXT}))
+    data = {"test": str(folder / "texts.json")}
+    about = {"dataset_path": "json", "dataset_kwargs": {"data_files": data}, "test_split": "test"}
+    about |= {"task": "mine", "doc_to_text": "", "doc_to_target": "text"} | task
+    (folder / "tasks/mine.yaml").write_text(json.dumps(about))
+    model = f"retrofit={folder}/retrofit,base={folder}/base,dtype=float32"
+    options = f"--model infini --model_args {model} --tasks mine --output_path {folder}/out"
+    argv = ["harness", *options.split(), "--include_path", str(folder / "tasks")]
+    monkeypatch.setattr(sys, "argv", argv)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", folder / "cache")
+    run_stage(harness.main)
+    (written,) = (folder / "out").rglob("results*.json")
+    return json.loads(written.read_text())["results"]["mine"]
+
+
+@pytest.mark.filterwarnings("default")  # of the harness's own dependencies
+@pytest.mark.parametrize("lm", ["gpt_neox"], indirect=True)
+def test_the_command_scores_a_task_of_one_s_own(lm, tmp_path, monkeypatch, capsys):
+    metric = [{"metric": "word_perplexity", "aggregation": "weighted_perplexity"}]
+    task = {"output_type": "loglikelihood_rolling", "metric_list": metric}
+    found = run_command(monkeypatch, tmp_path, task)["word_perplexity,none"]
+    expected = math.exp(whole_nlls(lm, TEXT).sum().item() / len(re.split(r"\s+", TEXT)))
+    assert found == pytest.approx(expected, rel=1e-6)
+    assert "word_perplexity" in capsys.readouterr().out
+
+
+@pytest.mark.filterwarnings("default")  # of the harness's own dependencies
+@pytest.mark.parametrize("lm", ["llama"], indirect=True)
+def test_a_task_that_generates_is_refused_in_one_sentence(lm, tmp_path, monkeypatch):
+    message = r"error: output_type .* got generate_until: export the retrofit and use --model hf"
+    with pytest.raises(SystemExit, match=rf"^{message}$"):
+        run_command(monkeypatch, tmp_path, {"output_type": "generate_until"})
 
 
 def test_the_exported_folder_scores_alike_as_the_harness_s_own_model(lm, tmp_path, monkeypatch):
