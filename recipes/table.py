@@ -49,12 +49,12 @@ MEMORY = (
 LABELS = (
     Column("distillation loss", (("distill", "val_loss"),), "{:.4f}".format),
     _ppl("distilled: sliding", "sliding", "distilled"),
-    _ppl("t2", "t2", "distilled"),
+    _ppl("distilled: t2", "t2", "distilled"),
     _ppl("fine-tuned: sliding", "sliding"),
-    _ppl("segment", "segment"),
-    _ppl("t2", "t2"),
+    _ppl("fine-tuned: segment", "segment"),
+    _ppl("fine-tuned: t2", "t2"),
     _ppl("control: sliding", "sliding", "control"),
-    _ppl("t2", "t2", "control"),
+    _ppl("control: t2", "t2", "control"),
     Column("best epoch", (("finetune", "best_epoch"),), "{}".format),
     Column("epochs run", (("finetune", "epochs_run"),), "{}".format),
 )
