@@ -125,11 +125,11 @@ def literal(value: Any) -> str:
 
 def _key(override: str, params: Mapping[str, Any]) -> str:
     """Return the key of a user's override, checked."""
-    key, equals, _ = override.partition("=")
+    key, equals, value = override.partition("=")
     if not (key and equals) or key != key.strip():
         raise ValueError(f"-S must be key=value, without blanks beside the =, got {override!r}")
     check_key(key, params, f"-S {override}")
-    if key in params and isinstance(params[key], Mapping):
+    if key in params and isinstance(params[key], Mapping) and not value.startswith("{"):
         raise ValueError(
             f"-S must name one value of {key}, such as {key}.{next(iter(params[key]))}=..., got "
             f"{override!r}"
