@@ -79,7 +79,7 @@ def test_a_recipe_with_a_bad_value_would_fail_those_checks():
         run_stage("check_params")
 
 
-@pytest.mark.parametrize("name", sorted(PLANNED))
+@pytest.mark.parametrize("name", sorted({*PLANNED, *OWN_BUDGET}))
 def test_recipes_share_one_budget_and_none_of_them_stops_early(name):
     budget = dict(leaves(read_params(ROOT / "recipes" / "budget.yaml")))
     tokens = ("samples", "tokens_per_sample", "train_documents", "batch_size", "epochs", "seed")
