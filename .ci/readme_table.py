@@ -4,7 +4,12 @@ Run `python .ci/readme_table.py` in the top folder after the metrics have change
 """
 
 import json
+import sys
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from infini_retrofit.table import render
 
 BEGIN, END = "<!-- results -->", "<!-- /results -->"
 MODELS = ("base", "control", "distilled", "finetuned")
@@ -25,11 +30,9 @@ OTHERS = (
 
 def table(metrics: dict[str, dict[str, float]]) -> str:
     """Lay out the numbers of eval_sliding.json: a column a model, a row a metric."""
-    lines = ["| metric | " + " | ".join(MODELS) + " |", "| --- " * (len(MODELS) + 1) + "|"]
-    for key in PROTOCOLS + OTHERS:
-        cells = (shown(metrics[model].get(key)) for model in MODELS)
-        lines.append(f"| `{key}` | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    keys = PROTOCOLS + OTHERS
+    rows = [[f"`{key}`", *(shown(metrics[m].get(key)) for m in MODELS)] for key in keys]
+    return render(["metric", *MODELS], rows)
 
 
 def shown(value: float | None) -> str:
