@@ -124,7 +124,8 @@ def _open(body: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, 
     """Give a forward pass of the model's body what its Infini layers need."""
     if kwargs.get("carrier") is not None:
         return args, kwargs
-    kwargs = dict(**inspect.signature(body.forward).bind_partial(*args).arguments, **kwargs)
+    if args:
+        kwargs = dict(**inspect.signature(body.forward).bind_partial(*args).arguments, **kwargs)
     ids = kwargs.get("input_ids")
     num_rows, num_columns = (kwargs["inputs_embeds"] if ids is None else ids).shape[:2]
     mask, cache = kwargs.get("attention_mask"), kwargs.get("past_key_values")
