@@ -94,8 +94,8 @@ def overrides(
     return [f"{k}={literal(v)}" for k, v in wanted.items() if k not in own] + list(given)
 
 
-def check_key(key: str, params: Mapping[str, Any], where: str) -> None:
-    """Refuse a key that params.yaml lacks.
+def check_key(key: str, params: Mapping[str, Any], where: str) -> Any:
+    """Refuse a key that params.yaml lacks; return what stands there.
 
     Raises:
         ValueError: with the keys that stand where the search ended.
@@ -110,6 +110,7 @@ def check_key(key: str, params: Mapping[str, Any], where: str) -> None:
                 f"{where}: {key} must be a key of params.yaml; {place} has {', '.join(choices)}"
             )
         section = section[part]
+    return section
 
 
 def literal(value: Any) -> str:
@@ -128,10 +129,10 @@ def _key(override: str, params: Mapping[str, Any]) -> str:
     key, equals, value = override.partition("=")
     if not (key and equals) or key != key.strip():
         raise ValueError(f"-S must be key=value, without blanks beside the =, got {override!r}")
-    check_key(key, params, f"-S {override}")
-    if key in params and isinstance(params[key], Mapping) and not value.startswith("{"):
+    present = check_key(key, params, f"-S {override}")
+    if isinstance(present, Mapping) and not value.startswith("{"):
         raise ValueError(
-            f"-S must name one value of {key}, such as {key}.{next(iter(params[key]))}=..., got "
+            f"-S must name one value of {key}, such as {key}.{next(iter(present))}=..., got "
             f"{override!r}"
         )
     return key

@@ -201,6 +201,7 @@ def test_the_list_says_what_each_recipe_is_in_a_line(capsys, monkeypatch):
         ("control --print -S =3", ["-S must be key=value", "got '=3'"]),
         ("control --print -S 'finetune.seed = 3'", ["without blanks", "got 'finetune.seed = 3'"]),
         ("control --print -S finetune=3", ["such as finetune.trainable=..."]),
+        ("control --print -S finetune.lora=3", ["such as finetune.lora.rank=..."]),
         ("control scratch --name x --print", ["--name must come with one recipe"]),
         ("v1 control v1 --print", ["NAMEs must differ, got v1, control, v1"]),
     ],

@@ -53,5 +53,6 @@ def test_without_glibc_the_allocator_is_left_alone(monkeypatch):
 
 def test_a_library_of_another_kind_has_nothing_to_give_back(monkeypatch):
     monkeypatch.setattr(runtime.ctypes, "CDLL", lambda name: object())
+    assert runtime._of_glibc("malloc_trim") is None
     runtime._keep_freed_memory()
     runtime.return_freed_memory()
