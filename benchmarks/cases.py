@@ -22,6 +22,7 @@ from infini_retrofit.cross_entropy import token_nlls
 from infini_retrofit.distillation import Distillation, DistillParams
 from infini_retrofit.finetuning import FinetuneParams, Finetuning, make_control
 from infini_retrofit.infini_params import InfiniParams
+from infini_retrofit.labels import next_token_nlls, next_tokens
 from infini_retrofit.lora import LoraParams
 from infini_retrofit.perplexity import score_sliding
 from infini_retrofit.retrofit import insert_infini
@@ -109,9 +110,8 @@ def base_with_head(setting: Setting) -> Job:
 
     @torch.inference_mode()
     def run() -> float:
-        hidden_states = run_folded(model, ids, sizes.segment)[0, :-1]
-        weight = model.get_output_embeddings().weight
-        return token_nlls(hidden_states, weight, ids[0, 1:]).mean().item()
+        hidden_states = run_folded(model, ids, sizes.segment)
+        return next_token_nlls(model, ids[0], hidden_states[0]).mean().item()
 
     return Job(run, sizes.document, _head_operations(model, sizes.document, products=1))
 
@@ -150,12 +150,9 @@ class LoopedFinetuning(Finetuning):
             begin = len(parts) * self.segment_length
             part = run_folded(self.model, segment, self.segment_length, "own", carrier, begin)
             parts.append(part)
-        nlls = token_nlls(
-            torch.cat(parts, dim=1)[:, :-1].flatten(0, 1),
-            self.model.get_output_embeddings().weight,
-            input_ids[:, 1:].flatten(),
-        )
-        return {"loss": nlls.mean()}
+        predicting, targets = next_tokens(input_ids, torch.cat(parts, dim=1))
+        head = self.model.get_output_embeddings().weight
+        return {"loss": token_nlls(predicting, head, targets).mean()}
 
 
 def _training(

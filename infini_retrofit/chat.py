@@ -6,94 +6,28 @@ answer before it, unless `--continue` is given. Knows nothing of how models reme
 """
 
 import argparse
-import copy
 import sys
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-from tqdm import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
-
-from infini_retrofit.base import load_tokenizer
-from infini_retrofit.cache import InfiniCache
-from infini_retrofit.cache_file import check_file, check_place
-from infini_retrofit.checkpoints import load_retrofit
-from infini_retrofit.generation import enable_generation, read
 from infini_retrofit.pipeline import run_stage
-from infini_retrofit.runtime import start_run
 
 BASE = Path("models/base")
-
-
-@dataclass(frozen=True)
-class Reader:
-    """A model with its tokenizer, and how it is to answer.
-
-    Attributes:
-        model: that generates with an `InfiniCache`.
-        tokenizer: the model's.
-        max_new_tokens: of an answer, at most.
-        temperature: of sampling; 0: the likeliest token.
-        uses_template: put each prompt into the tokenizer's chat template.
-    """
-
-    model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
-    max_new_tokens: int
-    temperature: float
-    uses_template: bool
-
-    def read(self, text: str) -> InfiniCache:
-        """Read a document, with a progress bar."""
-        ids = self._encode(text)
-        cache = InfiniCache(self.model)
-        with tqdm(total=ids.shape[1], unit=" tokens", desc="reading") as bar:
-            for num_tokens in read(self.model, ids, cache):
-                bar.set_postfix_str(_size(cache), refresh=False)
-                bar.update(num_tokens)
-        return cache
-
-    def answer(self, prompt: str, cache: InfiniCache, last: torch.Tensor) -> torch.Tensor:
-        """Print an answer token by token.
-
-        Args:
-            prompt: what is asked.
-            cache: what was read; goes on with the prompt and the answer.
-            last: the token that an earlier answer ended with, (1 1), which no cache has seen yet;
-                or none, (1 0).
-
-        Returns:
-            The token that this answer ended with.
-        """
-        if self.uses_template:
-            prompt = self.tokenizer.apply_chat_template(
-                [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
-            )
-        ids = torch.cat([last, self._encode(prompt)], dim=1).to(self.model.device)
-        sampling = {"temperature": self.temperature} if self.temperature else {}
-        found = self.model.generate(
-            ids,
-            attention_mask=cache.mask_for(ids),
-            past_key_values=cache,
-            max_new_tokens=self.max_new_tokens,
-            do_sample=bool(sampling),
-            pad_token_id=self.tokenizer.eos_token_id,
-            streamer=TextStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True),
-            **sampling,
-        )
-        return found[:, -1:].cpu()
-
-    def _encode(self, text: str) -> torch.Tensor:
-        found = self.tokenizer(text, add_special_tokens=False, verbose=False, return_tensors="pt")
-        return found["input_ids"]
 
 
 def main() -> None:
     """Read, then answer until the input ends."""
     options = _options()
     text = None if options.document is None else read_text(options.document)
+    # These import torch, which takes seconds: what is wrong with the arguments was said before.
+    from infini_retrofit.base import load_tokenizer
+    from infini_retrofit.cache import InfiniCache
+    from infini_retrofit.cache_file import check_file, check_place
+    from infini_retrofit.checkpoints import load_retrofit
+    from infini_retrofit.conversation import Reader, converse, size_of
+    from infini_retrofit.generation import enable_generation
+    from infini_retrofit.runtime import start_run
+
     if text is None:
         check_file(options.cache)
     elif options.cache is not None:
@@ -114,25 +48,8 @@ def main() -> None:
         cache = reader.read(text)
         if options.cache is not None:
             cache.save(options.cache, model)
-    print(f"{cache.num_seen:,} tokens read, {_size(cache)} kept", file=sys.stderr)
+    print(f"{cache.num_seen:,} tokens read, {size_of(cache)} kept", file=sys.stderr)
     converse(reader, cache, _prompts(), options.goes_on)
-
-
-def converse(reader: Reader, cache: InfiniCache, prompts: Iterable[str], goes_on: bool) -> None:
-    """Answer prompts.
-
-    Args:
-        reader: answers.
-        cache: the document, as read.
-        prompts: one after another.
-        goes_on: each prompt comes after the answer before it, not right after the document.
-    """
-    none = last = torch.zeros(1, 0, dtype=torch.long)
-    for prompt in prompts:
-        if goes_on:
-            last = reader.answer(prompt, cache, last)
-        else:
-            reader.answer(prompt, copy.deepcopy(cache), none)
 
 
 def read_text(path: Path) -> str:
@@ -169,11 +86,6 @@ def _prompts() -> Iterable[str]:
             return
         if line.strip():
             yield line.rstrip("\n")
-
-
-def _size(cache: InfiniCache) -> str:
-    grows = "" if cache.is_bounded else " and growing (other_layers: full)"
-    return f"{cache.num_bytes / 2**10:,.0f} KiB{grows}"
 
 
 def _options() -> argparse.Namespace:

@@ -5,11 +5,10 @@ The same code scores the base, retrofitted models and the control. Knows no file
 Axes:
     B  document
     T  token of a document
-    Stream  token of the stream
 """
 
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -30,17 +29,22 @@ from infini_retrofit.perplexity import (
     segment_runs,
     total,
 )
-from infini_retrofit.retrofit import (
-    check_form,
-    has_memory,
-    infini_modules,
-    make_rival,
-    state_bytes,
-)
+from infini_retrofit.retrofit import carried_tokens, has_memory, infini_modules, make_rival
+from infini_retrofit.texts import TestText
 
 # What becomes of a segment when its memory is another: none, what the segment before wrote, or
 # another document's.
 MEMORY_PROTOCOLS = ("off", "recent", "swapped")
+PROTOCOLS = (
+    "full",
+    "t2",
+    "segment",
+    *(f"segment_{name}" for name in MEMORY_PROTOCOLS),
+    "segment_kv",
+)
+
+# Of each document its mean in nats a token, by protocol.
+DocumentNlls = Mapping[str, np.ndarray]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,19 +69,15 @@ class EvalParams:
                 raise ValueError(f"eval.{name} must be at least {least}, got {value}")
 
 
-@dataclass(frozen=True)
-class TestText:
-    """What models are scored on.
+@dataclass(frozen=True, kw_only=True)
+class Rival:
+    """What every model is confined to, and what a rival of equal bytes may carry across borders.
 
-    Attributes:
-        stream: the test split's articles, one after another.
-        documents: long documents of the test split.
-        titles: of the article that each document is cut from.
+    The bytes are a retrofit's; the keys and values they buy are of all layers.
     """
 
-    stream: Int[Tensor, "Stream"]
-    documents: Int[Tensor, "B T"]
-    titles: list[str]
+    segment_length: int  # tokens
+    num_tokens: int  # carried; 0: the retrofit carries nothing
 
 
 @dataclass(frozen=True)
@@ -85,36 +85,53 @@ class Evaluation:
     """What one model scores.
 
     Attributes:
-        metrics: `<protocol>_test_ppl` for every protocol, `full_test_nll` and `segment_test_nll`
-            in nats a token, `state_bytes` that the model carries across a segment border,
-            `num_documents`, `num_articles` that these are cut from.
+        metrics: `<protocol>_test_ppl` for every protocol asked for and `sliding`,
+            `full_test_nll` and `segment_test_nll` in nats a token, `state_bytes` that the model
+            carries across a segment border, `num_documents`, `num_articles` that these are cut
+            from.
         nlls: of every scored token of the documents in nats, by protocol.
     """
 
     metrics: dict[str, float | int]
     nlls: dict[str, Float[Tensor, "B _"]]
 
-    def of_documents(self, protocol: str) -> np.ndarray:
-        """Return the mean of each document in nats a token."""
-        return self.nlls[protocol].double().mean(dim=1).numpy()
+    def of_documents(self) -> DocumentNlls:
+        """Return the mean of each document."""
+        return {name: nlls.double().mean(dim=1).numpy() for name, nlls in self.nlls.items()}
 
 
-def evaluate(
-    model: PreTrainedModel, infini: InfiniParams, params: EvalParams, text: TestText
-) -> Evaluation:
-    """Score a model under every protocol.
-
-    The model is changed at the end: it becomes its own equal-bytes rival.
+def rival_of(model: PreTrainedModel, infini: InfiniParams) -> Rival:
+    """Say what a model's rival may carry with the bytes of a retrofit.
 
     Args:
         model: a base or retrofitted model.
-        infini: the form of the retrofit that is compared, whose bytes the rival may spend.
+        infini: the form of the retrofit.
+    """
+    return Rival(segment_length=infini.segment_length, num_tokens=carried_tokens(model, infini))
+
+
+def evaluate(
+    model: PreTrainedModel,
+    rival: Rival,
+    params: EvalParams,
+    text: TestText,
+    protocols: Collection[str] = PROTOCOLS,
+) -> Evaluation:
+    """Score a model under `sliding` and other protocols.
+
+    Asked for `segment_kv` the model is changed at the end: it becomes its own rival.
+
+    Args:
+        model: a base or retrofitted model.
+        rival: what the model is confined to, and may carry as its own rival.
         params: section `eval`.
         text: the test split.
+        protocols: of the documents, `full` and `segment` among them.
     """
+    assert {"full", "segment"} <= set(protocols) <= set(PROTOCOLS), protocols
     num_bytes = sum(m.border_bytes for m in infini_modules(model).values())
     scores = {"sliding": score_sliding(model, text.stream, params.window, params.stride)}
-    nlls = _document_nlls(model, infini, text.documents)
+    nlls = _document_nlls(model, rival, text.documents, protocols)
     scores |= {name: total(map(Score.of, rows)) for name, rows in nlls.items()}
     metrics: dict[str, float | int] = {f"{k}_test_ppl": s.ppl for k, s in scores.items()}
     for name in ("full", "segment"):
@@ -124,15 +141,19 @@ def evaluate(
 
 
 def _document_nlls(
-    model: PreTrainedModel, infini: InfiniParams, documents: Int[Tensor, "B T"]
+    model: PreTrainedModel,
+    rival: Rival,
+    documents: Int[Tensor, "B T"],
+    protocols: Collection[str],
 ) -> dict[str, Tensor]:
-    """Run the model once for each protocol that can differ from another."""
-    length = infini.segment_length
+    """Run the model once for each protocol asked for that can differ from another."""
+    length = rival.segment_length
 
     def scored(runs: Iterable[Run]) -> Tensor:
         return torch.stack([next_token_nlls(model, *run).cpu() for run in runs])
 
-    reads = ("own", *MEMORY_PROTOCOLS) if has_memory(model) else ("own",)
+    cut = [name for name in MEMORY_PROTOCOLS if f"segment_{name}" in protocols]
+    reads = ("own", *cut) if has_memory(model) else ("own",)
     rows: dict[str, list[Tensor]] = {"t2": [], **{read: [] for read in reads}}
     for runs in memory_runs(model, documents, length, reads):
         rows["t2"].append(t2_nlls(model, *runs["own"], length).cpu())
@@ -142,22 +163,18 @@ def _document_nlls(
     nlls = {"full": scored(full_runs(model, documents)), "t2": found["t2"]}
     nlls["segment"] = found["own"]
     # Where nothing crosses a border there is nothing to switch off, to cut, to swap or to spend.
-    for name in MEMORY_PROTOCOLS:
+    for name in cut:
         nlls[f"segment_{name}"] = found.get(name, found["own"])
-    nlls["segment_kv"] = found["own"]
-    if state_bytes(model, infini):
-        make_rival(model, infini)
-        nlls["segment_kv"] = scored(segment_runs(model, documents, length))
-    return nlls
+    if "segment_kv" in protocols:
+        nlls["segment_kv"] = found["own"]
+        if rival.num_tokens:
+            make_rival(model, rival.num_tokens, length)
+            nlls["segment_kv"] = scored(segment_runs(model, documents, length))
+    return {name: nlls[name] for name in nlls if name in protocols}
 
 
-def check_fit(model: PreTrainedModel, infini: InfiniParams, text: TestText) -> None:
-    """Refuse a form that does not fit the base, and warn of documents beyond its positions.
-
-    Raises:
-        ValueError: if there are layers that the base does not have, or sizes beyond its own.
-    """
-    check_form(infini, model.config)
+def warn_of_length(model: PreTrainedModel, text: TestText) -> None:
+    """Warn of documents beyond the positions that a base was trained on."""
     num_positions, num_tokens = model.config.max_position_embeddings, text.documents.shape[1]
     if num_tokens > num_positions:
         print(
@@ -183,9 +200,18 @@ def rows_of_documents(
             "article": articles.index(titles[document]),
             "nll": float(nll),
         }
-        for protocol in evaluation.nlls
-        for document, nll in enumerate(evaluation.of_documents(protocol))
+        for protocol, nlls in evaluation.of_documents().items()
+        for document, nll in enumerate(nlls)
     ]
+
+
+def read_document_rows(rows: Sequence[Mapping[str, str]]) -> DocumentNlls:
+    """Take one model's scores from the rows that `rows_of_documents` made, in their order."""
+    protocols = dict.fromkeys(row["protocol"] for row in rows)
+    return {
+        name: np.array([float(row["nll"]) for row in rows if row["protocol"] == name])
+        for name in protocols
+    }
 
 
 def rows_of_positions(

@@ -32,7 +32,7 @@ from infini_retrofit.labels import (
 )
 from infini_retrofit.lora import Adapters, LoraParams, add_lora
 from infini_retrofit.perplexity import Score, segment_runs, total
-from infini_retrofit.retrofit import insert_infini, without_memory
+from infini_retrofit.retrofit import insert_infini, resolve_layers, without_memory
 from infini_retrofit.schedule import FullLrScale, Schedule
 from infini_retrofit.segments import run_folded
 from infini_retrofit.teacher import DocumentTeacher
@@ -87,6 +87,14 @@ class ControlParams:
     def applied_to(self, params: FinetuneParams) -> FinetuneParams:
         """Return section `finetune` as it holds for the control."""
         return replace(params, **{k: v for k, v in asdict(self).items() if v != "same"})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Control:
+    """What a control is and how it trains; equal for retrofits that it cannot tell apart."""
+
+    infini: InfiniParams
+    finetune: FinetuneParams
 
 
 class Finetuning(Trainee):
@@ -187,6 +195,29 @@ def check_trainable(trainable: str, infini: InfiniParams, section: str = "finetu
             f"{section}.trainable must be one of all, attention, lora when infini.layers is [], "
             f"where no Infini layer could train, got {trainable}"
         )
+
+
+def plan_control(
+    infini: InfiniParams, params: FinetuneParams, own: ControlParams, num_layers: int
+) -> Control:
+    """Say what a retrofit's control is, without what makes no difference to it.
+
+    Its layers do, however it trains: in a sliding window they see their segment only.
+
+    Args:
+        infini: the form of the retrofit.
+        params: section `finetune`.
+        own: section `finetune_control`.
+        num_layers: of the base.
+    """
+    params = own.applied_to(params)
+    params = replace(params, lr_scale=replace(params.lr_scale, memory=1.0))
+    layers = resolve_layers(infini.layers, num_layers)
+    if params.trainable == "infini" and len(layers) == num_layers and not infini.whole_layers:
+        params = replace(params, trainable="attention")
+    plain = without_memory(replace(infini, layers=layers), infini.local_context)
+    init = infini.init if infini.whole_layers else plain.init
+    return Control(infini=replace(plain, init=init), finetune=params)
 
 
 def make_control(model: PreTrainedModel, infini: InfiniParams) -> InfiniParams:

@@ -69,9 +69,7 @@ def fetch_snapshot(
     found = matching_files(Path(folder), patterns)
     for path in found:
         _check_content(path)
-    try:
-        get_cached_repo_tree(repo_id, repo_type=repo_type, revision=revision)
-    except CachedRepoTreeNotFoundError:
+    if not _is_listed(repo_id, repo_type, revision):
         names = ", ".join(path.name for path in found) or "none"
         print(
             f"note: the local cache holds no list of the files of {repo_id}, so that a missing one "
@@ -79,6 +77,15 @@ def fetch_snapshot(
             file=sys.stderr,
         )
     return Path(folder)
+
+
+def _is_listed(repo_id: str, repo_type: str, revision: str) -> bool:
+    """Tell whether the local cache knows which files a commit has."""
+    try:
+        get_cached_repo_tree(repo_id, repo_type=repo_type, revision=revision)
+    except CachedRepoTreeNotFoundError:
+        return False
+    return True
 
 
 def matching_files(folder: Path, patterns: list[str]) -> list[Path]:

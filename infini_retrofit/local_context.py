@@ -86,10 +86,7 @@ def carry_context(
     """
     first = _nothing(own, num_carried) if before is None else before
     first = first if bptt_segments is None else first.detach()
-    # Documents that start late in a batch have nothing before them yet.
-    has_begun = first.is_token.any(dim=1)[:, None, None, None]
-    sink_key = torch.where(has_begun, first.sink_key, first_key)
-    sink_value = torch.where(has_begun, first.value[:, :, :1], own.value[:, 0, :, :1])
+    sink_key, sink_value = _sink(own, first_key, first)
     firsts = [x[:, None] for x in first.carried()]
     length = own.key.shape[3]
     if length < num_carried:
@@ -110,6 +107,14 @@ def carry_context(
     if bptt_segments is not None:
         found = _cut_gradients(found, bptt_segments)
     return _put_before(own, found), LocalContext(*(x[:, -1] for x in left), sink_key)
+
+
+def _sink(own: Keys, first_key: Tensor, before: LocalContext) -> tuple[Tensor, Tensor]:
+    """Return the key, unplaced, and the value of each document's first token."""
+    # Documents that start late in a batch have nothing before them yet.
+    has_begun = before.is_token.any(dim=1)[:, None, None, None]
+    sink_key = torch.where(has_begun, before.sink_key, first_key)
+    return sink_key, torch.where(has_begun, before.value[:, :, :1], own.value[:, 0, :, :1])
 
 
 def put_before(own: Keys, context: LocalContext) -> Keys:

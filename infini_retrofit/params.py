@@ -1,10 +1,11 @@
-"""Read values of `params.yaml` into the dataclasses of the code that uses them.
+"""Read values of `params.yaml`, and of files made from it, into the dataclasses of their code.
 
 Knows nothing of any section: a dataclass lives with the module that owns its knobs, and checks
 its own ranges in `__post_init__`. The file is read with DVC's own reader, so that `1e-4` is a
 number and `on` is text to both.
 """
 
+import json
 import math
 import typing
 from collections.abc import Mapping
@@ -56,6 +57,28 @@ def load_presets(kinds: Mapping[str, type], table: str, path: Path = PARAMS_PATH
     """Read every preset of `table`, chosen or not, so that none rots unseen."""
     presets = _mapping(_find(read_params(path), table, path), table)
     return {name: _preset(kinds, preset, f"{table}.{name}") for name, preset in presets.items()}
+
+
+def load_json(cls: type[T], path: Path, made_by: str) -> T:
+    """Read a file that holds a dataclass's fields as JSON.
+
+    Args:
+        cls: the dataclass.
+        path: the file.
+        made_by: the command that makes it, for the message when it is missing.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is not valid JSON, or as in `load_section`.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing: run `{made_by}` to make it")
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        message = f"{path} is not valid JSON ({error}): run `{made_by}` to make it again"
+        raise ValueError(message) from error
+    return _convert(values, cls, str(path))
 
 
 def read_params(path: Path = PARAMS_PATH) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from infini_retrofit.cross_entropy import token_nlls
+from infini_retrofit.labels import next_tokens
 from infini_retrofit.runtime import start_run
 from infini_retrofit.trainer import BaseTrainer, training_arguments
 
@@ -32,9 +33,9 @@ class _NextToken(nn.Module):
     def forward(self, input_ids: Int[Tensor, "B T"]) -> dict[str, Tensor]:
         """Score every token but the first of each row; the mean, in nats."""
         hidden_states = self.model.base_model(input_ids, use_cache=False).last_hidden_state
-        weight = self.model.get_output_embeddings().weight
-        nlls = token_nlls(hidden_states[:, :-1].flatten(0, 1), weight, input_ids[:, 1:].flatten())
-        return {"loss": nlls.mean()}
+        predicting, targets = next_tokens(input_ids, hidden_states)
+        head = self.model.get_output_embeddings().weight
+        return {"loss": token_nlls(predicting, head, targets).mean()}
 
 
 class _Pretrainer(BaseTrainer):

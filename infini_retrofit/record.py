@@ -16,7 +16,7 @@ _TEXTS = ("prepare_wikitext", "prepare_longdocs")
 TRAINING = {
     "distilled": (*_TEXTS, "distill"),
     "finetuned": (*_TEXTS, "distill", "finetune"),
-    "control": (*_TEXTS, "finetune_control"),
+    "control": (*_TEXTS, "prepare_comparison"),
 }
 
 

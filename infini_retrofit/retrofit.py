@@ -3,8 +3,6 @@
 Knows nothing of training, files, texts or protocols.
 """
 
-from dataclasses import replace
-
 import torch
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
@@ -152,18 +150,17 @@ def _randomise(module: nn.Module) -> None:
 
 
 def without_memory(params: InfiniParams, local_context: int = 0) -> InfiniParams:
-    """Return the form in which the same layers are the base's own attention, confined."""
-    return replace(
-        params,
-        insertion="replace",
-        init="base",
-        local="softmax",
-        positions="rope",
-        heads="base",
+    """Return the form in which the same layers are the base's own attention, confined.
+
+    What else a form may be makes no difference to it: those of two retrofits of the same layers,
+    segments and `local_context` are equal, unless gradients cross other borders.
+    """
+    return InfiniParams(
+        layers=params.layers,
         memory="off",
-        feature_map="elu1",
-        num_features="base",
+        segment_length=params.segment_length,
         local_context=local_context,
+        bptt_segments=params.bptt_segments if local_context else "all",
     )
 
 
@@ -179,24 +176,24 @@ def carried_tokens(model: PreTrainedModel, params: InfiniParams) -> int:
     return min(-(-state_bytes(model, params) // token_bytes), params.segment_length)
 
 
-def make_rival(model: PreTrainedModel, params: InfiniParams) -> None:
+def make_rival(model: PreTrainedModel, num_tokens: int, segment_length: int) -> None:
     """Turn a model into its equal-bytes rival, in place.
 
-    The rival has no memory and no parallel branch. Every layer carries the keys and values of
-    as many tokens into the next segment as the retrofit's bytes hold; its own attention and
-    weights stay what they are.
+    The rival has no memory and no parallel branch. Every layer carries keys and values into the
+    next segment; its own attention and weights stay what they are.
 
     Args:
         model: a base or retrofitted model.
-        params: the form of the retrofit whose bytes may be spent.
+        num_tokens: that are carried, see `carried_tokens`.
+        segment_length: tokens.
     """
-    num_tokens = carried_tokens(model, params)
     modules = attention_modules(model)
     for module in modules:
         if hasattr(module, BRANCH):
             delattr(module, BRANCH)
     others = [i for i, m in enumerate(modules) if not isinstance(m, InfiniAttention)]
-    insert_infini(model, replace(without_memory(params), layers=others))
+    plain = InfiniParams(layers=others, memory="off", segment_length=segment_length)
+    insert_infini(model, plain)
     for module in infini_modules(model).values():
         module.drop_memory()
         module.local_context = num_tokens

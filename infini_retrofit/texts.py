@@ -5,8 +5,10 @@ Knows no path and no model.
 Axes:
     B  document or sample
     T  token
+    Stream  token of the stream
 """
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +18,32 @@ from jaxtyping import Int
 from torch import Tensor
 
 from infini_retrofit.corpus import read_token_rows
+
+
+@dataclass(frozen=True)
+class TestText:
+    """What models are scored on.
+
+    Attributes:
+        stream: the test split's articles, one after another.
+        documents: long documents of the test split.
+        titles: of the article that each document is cut from.
+    """
+
+    stream: Int[Tensor, "Stream"]
+    documents: Int[Tensor, "B T"]
+    titles: list[str]
+
+
+def read_test_text(
+    articles: Path, documents: Path, max_tokens: int, max_documents: int
+) -> TestText:
+    """Read the start of a stream, and the first documents with their titles."""
+    return TestText(
+        read_stream(articles, max_tokens),
+        read_documents(documents, max_documents),
+        read_titles(documents, max_documents),
+    )
 
 
 def read_stream(path: Path, max_tokens: int | None = None) -> Int[Tensor, "T"]:

@@ -3,12 +3,14 @@
 Knows nothing of rates, losses and adapters.
 """
 
+from collections.abc import Iterable
 from typing import Literal
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from infini_retrofit.attention import InfiniAttention
 from infini_retrofit.families import decoder_layers
 from infini_retrofit.retrofit import attention_modules, infini_modules
 
@@ -41,10 +43,7 @@ def set_trainable(
     """
     infini = infini_modules(model)
     owners = [decoder_layers(model)[i] if whole_layers else infini[i] for i in infini]
-    group_of = {id(p): "infini" for owner in owners for p in owner.parameters()}
-    for module in infini.values():
-        for name, parameters in module.memory_parameters().items():
-            group_of |= {id(p): name for p in parameters}
+    group_of = _groups_by_id(owners, infini.values())
     chosen = {
         "memory": owners,
         "infini": owners,
@@ -65,3 +64,12 @@ def set_trainable(
             if not parameter.requires_grad:
                 parameter.data = parameter.data.to(frozen_dtype)
     return groups
+
+
+def _groups_by_id(owners: Iterable[nn.Module], infini: Iterable[InfiniAttention]) -> dict[int, str]:
+    """Return the group of every parameter that is not one of the rest, by its id."""
+    group_of = {id(p): "infini" for owner in owners for p in owner.parameters()}
+    for module in infini:
+        for name, parameters in module.memory_parameters().items():
+            group_of |= {id(p): name for p in parameters}
+    return group_of

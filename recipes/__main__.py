@@ -29,18 +29,20 @@ from recipes.overlays import (
     read_overlay,
     recipe_names,
 )
-from recipes.table import COLUMNS, finished, markdown
+from recipes.table import COLUMNS, Column, finished, markdown
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Do what the command line asks for; a user's mistake ends in one sentence."""
     parser = make_parser()
     args = parser.parse_intermixed_args(arguments)
+    if args.columns and not args.table:
+        parser.error(f"--columns {args.columns} must come with --table: it says which columns")
     try:
         if args.list:
             print_list()
         elif args.table:
-            print_table(args.names, args.columns)
+            print_table(args.names, COLUMNS[args.columns or "memory"])
         elif args.against:
             print_gains(args.names)
         elif args.diff:
@@ -63,8 +65,8 @@ def make_parser() -> argparse.ArgumentParser:
     one("--table", action="store_true", help="print finished experiments (all recipes or NAMEs)")
     one("--diff", action="store_true", help="run of two NAMEs what is missing, and compare them")
     one("--against", action="store_true", help="what the first of finished NAMEs gains over others")
-    about = "of --table: what a memory wins back, or what labels do (default: %(default)s)"
-    add("--columns", choices=COLUMNS, default="memory", help=about)
+    about = "of --table: what a memory wins back, or what labels do (default: memory)"
+    add("--columns", choices=COLUMNS, help=about)
     add("--print", action="store_true", help="print the commands, and run none")
     own = "a parameter of your own; it wins over the recipe's"
     add("-S", "--set-param", action="append", default=[], metavar="key=value", help=own)
@@ -81,7 +83,7 @@ def print_list() -> None:
         print(f"{name:{width}}  {describe(name)}")
 
 
-def print_table(names: Sequence[str], columns: str) -> None:
+def print_table(names: Sequence[str], columns: Sequence[Column]) -> None:
     """Print the named experiments, or those of the recipes that have been run."""
     experiments = finished(all_experiments())
     names = names or [name for name in recipe_names() if name in experiments]
@@ -89,7 +91,7 @@ def print_table(names: Sequence[str], columns: str) -> None:
         raise ValueError("no recipe has been run yet: try python -m recipes --list")
     if strange := [name for name in names if name not in {*recipe_names(), *experiments}]:
         raise ValueError(f"--table needs names of recipes or experiments, got {', '.join(strange)}")
-    print(markdown(experiments, names, COLUMNS[columns]))
+    print(markdown(experiments, names, columns))
 
 
 def print_gains(names: Sequence[str]) -> None:

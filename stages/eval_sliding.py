@@ -1,7 +1,7 @@
-"""Stage `eval_sliding`: base, control, distilled and finetuned under every protocol, side by side.
+"""Stage `eval_sliding`: distilled and finetuned under every protocol, beside base and control.
 
-Reads:  params.yaml (eval, infini), models, data/wikitext, data/longdocs,
-        metrics/baseline_eval.json, plots/baseline_documents.tsv, plots/baseline_positions.tsv
+Reads:  params.yaml (eval, infini), models, data/wikitext, data/longdocs, and of base and control
+        metrics/*_eval.json, plots/*_documents.tsv, plots/*_positions.tsv
 Writes: metrics/eval_sliding.json, plots/eval_sliding.tsv, plots/eval_documents.tsv,
         plots/eval_positions.tsv, plots/memory_share.tsv
 """
@@ -9,55 +9,56 @@ Writes: metrics/eval_sliding.json, plots/eval_sliding.tsv, plots/eval_documents.
 import csv
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from infini_retrofit.checkpoints import load_retrofit
 from infini_retrofit.diagnostics import read_memory, share_histogram
 from infini_retrofit.evaluation import (
+    PROTOCOLS,
     EvalParams,
     Evaluation,
-    TestText,
     evaluate,
+    read_document_rows,
+    rival_of,
     rows_of_documents,
     rows_of_positions,
 )
-from infini_retrofit.gains import gains, gap_recovered, gap_test_nats
+from infini_retrofit.gains import gains, gap_recovered, has_gap
 from infini_retrofit.imports import first_party_files
 from infini_retrofit.infini_params import InfiniParams
 from infini_retrofit.params import load_section
 from infini_retrofit.pipeline import run_stage, unchanged
 from infini_retrofit.report import verify_manifest, write_metrics, write_rows, write_text
 from infini_retrofit.runtime import start_run
-from infini_retrofit.texts import read_documents, read_stream, read_titles
+from infini_retrofit.texts import read_test_text
 
 BASE = Path("models/base")
-RETROFITS = {name: Path("models") / name for name in ("control", "distilled", "finetuned")}
+RETROFITS = {name: Path("models") / name for name in ("distilled", "finetuned")}
 TEST_TEXT, TEST_DOCUMENTS = Path("data/wikitext/test.parquet"), Path("data/longdocs/test.parquet")
-BASELINE = Path("metrics/baseline_eval.json")
-BASE_DOCUMENTS = Path("plots/baseline_documents.tsv")
-BASE_POSITIONS = Path("plots/baseline_positions.tsv")
 METRICS, ROWS = Path("metrics/eval_sliding.json"), Path("plots/eval_sliding.tsv")
 DOCUMENTS, POSITIONS = Path("plots/eval_documents.tsv"), Path("plots/eval_positions.tsv")
 MEMORY_SHARE = Path("plots/memory_share.tsv")
-# Where a segment's cold start shows, what full attention predicts at the same places, and what a
-# memory has to beat there.
-POSITION_PROTOCOLS = {
-    "control": ("segment", "full", "segment_kv"),
-    "finetuned": ("segment", "segment_off", "segment_recent", "segment_swapped", "segment_kv"),
-}
+# Of the distilled model, what inserting cost; whose content a memory holds is asked when it has
+# learned on documents.
+DISTILLED_PROTOCOLS = ("full", "t2", "segment", "segment_off")
+# Where a segment's cold start shows, and what a memory has to beat there.
+POSITION_PROTOCOLS = ("segment", "segment_off", "segment_recent", "segment_swapped", "segment_kv")
 HISTOGRAM_DOCUMENTS = 2  # of 30 layers, they hold 2 million pairs of a query and a head
+
+
+class Scored(NamedTuple):
+    """What another stage has found out about a model."""
+
+    metrics: dict[str, float | int]
+    documents: list[dict[str, Any]]
+    positions: list[dict[str, Any]]
 
 
 def main() -> None:
     """Run the stage."""
     params, infini = load_section(EvalParams, "eval"), load_section(InfiniParams, "infini")
-    text = TestText(
-        read_stream(TEST_TEXT, params.sliding_tokens),
-        read_documents(TEST_DOCUMENTS, params.documents),
-        read_titles(TEST_DOCUMENTS, params.documents),
-    )
-    base = json.loads(read_baseline(BASELINE))
-    documents, positions = (read_base_rows(path) for path in (BASE_DOCUMENTS, BASE_POSITIONS))
+    text = read_test_text(TEST_TEXT, TEST_DOCUMENTS, params.sliding_tokens, params.documents)
+    base, control = read_scored("baseline"), read_scored("control")
     for folder in RETROFITS.values():
         verify_manifest(folder)
     device, dtype = start_run()
@@ -68,28 +69,29 @@ def main() -> None:
             model = load_retrofit(BASE, folder, dtype)[0].to(device)
             if name == "finetuned":
                 readings = read_memory(model, text.documents[:HISTOGRAM_DOCUMENTS], length)
-            found[name] = evaluate(model, infini, params, text)
-    metrics = {"base": base} | compare(found, text.titles)
+            protocols = DISTILLED_PROTOCOLS if name == "distilled" else PROTOCOLS
+            found[name] = evaluate(model, rival_of(model, infini), params, text, protocols)
+    metrics = {"base": base.metrics, "control": control.metrics}
+    metrics |= compare(found, control, text.titles)
     write_metrics(METRICS, metrics)
     write_rows(ROWS, [r for name, m in metrics.items() for r in rows_of_metrics(name, m)])
-    for name, evaluation in found.items():
-        documents += rows_of_documents(name, evaluation, text.titles)
-        protocols = POSITION_PROTOCOLS.get(name, ())
-        positions += rows_of_positions(name, evaluation, length, protocols)
-    write_rows(DOCUMENTS, documents)
-    write_rows(POSITIONS, positions)
+    documents = [r for name, e in found.items() for r in rows_of_documents(name, e, text.titles)]
+    write_rows(DOCUMENTS, base.documents + control.documents + documents)
+    positions = rows_of_positions("finetuned", found["finetuned"], length, POSITION_PROTOCOLS)
+    write_rows(POSITIONS, base.positions + control.positions + positions)
     write_histogram(share_histogram(readings))
 
 
-def compare(found: dict[str, Evaluation], titles: list[str]) -> dict[str, dict[str, float | int]]:
-    """Return each model's metrics, those of retrofitted models with what their memory gains."""
-    metrics = {name: dict(evaluation.metrics) for name, evaluation in found.items()}
-    control = metrics["control"]
-    control["gap_test_nats"] = gap_test_nats(control)
-    for name in ("distilled", "finetuned"):
-        if control["gap_test_nats"] > 0:
-            metrics[name]["gap_recovered"] = gap_recovered(metrics[name], control)
-        metrics[name] |= gains(found[name], found["control"], titles)
+def compare(
+    found: dict[str, Evaluation], control: Scored, titles: list[str]
+) -> dict[str, dict[str, float | int]]:
+    """Return each model's metrics with what its memory gains."""
+    metrics, nlls = {}, read_document_rows(control.documents)
+    gap_is_there = has_gap(control.metrics)
+    for name, evaluation in found.items():
+        metrics[name] = evaluation.metrics | gains(evaluation.of_documents(), nlls, titles)
+        if gap_is_there:
+            metrics[name]["gap_recovered"] = gap_recovered(metrics[name], control.metrics)
     return metrics
 
 
@@ -111,16 +113,20 @@ def write_histogram(rows: list[dict[str, int | float]]) -> None:
         write_text(MEMORY_SHARE, "layer\tmemory_share\tshare_of_pairs\n")
 
 
-def read_baseline(path: Path) -> str:
-    """Read what the base scored, which is measured already."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing: run `dvc repro baseline_eval` to make it")
-    return path.read_text(encoding="utf-8")
+def read_scored(name: str) -> Scored:
+    """Read what the stage `<name>_eval` found."""
+    documents, positions = (
+        list(csv.DictReader(read(f"plots/{name}_{kind}.tsv", name).splitlines(), delimiter="\t"))
+        for kind in ("documents", "positions")
+    )
+    return Scored(json.loads(read(f"metrics/{name}_eval.json", name)), documents, positions)
 
 
-def read_base_rows(path: Path) -> list[dict[str, Any]]:
-    """Read rows of the base's plots, values as text."""
-    return list(csv.DictReader(read_baseline(path).splitlines(), delimiter="\t"))
+def read(path: str, name: str) -> str:
+    """Read a file of the stage `<name>_eval`."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path} is missing: run `dvc repro {name}_eval` to make it")
+    return Path(path).read_text(encoding="utf-8")
 
 
 if __name__ == "__main__":

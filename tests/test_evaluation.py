@@ -1,4 +1,4 @@
-"""Which score stands under which name, and which forms fit a base."""
+"""Which score stands under which name, and what is not scored twice or not at all."""
 
 from collections.abc import Callable
 
@@ -6,10 +6,14 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from infini_retrofit import evaluation, perplexity
+from infini_retrofit import evaluation, perplexity, texts
 from infini_retrofit.evaluation import (
+    PROTOCOLS,
     EvalParams,
+    Rival,
     evaluate,
+    read_document_rows,
+    rival_of,
     rows_of_documents,
     rows_of_positions,
 )
@@ -24,7 +28,7 @@ from infini_retrofit.perplexity import (
     segment_runs,
     total,
 )
-from infini_retrofit.retrofit import insert_infini, make_rival
+from infini_retrofit.retrofit import carried_tokens, insert_infini, make_rival
 from tests.reference import infini_params
 from tests.tiny import random_ids, tiny_model
 
@@ -35,10 +39,14 @@ INFINI = infini_params(layers=[0, 2], local_context=2)
 both_families = pytest.mark.parametrize("family", sorted(FAMILIES))
 
 
-def text_for(model: PreTrainedModel) -> evaluation.TestText:
+def text_for(model: PreTrainedModel) -> texts.TestText:
     documents = random_ids(model.config.vocab_size, 3, DOCUMENT)
     stream = random_ids(model.config.vocab_size, STREAM)
-    return evaluation.TestText(stream, documents, TITLES)
+    return texts.TestText(stream, documents, TITLES)
+
+
+def scores_of(model: PreTrainedModel, text: texts.TestText) -> evaluation.Evaluation:
+    return evaluate(model, rival_of(model, INFINI), EvalParams(**EVAL), text)
 
 
 def make_model(family: str, inserted: bool) -> PreTrainedModel:
@@ -52,7 +60,7 @@ def make_model(family: str, inserted: bool) -> PreTrainedModel:
 @pytest.mark.parametrize("inserted", [True, False])
 def test_every_name_stands_for_its_own_protocol(family, inserted):
     model, rival = make_model(family, inserted), make_model(family, inserted)
-    make_rival(rival, INFINI)
+    make_rival(rival, carried_tokens(rival, INFINI), SEGMENT)
     text = text_for(model)
     runs = segment_runs(model, text.documents, SEGMENT)
     want = {
@@ -65,7 +73,7 @@ def test_every_name_stands_for_its_own_protocol(family, inserted):
         "segment_swapped": total(score_segments(model, text.documents, SEGMENT, "swapped")),
         "segment_kv": total(score_segments(rival, text.documents, SEGMENT)),
     }
-    metrics = evaluate(model, INFINI, EvalParams(**EVAL), text).metrics
+    metrics = scores_of(model, text).metrics
     num_bytes = 2 * INFINI_BYTES[family] if inserted else 0
     assert metrics == {f"{name}_test_ppl": pytest.approx(s.ppl) for name, s in want.items()} | {
         "full_test_nll": pytest.approx(want["full"].nll),
@@ -90,14 +98,14 @@ def test_documents_weighed_by_their_tokens_give_the_total_and_are_each_their_own
     model = make_model(family, True)
     text = text_for(model)
     want = score_segments(model, text.documents, SEGMENT, "off")
-    found = evaluate(model, INFINI, EvalParams(**EVAL), text)
-    by_document = found.of_documents("segment_off")
+    found = scores_of(model, text)
+    by_document = found.of_documents()["segment_off"]
     assert list(by_document) == pytest.approx([score.nll for score in want])
     assert len({round(nll, 3) for nll in by_document}) == len(want)
     num_scored = DOCUMENT - 1
     assert (by_document * num_scored).sum() == pytest.approx(total(want).nll_sum, rel=1e-12)
     for name in ("full", "segment"):
-        mean = found.of_documents(name).mean()
+        mean = found.of_documents()[name].mean()
         assert mean == pytest.approx(found.metrics[f"{name}_test_nll"], rel=1e-12)
 
 
@@ -115,8 +123,22 @@ def test_no_protocol_runs_twice(inserted, num_runs, monkeypatch):
     for name in ("run_folded", "run_swapped"):
         monkeypatch.setattr(perplexity, name, spied(getattr(perplexity, name)))
     text = text_for(model)
-    evaluate(model, INFINI, EvalParams(**EVAL), text)
+    scores_of(model, text)
     assert sum(lengths) == num_runs * len(text.documents)
+
+
+def test_a_protocol_that_is_not_asked_for_is_not_run(monkeypatch):
+    model, text = make_model("llama", True), text_for(make_model("llama", True))
+    every = scores_of(make_model("llama", True), text)
+    monkeypatch.setattr(evaluation, "make_rival", lambda *_: pytest.fail("run"))
+    monkeypatch.setattr(perplexity, "run_swapped", lambda *_: pytest.fail("run"))
+    few = ("full", "segment", "segment_off")
+    rival = Rival(segment_length=SEGMENT, num_tokens=2)
+    found = evaluate(model, rival, EvalParams(**EVAL), text, few)
+    assert set(found.nlls) == set(few) < set(PROTOCOLS) == set(every.nlls)
+    assert all(torch.equal(found.nlls[name], every.nlls[name]) for name in few)
+    left_out = {f"{name}_test_ppl" for name in set(PROTOCOLS) - set(few)}
+    assert every.metrics.keys() - found.metrics.keys() == left_out
 
 
 @pytest.mark.parametrize("over", [{"layers": []}, {"memory": "off"}])
@@ -125,23 +147,28 @@ def test_a_form_that_carries_nothing_has_no_rival_and_nothing_to_gain(over, inse
     model, infini = tiny_model("llama"), infini_params(**over)
     if inserted:
         insert_infini(model, infini)
-    found = evaluate(model, infini, EvalParams(**EVAL), text_for(model))
+    found = evaluate(model, rival_of(model, infini), EvalParams(**EVAL), text_for(model))
     assert found.metrics["state_bytes"] == 0
     for name in ("segment_off", "segment_recent", "segment_swapped", "segment_kv"):
         assert found.metrics[f"{name}_test_ppl"] == found.metrics["segment_test_ppl"]
         assert torch.equal(found.nlls[name], found.nlls["segment"])
-    assert set(gains(found, found, TITLES).values()) == {0.0}
+    nlls = found.of_documents()
+    assert set(gains(nlls, nlls, TITLES).values()) == {0.0}
 
 
 def test_rows_hold_every_document_and_every_position_of_the_protocols_asked_for():
     model = make_model("llama", True)
-    found = evaluate(model, INFINI, EvalParams(**EVAL), text_for(model))
+    found = scores_of(model, text_for(model))
     documents = rows_of_documents("tuned", found, ["x", "y", "x"])
     assert [row["document"] for row in documents] == [0, 1, 2] * len(found.nlls)
     assert [row["article"] for row in documents] == [0, 1, 0] * len(found.nlls)
     for protocol in found.nlls:
         rows = [row for row in documents if row["protocol"] == protocol]
-        assert [row["nll"] for row in rows] == list(found.of_documents(protocol))
+        assert [row["nll"] for row in rows] == list(found.of_documents()[protocol])
+    read = read_document_rows([{k: str(v) for k, v in row.items()} for row in documents])
+    assert {k: list(v) for k, v in read.items()} == {
+        k: list(v) for k, v in found.of_documents().items()
+    }
     positions = rows_of_positions("tuned", found, SEGMENT, ["segment", "full"])
     assert {row["model"] for row in documents + positions} == {"tuned"}
     for protocol in ("segment", "full"):
@@ -153,26 +180,10 @@ def test_rows_hold_every_document_and_every_position_of_the_protocols_asked_for(
     assert {row["protocol"] for row in rows_of_positions("tuned", found, SEGMENT)} == {"segment"}
 
 
-@pytest.mark.parametrize(
-    ("over", "message"),
-    [
-        ({"layers": [0, 3]}, r"infini\.layers must be in -3\.\.2 for a base of 3 layers, got 3"),
-        (
-            {"feature_map": "hedgehog", "num_features": 14},
-            r"infini\.num_features must be at most 12 for heads of 6 channels, got 14",
-        ),
-    ],
-)
-def test_a_form_that_does_not_fit_the_base_is_refused(over, message):
-    model = tiny_model("llama")
-    with pytest.raises(ValueError, match=message):
-        evaluation.check_fit(model, infini_params(**over), text_for(model))
-
-
 @pytest.mark.parametrize("num_positions", [DOCUMENT, DOCUMENT - 1])
 def test_documents_beyond_the_base_s_positions_are_warned_of(num_positions, capsys):
     model = tiny_model("llama", max_position_embeddings=num_positions)
-    evaluation.check_fit(model, INFINI, text_for(model))
+    evaluation.warn_of_length(model, text_for(model))
     warned = capsys.readouterr().err.startswith("warning: documents of 15 tokens exceed the 14")
     assert warned == (num_positions < DOCUMENT)
 

@@ -3,27 +3,21 @@
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-import yaml
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
-from infini_retrofit.base import load_base
-from infini_retrofit.checkpoints import load_retrofit, save_retrofit
-from infini_retrofit.export import main
+from infini_retrofit.checkpoints import load_retrofit
 from infini_retrofit.generation import enable_generation
-from infini_retrofit.pipeline import run_stage
-from infini_retrofit.report import write_manifest
-from infini_retrofit.retrofit import insert_infini
 from tests.reference import infini_params
-from tests.test_record import RESULTS, write_record
+from tests.test_record import write_record
 from tests.tiny import FAMILIES, random_ids, tiny_base_folder
+from tests.tiny_export import export, make_retrofit
 
 FORMS = {
     "published": {"layers": [0, -1], "local_context": 3},
@@ -52,18 +46,6 @@ print(again.dtype, again.config.infini == model.config.infini)
 """
 
 
-def make_retrofit(folder: Path, family: str, **form: object) -> PreTrainedModel:
-    """Write models/base and models/finetuned; return the retrofitted model."""
-    base_dir = tiny_base_folder(folder / "models" / "base", family)
-    model, params = load_base(base_dir, torch.float32), infini_params(**form)
-    insert_infini(model, params)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter += 0.01 * torch.randn_like(parameter)
-    save_retrofit(model, params, base_dir, folder / "models" / "finetuned")
-    return model
-
-
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory) -> tuple[Path, dict[str, PreTrainedModel]]:
     """Folders of both families and insertions, and the models that they were made from."""
@@ -85,15 +67,6 @@ def said_alone(exported) -> str:
     card = (top / "open-llama-published" / "README.md").read_text()
     (example,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
     return run_alone(top, COMPARE.format(folders=list(models)) + example)
-
-
-def export(top: Path, models: Path, out: str, *more: str) -> Path:
-    """Run the command and return the new folder."""
-    made = models.parent
-    given = ["--base", models / "base", "--metrics", made / "metrics", "--lock", made / "dvc.lock"]
-    arguments = [str(x) for x in (models / "finetuned", top / out, *given, *more)]
-    run_stage(lambda: main(arguments))
-    return top / out
 
 
 def run_alone(folder: Path, body: str) -> str:
@@ -133,20 +106,6 @@ def test_what_was_opened_there_can_be_saved_and_opened_again(said_alone):
     assert said_alone.startswith("torch.bfloat16 True\n")
 
 
-def test_a_base_folder_of_one_s_own_needs_no_notes_of_the_pipeline(exported, tmp_path):
-    top, _ = exported
-    base = tmp_path / "mine"
-    shutil.copytree(top / "llama-published" / "models" / "base", base)
-    (base / "base.json").unlink()
-    write_manifest(base)
-    models = top / "llama-published" / "models"
-    out = export(top, models, "of-mine", "--base", str(base), "--license", "mit")
-    text = (out / "README.md").read_text()
-    assert yaml.safe_load(text.split("---\n")[1])["base_model"] == "mine"
-    assert "**Licence:** mit.\n" in text
-    assert str(tmp_path) not in text
-
-
 def test_the_folder_is_complete_and_says_what_is_in_it(exported):
     top, _ = exported
     folder = top / "open-gpt_neox-parallel"
@@ -163,54 +122,6 @@ def test_the_folder_is_complete_and_says_what_is_in_it(exported):
     for name in ("tokenizer.json", "modeling.py", "README.md", "manifest.json", "shapes.py"):
         assert (folder / name).is_file()
     assert not list(top.glob(".export-*"))
-
-
-def test_the_card_holds_front_matter_numbers_and_training(exported):
-    top, _ = exported
-    text = (top / "open-llama-published" / "README.md").read_text()
-    _, front, card = text.split("---\n", 2)
-    front = yaml.safe_load(front)
-    assert front["base_model"] == "tiny-llama"
-    assert front["license"] == "unknown"
-    assert front["library_name"] == "transformers"
-    assert "infini-attention" in front["tags"]
-    shown = re.sub(" +", " ", card)
-    assert "| `segment_test_ppl` | 1,234.5000 | 20.2500 |" in shown
-    assert "| `state_bytes` | | 49,920 |" in shown
-    assert "| `val_loss` | 3.2500 |" in shown
-    (known,) = re.findall(r"```yaml\n(.*?)```", card, re.DOTALL)
-    known = yaml.safe_load(known)
-    assert known["prepare_wikitext"] == {"corpus": "c", "corpora.c": {"path": "b"}}
-    assert known["finetune"] == {"finetune": {"lr": 0.0002}}
-    assert known["infini"]["local_context"] == 3
-    assert "random weights" in card  # the base's note
-
-
-def test_options_of_the_command_reach_the_folder(exported, tmp_path):
-    top, _ = exported
-    more = ("--license", "mit", "--base-model", "someone/something", "--other-layers", "full")
-    out = export(top, top / "llama-published" / "models", "with-options", *more)
-    front = yaml.safe_load((out / "README.md").read_text().split("---\n")[1])
-    assert (front["license"], front["base_model"]) == ("mit", "someone/something")
-    assert json.loads((out / "config.json").read_text())["other_layers"] == "full"
-    assert "They see the whole prompt" in (out / "README.md").read_text()
-
-
-def test_results_of_another_model_do_not_get_on_the_card(exported, tmp_path, capsys):
-    top, _ = exported
-    models = tmp_path / "models"
-    shutil.copytree(top / "llama-published" / "models", models)
-    write_record(tmp_path)
-    config = models / "finetuned" / "infini_config.json"
-    config.write_text(config.read_text() + "\n")
-    write_manifest(models / "finetuned")
-    card = (export(tmp_path, models, "out") / "README.md").read_text()
-    assert "## Metrics\n\nNot recorded." in card
-    assert "Not recorded, but the form of the layers:" in card
-    assert str(RESULTS["finetune"]["val_loss"]) not in card
-    said = capsys.readouterr()
-    assert re.fullmatch(r"note: .* is not the models/finetuned of .*\n", said.err)
-    assert re.fullmatch(r"wrote .*out; open it by AutoModelForCausalLM.*\n", said.out)
 
 
 @pytest.mark.parametrize("option", ["--metrics", "--lock"])

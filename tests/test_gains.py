@@ -4,22 +4,16 @@ import math
 
 import numpy as np
 import pytest
-import torch
 
 from infini_retrofit.bootstrap import paired_bootstrap
-from infini_retrofit.evaluation import MEMORY_PROTOCOLS, Evaluation
-from infini_retrofit.gains import gains, gap_recovered, gap_test_nats
+from infini_retrofit.evaluation import MEMORY_PROTOCOLS, DocumentNlls
+from infini_retrofit.gains import gains, gap_recovered, gap_test_nats, has_gap
 
 TITLES = ["a", "b", "a"]
 
 
-def made_up(**document_nlls: list[float]) -> Evaluation:
-    """Make an evaluation of documents of two scored tokens each."""
-    spread = torch.tensor([[-0.5, 0.5]], dtype=torch.float64)
-    nlls = {
-        k: torch.tensor(v, dtype=torch.float64)[:, None] + spread for k, v in document_nlls.items()
-    }
-    return Evaluation({}, nlls)
+def made_up(**document_nlls: list[float]) -> DocumentNlls:
+    return {name: np.array(nlls) for name, nlls in document_nlls.items()}
 
 
 OWN = [2.0, 3.0, 4.0]
@@ -44,6 +38,12 @@ def test_a_gain_is_what_the_other_loses_more_document_by_document(own_kv, contro
         for name, other in others.items()
     }
     assert found["gain_over_off"] > 0
+
+
+def test_what_a_model_was_not_scored_under_is_left_out():
+    control = made_up(segment=[2.5, 2.9, 4.4], segment_kv=OWN)
+    found = gains(made_up(segment=OWN, segment_off=[2.3, 3.1, 4.0]), control, TITLES)
+    assert found.keys() == {"gain_over_off", "gain_over_control"}
 
 
 @pytest.mark.parametrize(("num_articles", "has_interval"), [(9, False), (10, True), (12, True)])
@@ -73,7 +73,6 @@ def test_only_enough_articles_give_an_interval_and_they_are_what_is_resampled(
 def test_the_gap_runs_from_the_control_s_segments_to_its_full_attention(segment_nll, share):
     control = {"segment_test_nll": 3.0, "full_test_nll": 2.0}
     model = {"segment_test_nll": segment_nll, "full_test_nll": 9.0}
-    control["gap_test_nats"] = gap_test_nats(control)
     assert gap_recovered(model, control) == pytest.approx(share)
 
 
@@ -81,4 +80,5 @@ def test_the_gap_runs_from_the_control_s_segments_to_its_full_attention(segment_
 def test_where_full_attention_is_no_better_that_is_said(full_nll, num_lines, capsys):
     control = {"segment_test_nll": 3.0, "full_test_nll": full_nll}
     assert gap_test_nats(control) == pytest.approx(3.0 - full_nll, nan_ok=True)
+    assert has_gap(control) is (num_lines == 0)
     assert len(capsys.readouterr().err.splitlines()) == num_lines

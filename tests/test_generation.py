@@ -20,6 +20,7 @@ from tests.tiny_generation import (
     LENGTHS,
     SEGMENT,
     all_cases,
+    assert_same,
     at_once,
     draw_ids,
     generate,
@@ -113,10 +114,8 @@ def test_generation_with_a_cache_equals_generation_without_one(family, other):
     model = generating_model(family, other, layers=[1], local_context=2)
     for num_tokens in LENGTHS:
         ids = draw_ids(1, num_tokens, seed=num_tokens)
-        want, want_logits = generate(model, ids, use_cache=False, max_new_tokens=3)
-        got, logits = generate(model, ids, max_new_tokens=3)
-        assert torch.equal(got, want)
-        assert largest(logits - want_logits) < 1e-5
+        want = generate(model, ids, use_cache=False, max_new_tokens=3)
+        assert_same(generate(model, ids, max_new_tokens=3), want)
 
 
 def test_before_generation_is_enabled_every_step_is_computed_anew():
@@ -145,10 +144,8 @@ def test_every_way_of_generating_equals_itself_without_a_cache(options, other):
     model = generating_model("llama", other, layers=[0, 2], local_context=2)
     ids = draw_ids(2, 13)
     without = {k: v for k, v in options.items() if k != "prefill_chunk_size"}
-    want, want_logits = generate(model, ids, use_cache=False, **without)
-    got, logits = generate(model, ids, **options)
-    assert torch.equal(got, want)
-    assert largest(logits - want_logits) < 1e-5
+    want = generate(model, ids, use_cache=False, **without)
+    assert_same(generate(model, ids, **options), want)
 
 
 def test_beams_that_keep_their_rows_are_noticed(monkeypatch):
@@ -175,12 +172,10 @@ def test_a_text_is_read_once_and_asked_many_times(other):
     assert list(read(model, ids, cache, num_segments=2)) == [10, 10, 10, 3]
     for seed in (1, 2):
         prompt = draw_ids(1, 4, seed=seed)
-        want, want_logits = generate(model, torch.cat([ids, prompt], dim=1))
+        want = generate(model, torch.cat([ids, prompt], dim=1))
         asked = copy.deepcopy(cache)
         mask = asked.mask_for(prompt)
-        got, logits = generate(model, prompt, past_key_values=asked, attention_mask=mask)
-        assert torch.equal(got, want)
-        assert largest(logits - want_logits) < 1e-5
+        assert_same(generate(model, prompt, past_key_values=asked, attention_mask=mask), want)
         assert asked.num_seen == 33 + 4 + 6
     assert cache.num_seen == 33
 
@@ -198,13 +193,12 @@ def test_a_text_is_read_once_and_asked_many_times(other):
 def test_beams_after_a_text_that_was_read_equal_those_of_all_of_it(other, options, repeat):
     model, ids = generating_model(other_layers=other, layers=[1]), draw_ids(2, 33)
     prompt, cache = draw_ids(2, 4, seed=1), InfiniCache(model)
-    want, want_logits = generate(model, torch.cat([ids, prompt], dim=1), **options)
+    want = generate(model, torch.cat([ids, prompt], dim=1), **options)
     list(read(model, ids, cache))
     mask = cache.mask_for(prompt)
     repeat(cache)
-    got, logits = generate(model, prompt, past_key_values=cache, attention_mask=mask, **options)
-    assert torch.equal(got, want)
-    assert largest(logits - want_logits) < 1e-5
+    options = options | {"past_key_values": cache, "attention_mask": mask}
+    assert_same(generate(model, prompt, **options), want)
     assert cache.batch_size == 6
 
 

@@ -122,8 +122,12 @@ def test_a_continuation_is_greedy_if_each_of_its_tokens_is_the_likeliest(lm):
     assert answers[0][0] > answers[1][0]
 
 
-def run_tasks(lm: InfiniLM, folder: Path, texts: list[str]) -> dict[str, dict]:
+def run_tasks(
+    lm: InfiniLM, monkeypatch: pytest.MonkeyPatch, folder: Path, texts: list[str]
+) -> dict[str, dict]:
     """Write texts where the pipeline keeps its test articles, and let the harness run our tasks."""
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", folder / "cache")
     (folder / "data/wikitext").mkdir(parents=True)
     pq.write_table(pa.table({"text": texts}), folder / "data/wikitext/test.parquet")
     tasks = TaskManager(include_path=str(TASKS), include_defaults=False)
@@ -133,11 +137,9 @@ def run_tasks(lm: InfiniLM, folder: Path, texts: list[str]) -> dict[str, dict]:
 
 @pytest.mark.filterwarnings("default")  # of the harness's own dependencies
 def test_our_tasks_ask_about_the_project_s_articles(lm, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     monkeypatch.setattr(harness, "SEGMENTS_PER_PIECE", 64)
     texts = [9 * TEXT, TEXT]
-    results = run_tasks(lm, tmp_path, texts)
+    results = run_tasks(lm, monkeypatch, tmp_path, texts)
     nll = sum(whole_nlls(lm, text).sum().item() for text in texts)
     expected = math.exp(nll / sum(len(re.split(r"\s+", text)) for text in texts))
     found = results["article_perplexity"]["word_perplexity,none"]
@@ -155,17 +157,14 @@ def test_our_tasks_ask_about_the_project_s_articles(lm, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("task", "message"),
     [
-        (
-            "article_perplexity",
-            r"error: nowhere is missing: run `dvc repro` to make it, in the project's",
-        ),
-        ("no_such_task", r"error: .*no_such_task"),
+        ("article_perplexity", "nowhere is missing: run `dvc repro` to make it, in the project's"),
+        ("no_such_task", ".*no_such_task"),
     ],
 )
 def test_a_mistake_on_the_command_line_ends_in_one_sentence(task, message, monkeypatch):
     options = f"--model infini --model_args retrofit=nowhere --include_path {TASKS} --tasks {task}"
     monkeypatch.setattr(sys, "argv", ["harness", *options.split()])
-    with pytest.raises(SystemExit, match=rf"^{message}[^\n]*$"):
+    with pytest.raises(SystemExit, match=rf"^error: {message}[^\n]*$"):
         run_stage(harness.main)
 
 
@@ -180,10 +179,8 @@ def test_the_help_names_our_model_and_its_arguments(arguments, monkeypatch, caps
 
 @pytest.mark.filterwarnings("default")  # of the harness's own dependencies
 def test_texts_without_a_last_word_to_ask_for_are_refused(lm, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     with pytest.raises(ValueError, match="for a sentence after 4000 characters, got 2 that do not"):
-        run_tasks(lm, tmp_path, [TEXT, TEXT])
+        run_tasks(lm, monkeypatch, tmp_path, [TEXT, TEXT])
 
 
 def test_an_unknown_number_type_is_refused():

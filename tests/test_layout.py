@@ -49,7 +49,7 @@ LEVELS = [
     },
     {
         *("training", "trainee", "distillation", "finetuning", "perplexity", "evaluation"),
-        *("diagnostics", "gains", "export", "chat", "harness"),
+        *("diagnostics", "gains", "export", "chat", "conversation", "harness"),
     },
 ]
 LEVEL_OF = {name: level for level, names in enumerate(LEVELS) for name in names}

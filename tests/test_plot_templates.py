@@ -2,27 +2,18 @@
 
 import json
 import re
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
 import vl_convert
 import yaml
 from dvc_render.vega import VegaRenderer
 
-from infini_retrofit.carrier import MemoryReading
-from infini_retrofit.diagnostics import share_histogram
-from infini_retrofit.evaluation import (
-    MEMORY_PROTOCOLS,
-    Evaluation,
-    rows_of_documents,
-    rows_of_positions,
-)
+from infini_retrofit.evaluation import MEMORY_PROTOCOLS, PROTOCOLS
 from infini_retrofit.gains import gains
-from infini_retrofit.history import memory_history
 from infini_retrofit.offline_plots import VEGA_LITE
-from stages.eval_sliding import POSITION_PROTOCOLS
+from tests.tiny_plots import MODELS, NUM_BINS, NUM_DOCUMENTS, ROWS, TITLES, Row
 
 ROOT = Path(__file__).parent.parent
 TEMPLATES = ROOT / ".dvc" / "plots"
@@ -33,63 +24,10 @@ PLOTS = {
     for entry in stage.get("plots", [])
     for path, options in entry.items()
 }
-PROTOCOLS = ("full", "segment", "t2", *(f"segment_{p}" for p in (*MEMORY_PROTOCOLS, "kv")))
-NUM_DOCUMENTS, SEGMENT, NUM_BINS = 3, 8, 20
-TITLES = ["a", "b", "a"]
-TRIED = {"documents", "positions", "memory_use", "memory_share"}
-OFF_THE_PAGE = 9.0  # nats, of the doubly shifted score
-
-Row = dict[str, Any]
-
-
-def evaluation(seed: int) -> Evaluation:
-    """Make scores of documents that differ from one another under every protocol."""
-    generator = torch.Generator().manual_seed(seed)
-    shape = (NUM_DOCUMENTS, 3 * SEGMENT - 1)
-    nlls = {name: 3 + torch.rand(shape, generator=generator) for name in PROTOCOLS}
-    nlls["t2"] += OFF_THE_PAGE
-    return Evaluation({}, nlls)
-
-
-MODELS = {
-    name: evaluation(i) for i, name in enumerate(("base", "control", "distilled", "finetuned"))
-}
-
-
-def position_rows(*names: str) -> list[Row]:
-    return [
-        row
-        for name in names
-        for row in rows_of_positions(
-            name, MODELS[name], SEGMENT, POSITION_PROTOCOLS.get(name, ("segment",))
-        )
-    ]
-
-
-def memory_rows() -> list[Row]:
-    shares = {"memory_share_mean": 0.11, "memory_share_p05": 0.01, "memory_share_p50": 0.1}
-    used = shares | {"memory_share_p95": 0.3, "recalled_over_local": 0.5}
-    used |= {"segment_val_ppl": 41.0, "segment_off_val_ppl": 42.0}
-    logged = {f"eval_{name}": value for name, value in used.items()}
-    return memory_history([{"epoch": e, "eval_val_loss": 1.0} | logged for e in (0, 1, 2)])
-
-
-def share_rows() -> list[Row]:
-    share = torch.linspace(0, 0.52, 60).reshape(1, 3, 4, 5)
-    return share_histogram({i: MemoryReading(share, share, share) for i in (2, 10)}, NUM_BINS)
-
-
-ROWS: dict[str, list[Row]] = {
-    "plots/baseline_documents.tsv": rows_of_documents("base", MODELS["base"], TITLES),
-    "plots/baseline_positions.tsv": position_rows("base"),
-    "plots/distill_memory.tsv": memory_rows(),
-    "plots/finetune_memory.tsv": memory_rows(),
-    "plots/eval_documents.tsv": [
-        row for name, e in MODELS.items() for row in rows_of_documents(name, e, TITLES)
-    ],
-    "plots/eval_positions.tsv": position_rows("base", "control", "finetuned"),
-    "plots/memory_share.tsv": share_rows(),
-}
+TRIED = {"documents", "positions", "memory_use", "memory_share", "ppl_by_protocol"}
+# A label drawn: where it begins, whether it is turned, its size, what it says.
+_PLACE, _SIZE = r'"translate\(([\d.]+),[^)]*\)( rotate\(270\))?[^>]*', r'size="(\d+)px"[^>]*'
+LABEL = f'="text mark"[^>]*{_PLACE}{_SIZE}>([^<]*)<'
 
 
 def filled(path: str, *revisions: str) -> Row:
@@ -176,7 +114,8 @@ def test_documents_show_each_protocol_but_the_one_off_scale():
     svg = draw(filled("plots/eval_documents.tsv", "v1"))
     shown = [m for m in marks(svg) if "document" in m]
     assert {m["protocol"] for m in shown} == set(PROTOCOLS) - {"t2"}
-    assert len(shown) == len(MODELS) * NUM_DOCUMENTS * (len(PROTOCOLS) - 1)
+    num_protocols = sum(len(e.nlls) - 1 for e in MODELS.values())
+    assert len(shown) == NUM_DOCUMENTS * num_protocols
     assert all(abs(number(m["nats a token above full attention"])) < 2 for m in shown)
 
 
@@ -194,9 +133,10 @@ def test_the_gains_drawn_are_those_of_the_metrics():
     for mark in drawn:
         means[labels[mark["over"]]].append(number(mark["nats a token gained"]))
     for name in labels.values():
-        expected = [
-            gains(e, MODELS["control"], TITLES)[f"gain_over_{name}"] for e in MODELS.values()
-        ]
+        control = MODELS["control"].of_documents()
+        found = [gains(e.of_documents(), control, TITLES) for e in MODELS.values()]
+        key = f"gain_over_{name}"
+        expected = [gain[key] for gain in found if key in gain]
         assert means[name] == pytest.approx(expected, abs=6e-4)
 
 
@@ -220,7 +160,7 @@ def test_positions_show_what_finetuned_gains_over_each_rival_where_it_is_one():
     for row in ROWS["plots/eval_positions.tsv"]:
         nlls[row["model"], row["protocol"]].append(row["nll"])
     better_kv = min(
-        ("control", "finetuned"), key=lambda m: MODELS[m].of_documents("segment_kv").mean()
+        ("control", "finetuned"), key=lambda m: MODELS[m].of_documents()["segment_kv"].mean()
     )
     rivals = {("finetuned", f"segment_{name}") for name in MEMORY_PROTOCOLS}
     rivals |= {("control", "segment"), (better_kv, "segment_kv")}
@@ -250,3 +190,20 @@ def test_the_heat_map_has_a_cell_for_every_bin_that_is_not_empty():
     # Layers sort as numbers, not as the text that DVC reads them as.
     assert [m["layer"] for m in cells] == ["2"] * (len(cells) // 2) + ["10"] * (len(cells) // 2)
     assert svg.index(">2</text>") < svg.index(">10</text>")
+
+
+def num_overlaps(spec: Row) -> int:
+    """Count labels that reach into the next one's place, a letter being half as wide as high."""
+    labels = sorted(
+        (float(x), int(size) * (1 if turned else len(text) / 2))
+        for x, turned, size, text in re.findall(LABEL, draw(spec))
+    )
+    assert len(labels) == len(ROWS["plots/eval_sliding.tsv"])
+    return sum(x + width > right for (x, width), (right, _) in pairwise(labels))
+
+
+def test_numbers_over_bars_side_by_side_do_not_overlap():
+    spec = filled("plots/eval_sliding.tsv", "v1")
+    assert num_overlaps(spec) == 0
+    spec["spec"]["layer"][1]["mark"]["angle"] = 0
+    assert num_overlaps(spec) > 0

@@ -1,5 +1,6 @@
 """The table of finished experiments, made up and real."""
 
+import re
 from typing import Any
 
 import pytest
@@ -119,6 +120,13 @@ def test_other_columns_show_what_labels_do(capsys, monkeypatch):
     assert header == ["recipe", *(column.title for column in LABELS)]
     finetuned, control = ["94.32", "127.50", "5,701"], ["30.61", "999.25"]
     assert row == ["v1", "0.1783", "25.63", "18,739", *finetuned, *control, "4", "5"]
+
+
+@pytest.mark.parametrize("line", ["v1 --columns labels", "--columns memory --list"])
+def test_columns_without_a_table_are_refused(line, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        command_line.main(line.split())
+    assert re.search(r"error: --columns \w+ must come with --table: .*\n$", capsys.readouterr().err)
 
 
 def test_with_nothing_to_show_it_says_so(monkeypatch):

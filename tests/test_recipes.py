@@ -26,6 +26,7 @@ OWN_BUDGET = {
     "memory-only": {"distill.epochs"},
     "memory-and-context": {"distill.epochs"},
     "memory-and-attention": {"distill.epochs"},
+    "memory-context-attention": {"distill.epochs"},
 }
 
 

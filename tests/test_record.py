@@ -11,9 +11,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from infini_retrofit.record import Record, dvc_md5, read_record
+from infini_retrofit.record import TRAINING, Record, dvc_md5, read_record
 from tests.tiny_checkout import keep_settings_apart
+from tests.tiny_project import ROOT
 
+PIPELINE = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
 RESULTS = {
     "eval_sliding": {
         "base": {"segment_test_ppl": 1234.5},
@@ -98,6 +100,12 @@ def score_another() -> None:
     lock = yaml.safe_load(LOCK.read_text())
     lock["stages"]["eval_sliding"]["deps"] = [{"path": str(MODEL), "md5": "0.dir"}]
     LOCK.write_text(yaml.safe_dump(lock))
+
+
+@pytest.mark.parametrize("model", TRAINING)
+def test_every_stage_that_a_card_names_records_what_it_ran_with(model):
+    for stage in TRAINING[model]:
+        assert PIPELINE[stage]["params"], stage
 
 
 @pytest.mark.usefixtures("recorded")

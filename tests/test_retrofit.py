@@ -12,6 +12,7 @@ from infini_retrofit.carrier import Carried, Carrier
 from infini_retrofit.families import FAMILIES, PROJECTIONS, decoder_layers
 from infini_retrofit.infini_params import InfiniParams
 from infini_retrofit.retrofit import (
+    check_form,
     has_memory,
     infini_modules,
     insert_infini,
@@ -202,3 +203,18 @@ def test_no_layers_are_the_plain_base():
     with torch.no_grad():
         ids = ids_for(base)
         assert torch.equal(run_folded(model, ids, SEGMENT), run_folded(base, ids, SEGMENT))
+
+
+@pytest.mark.parametrize(
+    ("over", "message"),
+    [
+        ({"layers": [0, 3]}, r"infini\.layers must be in -3\.\.2 for a base of 3 layers, got 3"),
+        (
+            {"feature_map": "hedgehog", "num_features": 14},
+            r"infini\.num_features must be at most 12 for heads of 6 channels, got 14",
+        ),
+    ],
+)
+def test_a_form_that_does_not_fit_the_base_is_refused(over, message):
+    with pytest.raises(ValueError, match=message):
+        check_form(infini_params(**over), tiny_model("llama").config)

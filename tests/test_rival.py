@@ -76,7 +76,7 @@ def test_the_equal_bytes_rival_carries_keys_and_values_in_every_layer(family, fo
     assert num_carried in {"one token": (1,), "a whole segment": (5,)}.get(form, (2, 3, 4))
     if inserted:
         insert_infini(model, params)
-    make_rival(model, params)
+    make_rival(model, num_carried, SEGMENT)
     ids = random_ids(base.config.vocab_size, 2, DOCUMENT)
     with torch.no_grad():
         got, want = run_folded(model, ids, SEGMENT), loop_with_carried_keys(base, ids, num_carried)
@@ -99,7 +99,7 @@ def test_the_rival_keeps_a_layers_own_attention_and_weights(form):
     layer = infini_modules(model)[0]
     before = dict(layer.named_parameters())
     of_memory = {name for name in before if name.startswith("memory.")}
-    make_rival(model, params)
+    make_rival(model, 3, SEGMENT)
     assert infini_modules(model)[0] is layer
     after = dict(layer.named_parameters())
     of_gate = set() if params.local == "window_linear" else {"gate_logit"}
@@ -107,7 +107,7 @@ def test_the_rival_keeps_a_layers_own_attention_and_weights(form):
     assert all(after[name] is before[name] for name in after)
     assert layer.local == params.local
     modules = infini_modules(model).values()
-    assert [m.local_context for m in modules] == [carried_tokens(model, params)] * 3
+    assert [m.local_context for m in modules] == [3] * 3
     assert all(m.memory is None for m in modules)
 
 
@@ -119,7 +119,7 @@ def test_the_rival_of_a_window_still_hears_what_its_window_left_behind(family):
     ids = random_ids(model.config.vocab_size, 1, DOCUMENT)
     with torch.no_grad():
         off = run_folded(model, ids, SEGMENT, "off")
-        make_rival(model, params)
+        make_rival(model, 1, SEGMENT)
         rival = run_folded(model, ids, SEGMENT)
         assert largest((rival - off)[:, :SEGMENT]) < 1e-5
         assert largest((rival - off)[:, SEGMENT:]) > 0.01
@@ -137,7 +137,7 @@ def test_the_rival_of_a_parallel_branch_is_that_of_the_base(family, layers):
         module.alpha.data[:] = 3
     num_carried = carried_tokens(base, params)
     assert carried_tokens(model, params) == num_carried
-    make_rival(model, params)
+    make_rival(model, num_carried, SEGMENT)
     ids = random_ids(base.config.vocab_size, 2, DOCUMENT)
     with torch.no_grad():
         got, want = run_folded(model, ids, SEGMENT), loop_with_carried_keys(base, ids, num_carried)
@@ -160,6 +160,6 @@ SPENDING = [
 def test_the_rival_spends_no_less_than_the_retrofit_and_one_token_less_would(over):
     model, params = tiny_model("llama"), infini_params(**over, segment_length=16)
     budget, num_carried = state_bytes(model, params), carried_tokens(model, params)
-    make_rival(model, params)
+    make_rival(model, num_carried, params.segment_length)
     spent = sum(module.border_bytes for module in infini_modules(model).values())
     assert spent / num_carried * (num_carried - 1) < budget <= spent

@@ -1,62 +1,30 @@
 """A base made here learns from the train split, all of its tokens and nothing else."""
 
 import json
-import random
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from tokenizers import Tokenizer, normalizers
 
-from infini_retrofit.base import load_base, load_tokenizer
+from infini_retrofit.base import load_base
 from infini_retrofit.base_sources import BASE_KINDS, bring_base
-from infini_retrofit.corpora import CORPORA, FilesCorpus
+from infini_retrofit.corpora import CORPORA
 from infini_retrofit.corpus import read_articles
 from infini_retrofit.params import load_choice, load_presets
 from infini_retrofit.pretraining import _NextToken
-from infini_retrofit.scratch import ScratchBase, pack_rows, train_articles, train_tokenizer
+from infini_retrofit.scratch import ScratchBase, pack_rows, train_articles
 from stages import prepare_base, prepare_wikitext
 from tests.tiny import random_ids
 from tests.tiny_project import ROOT, write_params
-
-SIZES = {
-    "num_layers": 2,
-    "hidden_size": 48,
-    "num_heads": 3,
-    "vocab_size": 290,
-    "tokens_per_sample": 37,
-    "samples": 50,
-    "epochs": 2,
-    "batch_size": 4,
-    "lr": 1e-2,
-    "seed": 5,
-}
-NUM_ARTICLES = 24
-WORDS = [
-    *("the", "river", "town", "dog", "sleeps", "by", "sea"),
-    *("and", "1984", "old", "stone", "bridge", "over", "water"),
-]
-# Combining accents, half a family, spaces, control characters, and the end of a text in words.
-HARD_TEXTS = [
-    "e\u0301 \u00e9 \ufb01 \U0001f469\u200d",
-    " two  spaces \t\r\n\n .",
-    "\x00\x7f\u2028",
-    "<|endoftext|> said he , don 't !",
-    "",
-]
+from tests.tiny_scratch import NUM_ARTICLES, SIZES, write_corpus
 
 
 @pytest.fixture
 def corpus(tmp_path, monkeypatch):
-    """Short articles of few words in the working folder, and how to find them."""
     monkeypatch.chdir(tmp_path)
-    Path("texts").mkdir()
-    chooser = random.Random(0)
-    for i in range(NUM_ARTICLES):
-        Path(f"texts/{i:02}.txt").write_text(" ".join(chooser.choices(WORDS, k=60)))
-    return FilesCorpus(path="texts", val_share=0.25, test_share=0.25)
+    return write_corpus()
 
 
 def load(corpus, **over):
@@ -71,44 +39,6 @@ def mean_nll(base, rows):
     with torch.no_grad():
         logits = base.model(rows, use_cache=False).logits[:, :-1]
     return F.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten()).item()
-
-
-def assert_keeps_every_text(tokenizer):
-    for text in HARD_TEXTS:
-        ids = tokenizer.encode(text, add_special_tokens=False)
-        assert tokenizer.decode(ids, skip_special_tokens=False) == text
-
-
-def test_the_tokenizer_keeps_every_text_through_files(corpus, tmp_path):
-    tokenizer = train_tokenizer([a.text for a in train_articles(corpus)], SIZES["vocab_size"])
-    assert len(tokenizer) == SIZES["vocab_size"]
-    assert_keeps_every_text(tokenizer)
-    bring_base(ScratchBase(**SIZES | {"epochs": 0}), "mini", tmp_path / "base", "mine", corpus)
-    loaded = load_tokenizer(tmp_path / "base")
-    assert_keeps_every_text(loaded)
-    plain = Tokenizer.from_file(str(tmp_path / "base/tokenizer.json"))
-    for text in [*HARD_TEXTS, *WORDS]:
-        want = tokenizer.encode(text, add_special_tokens=False)
-        assert loaded.encode(text) == plain.encode(text).ids == want
-    assert len(loaded.encode(" river")) < len(" river")
-
-
-def test_a_tokenizer_that_composes_characters_is_noticed():
-    tokenizer = train_tokenizer([" ".join(WORDS)] * 3, 260)
-    tokenizer.backend_tokenizer.normalizer = normalizers.NFC()
-    with pytest.raises(AssertionError):
-        assert_keeps_every_text(tokenizer)
-
-
-def test_rows_are_the_texts_one_after_another_each_with_its_end():
-    texts = ["the old bridge", "water", "the sea and the river"] * 4
-    tokenizer = train_tokenizer(texts, 270)
-    rows = pack_rows(tokenizer, texts, 7, 1000)
-    stream = "<|endoftext|>".join(texts) + "<|endoftext|>"
-    ids = tokenizer.encode(stream)
-    assert rows.flatten().tolist() == ids[: len(ids) // 7 * 7]
-    assert len(ids) % 7
-    assert pack_rows(tokenizer, texts, 7, 2).tolist() == rows[:2].tolist()
 
 
 def test_equal_runs_give_equal_bytes_and_another_seed_other_weights(corpus, tmp_path):

@@ -28,13 +28,12 @@ both_forms = pytest.mark.parametrize("form", sorted(FORMS))
 def retrofitted(family: str, dtype: torch.dtype, **over: object) -> PreTrainedModel:
     model = tiny_model(family)
     insert_infini(model, infini_params(**over))
+    gates = {module: module.gate_logit.data for module in infini_modules(model).values()}
+    model.to(dtype)
     if dtype is torch.bfloat16:
-        gates = {i: m.gate_logit.data for i, m in infini_modules(model).items()}
-        model.bfloat16()
-        for index, module in infini_modules(model).items():
-            module.gate_logit.data = gates[index]
-        return model
-    return model.to(dtype)
+        for module, gate in gates.items():
+            module.gate_logit.data = gate
+    return model
 
 
 def ids_for(model: PreTrainedModel, num_rows: int = 2, num_tokens: int = DOCUMENT) -> Tensor:
@@ -44,18 +43,15 @@ def ids_for(model: PreTrainedModel, num_rows: int = 2, num_tokens: int = DOCUMEN
 TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-5, torch.bfloat16: 2e-2}
 
 
-@torch.no_grad()
-def loop_difference(family: str, form: str, dtype: torch.dtype) -> float:
-    model = retrofitted(family, dtype, **FORMS[form])
-    ids = ids_for(model)
-    return largest(run_folded(model, ids, SEGMENT) - segment_loop(model, ids, SEGMENT))
-
-
 @both_families
 @both_forms
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+@torch.no_grad()
 def test_folded_equals_a_plain_loop_over_segments(family, form, dtype):
-    assert loop_difference(family, form, dtype) < TOLERANCES[dtype]
+    model = retrofitted(family, dtype, **FORMS[form])
+    ids = ids_for(model)
+    difference = run_folded(model, ids, SEGMENT) - segment_loop(model, ids, SEGMENT)
+    assert largest(difference) < TOLERANCES[dtype]
 
 
 def fold_segments_first(x: Tensor, segment_length: int) -> Tensor:
@@ -146,14 +142,10 @@ def test_one_infini_layer_alone_is_the_same_in_layer_and_folded(family):
     assert largest(got - want) < 1e-9
 
 
-def own(model: PreTrainedModel, ids: Tensor) -> Tensor:
-    return run_folded(model, ids, SEGMENT)
-
-
-def swapped(model: PreTrainedModel, ids: Tensor) -> Tensor:
+def swapped(model: PreTrainedModel, ids: Tensor, segment_length: int) -> Tensor:
     carrier = Carrier(found={})
-    run_folded(model, ids, SEGMENT, carrier=carrier)
-    return run_swapped(model, ids, SEGMENT, carrier.found)
+    run_folded(model, ids, segment_length, carrier=carrier)
+    return run_swapped(model, ids, segment_length, carrier.found)
 
 
 @both_families
@@ -161,22 +153,18 @@ def test_swapped_a_document_reads_what_another_wrote_for_itself(family):
     model = retrofitted(family, torch.float64)
     ids = ids_for(model, num_rows=3)
     with torch.no_grad():
-        got = swapped(model, ids)
+        got = swapped(model, ids, SEGMENT)
         for row in range(3):
             other = Carrier(found={})
             run_folded(model, ids[[row - 1]], SEGMENT, carrier=other)
             reader = Carrier(num_segments=3, strangers=other.found)
             positions = torch.arange(DOCUMENT).view(3, SEGMENT)
-            want = model.base_model(
-                input_ids=ids[row].view(3, SEGMENT),
-                position_ids=positions,
-                use_cache=False,
-                carrier=reader,
-            ).last_hidden_state
+            about = {"position_ids": positions, "use_cache": False, "carrier": reader}
+            want = model.base_model(ids[row].view(3, SEGMENT), **about).last_hidden_state
             assert largest(got[row] - want.flatten(0, 1)) < 1e-9
         assert largest(got - run_folded(model, ids, SEGMENT)) > 0.01
         same = ids[:1].expand(3, -1)
-        assert largest(run_folded(model, same, SEGMENT) - swapped(model, same)) < 1e-9
+        assert largest(run_folded(model, same, SEGMENT) - swapped(model, same, SEGMENT)) < 1e-9
 
 
 @both_families
@@ -186,11 +174,12 @@ def test_swapped_nothing_of_a_document_comes_back_to_its_later_segments(family):
     other = ids.clone()
     other[0, :SEGMENT] = (other[0, :SEGMENT] + 1) % model.config.vocab_size
     with torch.no_grad():
-        moved = [
-            largest((run(model, other)[0] - run(model, ids)[0])[SEGMENT:]) for run in (own, swapped)
-        ]
-    assert moved[0] > 0.01
-    assert moved[1] == 0
+        own, borrowed = (
+            largest((run(model, other, SEGMENT)[0] - run(model, ids, SEGMENT)[0])[SEGMENT:])
+            for run in (run_folded, swapped)
+        )
+    assert own > 0.01
+    assert borrowed == 0
 
 
 def test_a_document_that_is_no_whole_number_of_segments_is_refused():

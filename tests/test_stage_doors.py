@@ -23,7 +23,7 @@ def changed_files(before: dict[str, str], after: dict[str, str]) -> set[str]:
     return {name for name in changed if not name.startswith("checkpoints/")}
 
 
-@pytest.mark.parametrize("stage", ["baseline_eval", "distill", "finetune_control"])
+@pytest.mark.parametrize("stage", ["prepare_comparison", "distill"])
 def test_a_layer_that_the_base_does_not_have_is_refused_before_anything_slow(
     stage, project, monkeypatch
 ):
@@ -70,7 +70,7 @@ def test_on_the_command_line_a_mistake_is_one_sentence_and_earlier_results_stay(
     assert contents(project) == before
 
 
-@pytest.mark.parametrize("stage", ["baseline_eval", "eval_sliding"])
+@pytest.mark.parametrize("stage", ["baseline_eval", "control_eval", "eval_sliding"])
 def test_parameters_edited_while_models_are_scored_are_noticed(stage, project, monkeypatch):
     def evaluate(*_: object) -> Evaluation:
         write_params(project, SMALL | LINEAR | {"eval.stride": 8})

@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 
 from infini_retrofit.generation import enable_generation
 from infini_retrofit.retrofit import infini_modules, insert_infini
-from tests.reference import infini_params, without_conflicts
+from tests.reference import infini_params, largest, without_conflicts
 from tests.tiny import FAMILIES, Family, random_ids, tiny_model
 
 SEGMENT = 5
@@ -56,6 +56,12 @@ def generate(model: PreTrainedModel, ids: Tensor, **kwargs: object) -> tuple[Ten
     torch.manual_seed(0)
     found = model.generate(ids, output_logits=True, return_dict_in_generate=True, **options)
     return found.sequences[:, ids.shape[1] :], torch.stack(found.logits, dim=1)
+
+
+def assert_same(got: tuple[Tensor, Tensor], want: tuple[Tensor, Tensor]) -> None:
+    """Compare tokens, and the logits that they were chosen by."""
+    assert torch.equal(got[0], want[0])
+    assert largest(got[1] - want[1]) < 1e-5
 
 
 FORMS = (

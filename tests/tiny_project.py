@@ -61,8 +61,9 @@ PUBLISHED = {
 }
 PROJECTS = {"linear": LINEAR, "published": {"family": "gpt_neox", **PUBLISHED}}
 STAGES = [
-    *("check_params", "prepare_base", "prepare_wikitext", "prepare_longdocs", "baseline_eval"),
-    *("distill", "finetune", "finetune_control", "eval_sliding"),
+    *("check_params", "prepare_base", "prepare_wikitext", "prepare_longdocs"),
+    *("prepare_comparison", "baseline_eval", "distill", "finetune"),
+    *("finetune_control", "control_eval", "eval_sliding"),
 ]
 
 

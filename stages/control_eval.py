@@ -1,0 +1,53 @@
+"""Stage `control_eval`: the control under every protocol, and what a memory could win back.
+
+Reads:  params.yaml (eval), data/rival.json, models/base, models/control,
+        data/wikitext, data/longdocs
+Writes: metrics/control_eval.json, plots/control_documents.tsv, plots/control_positions.tsv
+"""
+
+from pathlib import Path
+
+from infini_retrofit.checkpoints import load_retrofit
+from infini_retrofit.evaluation import (
+    EvalParams,
+    Rival,
+    evaluate,
+    rows_of_documents,
+    rows_of_positions,
+)
+from infini_retrofit.gains import gap_test_nats
+from infini_retrofit.imports import first_party_files
+from infini_retrofit.params import load_json, load_section
+from infini_retrofit.pipeline import run_stage, unchanged
+from infini_retrofit.report import write_metrics, write_rows
+from infini_retrofit.runtime import start_run
+from infini_retrofit.texts import read_test_text
+
+BASE, CONTROL = Path("models/base"), Path("models/control")
+RIVAL = Path("data/rival.json")
+TEST_TEXT, TEST_DOCUMENTS = Path("data/wikitext/test.parquet"), Path("data/longdocs/test.parquet")
+METRICS = Path("metrics/control_eval.json")
+DOCUMENTS, POSITIONS = Path("plots/control_documents.tsv"), Path("plots/control_positions.tsv")
+# Where a segment's cold start shows, what full attention predicts at the same places, and what
+# carried keys and values do.
+POSITION_PROTOCOLS = ("segment", "full", "segment_kv")
+
+
+def main() -> None:
+    """Run the stage."""
+    params = load_section(EvalParams, "eval")
+    rival = load_json(Rival, RIVAL, "dvc repro prepare_comparison")
+    text = read_test_text(TEST_TEXT, TEST_DOCUMENTS, params.sliding_tokens, params.documents)
+    device, dtype = start_run()
+    model, _ = load_retrofit(BASE, CONTROL, dtype, "dvc repro finetune_control")
+    code = first_party_files(Path(__file__))
+    with unchanged("control_eval", {"eval": params}, [*code, RIVAL]):
+        control = evaluate(model.to(device), rival, params, text)
+    write_metrics(METRICS, control.metrics | {"gap_test_nats": gap_test_nats(control.metrics)})
+    write_rows(DOCUMENTS, rows_of_documents("control", control, text.titles))
+    length = rival.segment_length
+    write_rows(POSITIONS, rows_of_positions("control", control, length, POSITION_PROTOCOLS))
+
+
+if __name__ == "__main__":
+    run_stage(main)

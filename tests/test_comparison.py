@@ -1,0 +1,163 @@
+"""What the control is and what rivals carry: equal where a memory's form makes no difference."""
+
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from infini_retrofit import texts
+from infini_retrofit.evaluation import EvalParams, Rival, evaluate, rival_of
+from infini_retrofit.finetuning import (
+    Control,
+    ControlParams,
+    Finetuning,
+    make_control,
+    plan_control,
+)
+from infini_retrofit.params import load_json
+from infini_retrofit.retrofit import carried_tokens
+from infini_retrofit.schedule import FullLrScale
+from stages.prepare_comparison import weightless, write
+from tests.reference import infini_params
+from tests.tiny import FAMILIES, random_ids, tiny_model
+from tests.tiny_project import LINEAR, SMALL, contents, run_stage, write_params
+from tests.tiny_training import SEGMENT, TOKENS, finetune_params, run
+
+NUM_LAYERS = 3
+TEXT = texts.TestText(random_ids(67, 5 * SEGMENT), random_ids(67, 2, TOKENS), ["a", "b"])
+EVAL = EvalParams(window=2 * SEGMENT, stride=SEGMENT, sliding_tokens=5 * SEGMENT, documents=2)
+SAME = ControlParams(trainable="same", lr="same")
+EVEN = FullLrScale(memory=1.0, infini=1.0, rest=1.0)
+MEMORIES = [
+    {"update_rule": "delta"},
+    {"feature_map": "hedgehog", "num_features": 4, "gate": "query", "decay": "feature"},
+    {"insertion": "parallel", "initial_memory_share": 0.3},
+    {"local": "linear", "positions": "none", "heads": "single", "init": "random_attention"},
+    {"recall_norm": "rms", "written_tokens": 2, "initial_state": "learnable"},
+    {"bptt_segments": 1, "window": 3, "local": "window_linear"},
+]
+
+
+def planned(over: dict[str, object] | None = None, **params: object) -> Control:
+    infini = infini_params(**{"layers": "all", "segment_length": SEGMENT} | (over or {}))
+    finetune = finetune_params(**{"lr_scale": EVEN} | params)
+    return plan_control(infini, finetune, SAME, NUM_LAYERS)
+
+
+@pytest.mark.parametrize("memory", MEMORIES, ids=str)
+@pytest.mark.parametrize("layers", ["all", [0]])
+def test_forms_that_differ_in_their_memory_have_one_control(memory, layers):
+    over = {"layers": layers}
+    assert planned(over | memory) == planned(over)
+    scale = replace(EVEN, memory=100.0)
+    assert planned(over | memory, lr_scale=scale) == planned(over)
+
+
+def test_layers_count_by_what_they_are_not_by_how_they_are_named():
+    everywhere = planned({"layers": "all"})
+    assert everywhere == planned({"layers": [2, 0, -2]}) == planned(trainable="attention")
+    assert planned({"layers": [-1]}) == planned({"layers": [2]}) != planned({"layers": [0]})
+    one = planned({"layers": [0]}, trainable="attention")
+    none = planned({"layers": []}, trainable="attention")
+    assert one != none != everywhere != one
+
+
+DIFFERENT = [
+    ({"local_context": 2}, {}),
+    ({"segment_length": 16}, {}),
+    ({"init": "random_layer"}, {}),
+    ({}, {"trainable": "all"}),
+    ({}, {"trainable": "lora"}),
+    ({}, {"trainable": "memory"}),
+    ({}, {"lr": 1e-3}),
+    ({}, {"lr_scale": replace(EVEN, infini=2.0)}),
+    ({"local_context": 2, "bptt_segments": 1}, {}),
+]
+
+
+def test_what_makes_a_difference_to_the_control_is_kept():
+    plans = [planned()] + [planned(infini, **params) for infini, params in DIFFERENT]
+    assert len({str(asdict(plan)) for plan in plans}) == len(plans)
+    own = ControlParams(trainable="all", lr=1e-3)
+    plan = plan_control(infini_params(), finetune_params(lr_scale=EVEN), own, NUM_LAYERS)
+    assert (plan.finetune.trainable, plan.finetune.lr) == ("all", 1e-3)
+
+
+PLANS = [
+    ({"layers": "all"}, {}),
+    ({"layers": [0]}, {"trainable": "attention"}),
+    ({"layers": [1], "init": "random_layer"}, {}),
+    ({"layers": "all", "local_context": 2}, {}),
+    ({"layers": [0], "feature_map": "hedgehog", "gate": "query"}, {"trainable": "lora"}),
+]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("over", "params"), PLANS, ids=str)
+def test_a_planned_control_trains_as_one_of_the_retrofit_s_own_form(family, over, params, tmp_path):
+    infini = infini_params(**{"segment_length": SEGMENT} | over)
+    finetune = finetune_params(**{"lr_scale": EVEN, "epochs": 1, "lr": 1e-3} | params)
+    plan, found = plan_control(infini, finetune, SAME, NUM_LAYERS), []
+    for form, part in ((infini, finetune), (plan.infini, plan.finetune)):
+        model = tiny_model(family)
+        make_control(model, form)
+        trainee = Finetuning(model, form, part, torch.float32)
+        metrics = run(trainee, tmp_path / str(len(found)), **{"epochs": 1, "lr": 1e-3} | params)
+        scored = evaluate(model, rival_of(model, infini), EVAL, TEXT).metrics
+        assert scored["sliding_test_ppl"] > 1
+        found.append(metrics | scored)
+    assert found[1] == pytest.approx(found[0], rel=1e-6)
+
+
+def test_which_layers_are_a_control_s_shows_in_a_sliding_window():
+    scores = []
+    for layers in ([], [0], "all"):
+        model = tiny_model("llama")
+        infini = make_control(model, infini_params(layers=layers, segment_length=SEGMENT))
+        scores.append(evaluate(model, rival_of(model, infini), EVAL, TEXT).metrics)
+    assert len({score["sliding_test_ppl"] for score in scores}) == 3
+    assert scores[0]["segment_test_nll"] == pytest.approx(scores[2]["segment_test_nll"], rel=1e-5)
+
+
+@pytest.mark.parametrize("over", [{}, {"layers": [0]}, {"local_context": 3, "memory": "off"}])
+def test_rivals_of_a_base_are_counted_without_its_weights(over, tmp_path):
+    base, infini = tiny_model("llama"), infini_params(**over)
+    base.save_pretrained(tmp_path)
+    bare = weightless(tmp_path)
+    assert all(p.is_meta for p in bare.parameters())
+    want = Rival(segment_length=infini.segment_length, num_tokens=carried_tokens(base, infini))
+    assert rival_of(bare, infini) == want
+    assert want.num_tokens > 0
+
+
+def test_plans_come_back_from_their_files_as_they_were(tmp_path):
+    for plan in (planned(), planned({"layers": [0]}), Rival(segment_length=8, num_tokens=2)):
+        write(tmp_path / "plan.json", plan)
+        assert load_json(type(plan), tmp_path / "plan.json", "dvc repro") == plan
+
+
+def test_an_unknown_value_in_a_plan_is_named(tmp_path):
+    path = tmp_path / "plan.json"
+    path.write_text('{"segment_length": 8, "num_tokens": "two"}')
+    with pytest.raises(ValueError, match=r"plan\.json\.num_tokens must be an integer, got 'two'"):
+        load_json(Rival, path, "dvc repro")
+    path.write_text('{"segment_length": 8')
+    message = r"plan\.json is not valid JSON .* run `dvc repro` to make it again"
+    with pytest.raises(ValueError, match=message):
+        load_json(Rival, path, "dvc repro")
+
+
+def test_another_memory_leaves_the_files_as_they_are_and_another_layer_does_not(
+    project: Path,
+) -> None:
+    before = contents(project / "data")
+    write_params(
+        project, SMALL | LINEAR | {"infini.gate": "query", "finetune.lr_scale.memory": 9.0}
+    )
+    run_stage("prepare_comparison")
+    assert contents(project / "data") == before
+    write_params(project, SMALL | LINEAR | {"infini.layers": [1]})
+    run_stage("prepare_comparison")
+    after = contents(project / "data")
+    assert {name for name in before if after[name] != before[name]} == {"control.json"}

@@ -1,0 +1,35 @@
+"""A tiny retrofit where the pipeline leaves one, and the command that exports it."""
+
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel
+
+from infini_retrofit.base import load_base
+from infini_retrofit.checkpoints import save_retrofit
+from infini_retrofit.export import main
+from infini_retrofit.pipeline import run_stage
+from infini_retrofit.retrofit import insert_infini
+from tests.reference import infini_params
+from tests.tiny import tiny_base_folder
+
+
+def make_retrofit(folder: Path, family: str, **form: object) -> PreTrainedModel:
+    """Write models/base and models/finetuned; return the retrofitted model."""
+    base_dir = tiny_base_folder(folder / "models" / "base", family)
+    model, params = load_base(base_dir, torch.float32), infini_params(**form)
+    insert_infini(model, params)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.01 * torch.randn_like(parameter)
+    save_retrofit(model, params, base_dir, folder / "models" / "finetuned")
+    return model
+
+
+def export(top: Path, models: Path, out: str, *more: str) -> Path:
+    """Export `models`/finetuned, with what is recorded beside `models`; return the new folder."""
+    made = models.parent
+    given = ["--base", models / "base", "--metrics", made / "metrics", "--lock", made / "dvc.lock"]
+    arguments = [str(x) for x in (models / "finetuned", top / out, *given, *more)]
+    run_stage(lambda: main(arguments))
+    return top / out
