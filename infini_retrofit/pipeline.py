@@ -6,7 +6,6 @@ records the parameters it finds at the end. Knows no stage, section or file by n
 
 import contextlib
 import ctypes
-import fcntl
 import hashlib
 import json
 import os
@@ -20,6 +19,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from infini_retrofit.folder_lock import locked
 from infini_retrofit.params import PARAMS_PATH, load_section
 from infini_retrofit.report import MANIFEST, sha256
 
@@ -98,13 +98,17 @@ def training_run(
     Raises:
         ChangedWhileRunningError: if `code` or `params` differ from the files, at start or end.
         FileNotFoundError: if an input is missing.
-        OSError: if the disk is full or read-only, or an equal run is under way.
+        OSError: if the disk is full or read-only, or, of several processes, an equal run is under
+            way; a single process waits for its end.
     """
     root = Path(os.environ.get("DVC_ROOT", "."))
     folder = root / "checkpoints" / f"{stage}-{_fingerprint(inputs, params, code)}"
     is_first = is_first_process()
     _check_writable(folder, free_bytes)
-    with _end_on_sigterm(), _locked(folder) if is_first else contextlib.nullcontext():
+    with (
+        _end_on_sigterm(),
+        locked(folder, waits=_num_processes() == 1) if is_first else contextlib.nullcontext(),
+    ):
         with unchanged(stage, params, code):
             yield TrainingFolder(folder, is_first)
         if is_first:
@@ -208,20 +212,6 @@ def _check_writable(folder: Path, free_bytes: int) -> None:
                 f"{place} must have {free_bytes / 2**30:.1f} GiB free for checkpoints and the "
                 f"model, got {free / 2**30:.1f} GiB"
             )
-
-
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Hold the folder's lock; the system lets go of it however the process ends."""
-    with (folder / "lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise BlockingIOError(
-                f"the same training is under way in another process, which holds {lock.name}: "
-                "wait for it or end it"
-            ) from error
-        yield
 
 
 @contextlib.contextmanager

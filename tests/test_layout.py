@@ -26,7 +26,7 @@ LEVELS = [
         *("wikitemplates", "wikitext", "articles", "texts", "hub", "gguf_file", "cross_entropy"),
         *("imports", "offline_plots", "schedule", "history", "feature_maps", "infini_params"),
         *("bootstrap", "curriculum", "processes", "corpora", "tokenization"),
-        *("shapes", "families", "labels", "forgetting", "mixing", "table"),
+        *("shapes", "families", "labels", "forgetting", "mixing", "table", "folder_lock"),
     },
     {
         *("compressive_memory", "window_attention", "attention", "local_attention", "carrier"),
