@@ -100,10 +100,11 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
         patch.chdir(folder / "one")
         for stage in STAGES[: STAGES.index("baseline_eval")]:
             run_stage(stage)
-    projects = ("two", "unweighted", "apart", "killed", "failed")
-    for name in projects:
-        shutil.copytree(folder / "one", folder / name)
-        write_params(folder / name, SMALL_PROJECT | CHANGES | TWO)
+        for name in ("two", "unweighted", "apart", "killed", "failed"):
+            shutil.copytree(folder / "one", folder / name)
+            write_params(folder / name, SMALL_PROJECT | CHANGES | TWO)
+            patch.chdir(folder / name)
+            run_stage("prepare_comparison")
     with started(ROOT / "tests/two_processes.py", folder) as run:
         for stage in TRAINING_STAGES:
             run_in_float32(folder / "one", stage)
