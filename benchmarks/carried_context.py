@@ -43,34 +43,30 @@ def main(arguments: Sequence[str] | None = None) -> None:
     else:
         model = load_retrofit(BASE, options.model, dtype)[0]
     full = total(score_full(model.to(device), documents))
-    scores: dict[tuple[int, int], Score] = {}
+    scores: list[tuple[int, int, Score]] = []
     for num_tokens in sorted({0, *options.tokens}):
         make_rival(model, num_tokens, length)
         num_bytes = sum(m.border_bytes for m in infini_modules(model).values())
-        scores[num_tokens, num_bytes] = total(score_segments(model, documents, length))
+        scores.append((num_tokens, num_bytes, total(score_segments(model, documents, length))))
         print(render(HEADER, rows_of(scores, full)), file=sys.stderr)
     print(render(HEADER, rows_of(scores, full)))
 
 
-def rows_of(scores: dict[tuple[int, int], Score], full: Score) -> list[list[str]]:
+def rows_of(scores: Sequence[tuple[int, int, Score]], full: Score) -> list[list[str]]:
     """Lay out what each number of tokens, of so many bytes, wins over none.
 
     Args:
-        scores: by tokens and bytes, that of none among them.
+        scores: tokens, bytes and the score, none carried first.
         full: the score under full attention.
     """
-    none = scores[0, 0].nll
-    lines = [(f"{tokens}", f"{size:,}", score) for (tokens, size), score in scores.items()]
-    return [
-        [
-            tokens,
-            size,
-            f"{s.ppl:.2f}",
-            f"{none - s.nll:.4f}",
-            f"{(none - s.nll) / (none - full.nll):.1%}",
-        ]
-        for tokens, size, s in [*lines, ("full attention", "", full)]
-    ]
+    none = scores[0][2].nll
+    lines = [(f"{tokens}", f"{size:,}", score) for tokens, size, score in scores]
+    rows = []
+    for tokens, size, score in [*lines, ("full attention", "", full)]:
+        won = none - score.nll
+        share = won / (none - full.nll)
+        rows.append([tokens, size, f"{score.ppl:.2f}", f"{won:.4f}", f"{share:.1%}"])
+    return rows
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:

@@ -76,12 +76,7 @@ class Reader:
         return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
 
-def converse(
-    reader: Reader,
-    cache: InfiniCache,
-    prompts: Iterable[str],
-    goes_on: bool,
-) -> None:
+def converse(reader: Reader, cache: InfiniCache, prompts: Iterable[str], goes_on: bool) -> None:
     """Answer prompts.
 
     Args:

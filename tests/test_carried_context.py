@@ -18,7 +18,7 @@ def table(said: str) -> dict[str, list[str]]:
 
 
 def test_rows_say_what_is_won_of_the_gap_between_nothing_and_everything():
-    scores = {(0, 0): Score(30.0, 10), (4, 480): Score(26.0, 10)}
+    scores = [(0, 0, Score(30.0, 10)), (4, 480, Score(26.0, 10))]
     rows = carried_context.rows_of(scores, full=Score(20.0, 10))
     assert rows[1] == ["4", "480", f"{math.exp(2.6):.2f}", "0.4000", "40.0%"]
     assert [row[0] for row in rows] == ["0", "4", "full attention"]
