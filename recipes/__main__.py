@@ -45,6 +45,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             print_table(args.names, COLUMNS[args.columns or "memory"])
         elif args.against:
             print_gains(args.names)
+        elif args.repeats:
+            print_repeats(args.names)
         elif args.diff:
             run_and_compare(args)
         elif args.names:
@@ -65,6 +67,8 @@ def make_parser() -> argparse.ArgumentParser:
     one("--table", action="store_true", help="print finished experiments (all recipes or NAMEs)")
     one("--diff", action="store_true", help="run of two NAMEs what is missing, and compare them")
     one("--against", action="store_true", help="what the first of finished NAMEs gains over others")
+    repeats = "what the memory gains in finished NAMEs that differ in seeds, and on average"
+    one("--repeats", action="store_true", help=repeats)
     about = "of --table: what a memory wins back, or what labels do (default: memory)"
     add("--columns", choices=COLUMNS, help=about)
     add("--print", action="store_true", help="print the commands, and run none")
@@ -100,15 +104,38 @@ def print_gains(names: Sequence[str]) -> None:
     Raises:
         ValueError: if none is named, or one has not been run.
     """
-    revisions = {name: e.revision for name, e in finished(all_experiments()).items()}
-    if not names or (missing := [name for name in names if name not in revisions]):
-        raise ValueError(
-            "--against needs names of finished experiments, the one in question first, got "
-            + (f"some that have not been run: {', '.join(missing)}" if names else "none")
-        )
+    revisions = find_revisions("--against", names)
     gains = against.gains(revisions, names)
     print(f"{names[0]}, finetuned, protocol {against.PROTOCOL}, is better:\n")
     print(render(against.COLUMNS, gains))
+
+
+def print_repeats(names: Sequence[str]) -> None:
+    """Print what the memory gains in each finished experiment, and on average.
+
+    Raises:
+        ValueError: if none is named, one has not been run, or they differ in more than seeds.
+    """
+    from recipes import repeats  # brings torch, which takes seconds
+
+    found = repeats.gains_of_repeats(find_revisions("--repeats", names), names)
+    print(f"finetuned, protocol {against.PROTOCOL}:\n")
+    print(render(repeats.columns(names), found))
+
+
+def find_revisions(option: str, names: Sequence[str]) -> dict[str, str]:
+    """Return the commit of every finished experiment.
+
+    Raises:
+        ValueError: if no name is asked for, or one that has not been run.
+    """
+    revisions = {name: e.revision for name, e in finished(all_experiments()).items()}
+    if not names or (missing := [name for name in names if name not in revisions]):
+        raise ValueError(
+            f"{option} needs names of finished experiments, got "
+            + (f"some that have not been run: {', '.join(missing)}" if names else "none")
+        )
+    return revisions
 
 
 def run_and_compare(args: argparse.Namespace) -> None:

@@ -22,15 +22,20 @@ _ROUNDING = 1e-2  # nats a token, between machines and number types
 Scores = dict[str, tuple[float, str]]
 
 
+def read_rows(revision: str) -> list[dict[str, str]]:
+    """Read an experiment's scores: a row for each model, protocol and document."""
+    command = ["git", "show", f"{revision}:./{SCORES}"]
+    shown = subprocess.run(command, capture_output=True, text=True)
+    return list(csv.DictReader(shown.stdout.splitlines(), delimiter="\t"))
+
+
 def read_scores(name: str, revision: str, model: str, protocol: str = PROTOCOL) -> Scores:
     """Read what a model of an experiment scored under a protocol.
 
     Raises:
         ValueError: if there are no such scores.
     """
-    command = ["git", "show", f"{revision}:./{SCORES}"]
-    shown = subprocess.run(command, capture_output=True, text=True)
-    rows = csv.DictReader(shown.stdout.splitlines(), delimiter="\t")
+    rows = read_rows(revision)
     wanted = [r for r in rows if (r["model"], r["protocol"]) == (model, protocol)]
     if not wanted or "article" not in wanted[0]:
         raise ValueError(
@@ -54,8 +59,22 @@ def gains(revisions: Mapping[str, str], names: Sequence[str]) -> list[tuple[str,
     Raises:
         ValueError: if documents, articles or bases differ.
     """
-    base = read_scores(names[0], revisions[names[0]], *_SAME_TEXTS)
+    read_titles(revisions, names)
     own = read_scores(names[0], revisions[names[0]], "finetuned")
+    pairs = [(name, model) for name in names for model in MODELS][1:]
+    return [
+        (name, model, *gain(own, read_scores(name, revisions[name], model)))
+        for name, model in pairs
+    ]
+
+
+def read_titles(revisions: Mapping[str, str], names: Sequence[str]) -> list[str]:
+    """Return the article of each document that all of these experiments scored.
+
+    Raises:
+        ValueError: if documents, articles or bases differ.
+    """
+    base = read_scores(names[0], revisions[names[0]], *_SAME_TEXTS)
     for name in names[1:]:
         others = read_scores(name, revisions[name], *_SAME_TEXTS)
         if not are_alike(others, base):
@@ -63,11 +82,7 @@ def gains(revisions: Mapping[str, str], names: Sequence[str]) -> list[tuple[str,
                 f"experiments must have scored the same documents of the same base, got "
                 f"{len(base)} of {names[0]} and {len(others)} of {name}, or of other texts or bases"
             )
-    pairs = [(name, model) for name in names for model in MODELS][1:]
-    return [
-        (name, model, *gain(own, read_scores(name, revisions[name], model)))
-        for name, model in pairs
-    ]
+    return list(articles(base).values())
 
 
 def gain(own: Scores, other: Scores) -> tuple[str, str]:

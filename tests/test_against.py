@@ -113,5 +113,7 @@ def test_the_command_finds_experiments_by_name(revisions, monkeypatch, capsys):
         *("than", "------", "mine", "theirs", "theirs")
     ]
     for names, got in (([], "none"), (["mine", "yours"], "some .* not been run: yours")):
-        with pytest.raises(SystemExit, match=f"names of finished experiments, .* got {got}$"):
+        with pytest.raises(
+            SystemExit, match=f"--against needs names of finished experiments, got {got}$"
+        ):
             command_line.main(["--against", *names])

@@ -1,0 +1,106 @@
+"""Repeats, experiments that differ in their random seeds alone: what the memory gains in each.
+
+Knows the files that experiments leave in git; not how they are run.
+"""
+
+import subprocess
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from ruamel.yaml import YAML
+
+from infini_retrofit.evaluation import DocumentNlls, read_document_rows
+from infini_retrofit.gains import gains
+from infini_retrofit.params import PARAMS_PATH
+from recipes.against import read_rows, read_titles
+from recipes.overlays import leaves
+
+# By the name that `gains` gives to what a model is compared with.
+OTHERS = {
+    "off": "its memory off",
+    "swapped": "another document's memory",
+    "recent": "the memory of the last segment only",
+    "control": "the control",
+    "kv": "the better rival of equal bytes",
+}
+
+
+def columns(names: Sequence[str]) -> list[str]:
+    """Return the header of the table of these experiments."""
+    return ["nats a token better than", *names, "on average", "95% interval"]
+
+
+def gains_of_repeats(revisions: Mapping[str, str], names: Sequence[str]) -> list[list[str]]:
+    """Say what the memory gains in each experiment, and on average over all of them.
+
+    Args:
+        revisions: commit of each experiment.
+        names: of the experiments.
+
+    Returns:
+        Rows as `columns` says. Averaged are each document's scores. The interval is of articles
+        resampled, for the seeds at hand; how much a seed matters show the columns beside it.
+
+    Raises:
+        ValueError: if they differ in more than seeds, or in none, or scored other documents.
+    """
+    check_repeats({name: read_settings(revisions[name]) for name in names})
+    titles = read_titles(revisions, names)
+    rows = [read_rows(revisions[name]) for name in names]
+    model, control = ([nlls_of(r, m) for r in rows] for m in ("finetuned", "control"))
+    each = [gains(m, c, titles) for m, c in zip(model, control, strict=True)]
+    each.append(gains(average(model), average(control), titles))
+    found = [(what, f"gain_over_{other}") for other, what in OTHERS.items()]
+    return [
+        [what, *(f"{g[key]:+.4f}" for g in each), interval(each[-1], key)]
+        for what, key in found
+        if all(key in g for g in each)
+    ]
+
+
+def check_repeats(settings: Mapping[str, Mapping[str, Any]]) -> None:
+    """Refuse experiments that are not one configuration under several random seeds.
+
+    Raises:
+        ValueError: if so.
+    """
+    first, *others = settings
+    for name in others:
+        differ = {k for k, v in settings[name].items() if settings[first].get(k) != v}
+        differ |= settings[first].keys() - settings[name].keys()
+        if strange := sorted(key for key in differ if not key.endswith(".seed")):
+            raise ValueError(
+                f"--repeats must come with experiments that differ in seeds alone, got {first} and "
+                f"{name}, which differ in {', '.join(strange)}"
+            )
+    if len(settings) < 2 or len({tuple(v.items()) for v in settings.values()}) < len(settings):
+        raise ValueError(
+            "--repeats must come with two experiments or more, each of other seeds, got "
+            + (", ".join(settings) or "none")
+        )
+
+
+def read_settings(revision: str) -> dict[str, Any]:
+    """Read an experiment's parameters by dotted name."""
+    command = ["git", "show", f"{revision}:./{PARAMS_PATH}"]
+    shown = subprocess.run(command, capture_output=True, text=True, check=True)
+    return {k: str(v) for k, v in sorted(leaves(YAML(typ="safe").load(shown.stdout)))}
+
+
+def nlls_of(rows: Sequence[Mapping[str, str]], model: str) -> DocumentNlls:
+    """Return a model's scores under every protocol."""
+    return read_document_rows([row for row in rows if row["model"] == model])
+
+
+def average(scored: Sequence[DocumentNlls]) -> DocumentNlls:
+    """Return each document's mean score over experiments, where all have it."""
+    shared = set.intersection(*(set(nlls) for nlls in scored))
+    return {name: np.mean([nlls[name] for nlls in scored], axis=0) for name in sorted(shared)}
+
+
+def interval(found: Mapping[str, float], key: str) -> str:
+    """Write the interval of a gain; `-` where there are too few articles for one."""
+    if f"{key}_low" not in found:
+        return "-"
+    return f"[{found[f'{key}_low']:+.4f}, {found[f'{key}_high']:+.4f}]"
