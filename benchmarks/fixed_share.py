@@ -1,0 +1,110 @@
+"""What a memory wins whose share was fixed and never trained: perplexity by that share.
+
+The memory of section `infini`, as inserting makes it, in the base or in a control whose attention
+was trained without one. What was trained with a memory has to beat the best of these. Prints a
+table and writes nothing.
+
+Reads: params.yaml (infini), models, data/longdocs
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from infini_retrofit.base import load_base
+from infini_retrofit.checkpoints import load_retrofit
+from infini_retrofit.infini_params import InfiniParams
+from infini_retrofit.labels import next_token_nlls
+from infini_retrofit.params import load_section
+from infini_retrofit.perplexity import Score, Whose, memory_runs, total
+from infini_retrofit.pipeline import run_stage
+from infini_retrofit.report import verify_manifest
+from infini_retrofit.retrofit import insert_infini
+from infini_retrofit.runtime import start_run
+from infini_retrofit.table import render
+from infini_retrofit.texts import read_documents
+
+BASE, DOCUMENTS = Path("models/base"), Path("data/longdocs/test.parquet")
+HEADER = ["share", "PPL", "nats a token won", "another document's memory", "nats a token won"]
+
+# What a memory is added to; of a control these are the base's.
+ALIKE = ("insertion", "heads", "local", "positions", "segment_length", "local_context")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Score one model with an untrained memory of ever another share and print the table."""
+    options = _options(arguments)
+    form = load_section(InfiniParams, "infini")
+    if not form.has_memory:
+        raise ValueError("infini.memory must be on and infini.layers not empty, got no memory")
+    verify_manifest(BASE, made_by="dvc repro prepare_base")
+    documents = read_documents(DOCUMENTS, options.documents)
+    device, dtype = start_run()
+    length = form.segment_length
+    off = score(put_memory(options.model, form, dtype).to(device), documents, length, ["off"])
+    rows = [["off", f"{off['off'].ppl:.2f}", "", "", ""]]
+    for share in options.shares:
+        model = put_memory(options.model, replace(form, initial_memory_share=share), dtype)
+        found = score(model.to(device), documents, length, ["own", "swapped"])
+        rows.append([f"{share:g}"])
+        for one in found.values():
+            rows[-1] += [f"{one.ppl:.2f}", f"{off['off'].nll - one.nll:+.4f}"]
+        print(render(HEADER, rows), file=sys.stderr)
+    print(render(HEADER, rows))
+
+
+def score(
+    model: PreTrainedModel, documents: Int[Tensor, "B T"], length: int, reads: Sequence[Whose]
+) -> dict[Whose, Score]:
+    """Score documents in segments, once for each memory that they are to read."""
+    scores: dict[Whose, list[Score]] = {read: [] for read in reads}
+    for runs in memory_runs(model, documents, length, reads):
+        for read, run in runs.items():
+            scores[read].append(Score.of(next_token_nlls(model, *run)))
+    return {read: total(found) for read, found in scores.items()}
+
+
+def put_memory(folder: Path, form: InfiniParams, dtype: torch.dtype) -> PreTrainedModel:
+    """Insert a form into the base, with the weights of a control if one is asked for.
+
+    Raises:
+        ValueError: if the form is more than a memory away from the control.
+    """
+    model = load_base(BASE, dtype)
+    insert_infini(model, form)
+    if folder != BASE:
+        trained, plain = load_retrofit(BASE, folder, dtype, "dvc repro finetune_control")
+        for name in ALIKE:
+            if (own := getattr(form, name)) != (theirs := getattr(plain, name)):
+                raise ValueError(f"infini.{name} must be {theirs}, as in {folder}, got {own}")
+        model.load_state_dict(trained.state_dict(), strict=False)
+    return model.eval()
+
+
+def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
+    about = "Score a model with an untrained memory of fixed shares."
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.fixed_share", description=about)
+    add = parser.add_argument
+    place = "the base (default: %(default)s) or what was trained without a memory: models/control"
+    add("model", nargs="?", type=Path, default=BASE, help=place)
+    add("--shares", type=float, nargs="+", default=[0.02, 0.05, 0.1, 0.2], help="of the memory")
+    add("--documents", type=int, default=2, help="test documents to score")
+    options = parser.parse_args(arguments)
+    if options.documents < 2:  # swapped memories need another one
+        parser.error(f"--documents must be at least 2 documents, got {options.documents}")
+    if not all(0 < share < 1 for share in options.shares):
+        parser.error(
+            "--shares must be above 0 and below 1, got " + " ".join(map(str, options.shares))
+        )
+    return options
+
+
+if __name__ == "__main__":
+    run_stage(main)
