@@ -1,7 +1,9 @@
 """Stage `eval_sliding`: distilled and finetuned under every protocol, beside base and control.
 
-Reads:  params.yaml (eval, infini), models, data/wikitext, data/longdocs, and of base and control
-        metrics/*_eval.json, plots/*_documents.tsv, plots/*_positions.tsv
+Where nothing was distilled, the finetuned alone: `benchmarks.zero_cost` says what inserting cost.
+
+Reads:  params.yaml (eval, infini, distill.epochs), models, data/wikitext, data/longdocs, and of
+        base and control metrics/*_eval.json, plots/*_documents.tsv, plots/*_positions.tsv
 Writes: metrics/eval_sliding.json, plots/eval_sliding.tsv, plots/eval_documents.tsv,
         plots/eval_positions.tsv, plots/memory_share.tsv
 """
@@ -33,7 +35,7 @@ from infini_retrofit.runtime import start_run
 from infini_retrofit.texts import read_test_text
 
 BASE = Path("models/base")
-RETROFITS = {name: Path("models") / name for name in ("distilled", "finetuned")}
+DISTILLED, FINETUNED = Path("models/distilled"), Path("models/finetuned")
 TEST_TEXT, TEST_DOCUMENTS = Path("data/wikitext/test.parquet"), Path("data/longdocs/test.parquet")
 METRICS, ROWS = Path("metrics/eval_sliding.json"), Path("plots/eval_sliding.tsv")
 DOCUMENTS, POSITIONS = Path("plots/eval_documents.tsv"), Path("plots/eval_positions.tsv")
@@ -59,18 +61,21 @@ def main() -> None:
     params, infini = load_section(EvalParams, "eval"), load_section(InfiniParams, "infini")
     text = read_test_text(TEST_TEXT, TEST_DOCUMENTS, params.sliding_tokens, params.documents)
     base, control = read_scored("baseline"), read_scored("control")
-    for folder in RETROFITS.values():
+    epochs = load_section(int, "distill.epochs")
+    retrofits = [DISTILLED, FINETUNED] if epochs else [FINETUNED]
+    for folder in retrofits:
         verify_manifest(folder)
     device, dtype = start_run()
-    sections, length = {"eval": params, "infini": infini}, infini.segment_length
+    sections = {"eval": params, "infini": infini, "distill.epochs": epochs}
+    length = infini.segment_length
     with unchanged("eval_sliding", sections, first_party_files(Path(__file__))):
         found = {}
-        for name, folder in RETROFITS.items():
+        for folder in retrofits:
             model = load_retrofit(BASE, folder, dtype)[0].to(device)
-            if name == "finetuned":
+            if folder == FINETUNED:
                 readings = read_memory(model, text.documents[:HISTOGRAM_DOCUMENTS], length)
-            protocols = DISTILLED_PROTOCOLS if name == "distilled" else PROTOCOLS
-            found[name] = evaluate(model, rival_of(model, infini), params, text, protocols)
+            protocols = DISTILLED_PROTOCOLS if folder == DISTILLED else PROTOCOLS
+            found[folder.name] = evaluate(model, rival_of(model, infini), params, text, protocols)
     metrics = {"base": base.metrics, "control": control.metrics}
     metrics |= compare(found, control, text.titles)
     write_metrics(METRICS, metrics)

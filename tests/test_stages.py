@@ -1,6 +1,5 @@
 """Every stage's `main` on tiny projects, in the order of the pipeline: what it leaves and says."""
 
-import csv
 import json
 import math
 import shutil
@@ -27,7 +26,17 @@ from infini_retrofit.perplexity import (
 from infini_retrofit.runtime import pick_device, pick_dtype
 from infini_retrofit.texts import read_documents, read_samples, read_stream
 from tests.reference import largest
-from tests.tiny_project import PROJECTS, ROOT, SEGMENT, SMALL, STAGES, contents, run_stage
+from tests.tiny_project import (
+    PROJECTS,
+    ROOT,
+    SEGMENT,
+    SMALL,
+    STAGES,
+    contents,
+    metrics_of,
+    rows_of,
+    run_stage,
+)
 
 PIPELINE = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
 TRAINED = {"distill": "distilled", "finetune": "finetuned", "finetune_control": "control"}
@@ -42,15 +51,6 @@ RESULTS = {f"{name}_test_ppl" for name in PROTOCOLS} | {
 }
 GAINS = {f"gain_over_{other}" for other in ("off", "recent", "swapped", "control", "kv")}
 both_projects = pytest.mark.parametrize("name", PROJECTS)
-
-
-def metrics_of(folder: Path, stage: str) -> dict:
-    return json.loads((folder / "metrics" / f"{stage}.json").read_text())
-
-
-def rows_of(folder: Path, stage: str) -> list[dict[str, str]]:
-    with (folder / "plots" / f"{stage}.tsv").open() as file:
-        return list(csv.DictReader(file, delimiter="\t"))
 
 
 def outputs_of(stage: str) -> set[str]:
@@ -134,50 +134,6 @@ def test_what_was_validated_is_the_saved_model_on_the_val_split(name, stage, fin
         path, number = folder / "data/longdocs/val.parquet", SMALL["finetune.val_documents"]
         score = total(score_segments(model, read_documents(path, number), SEGMENT))
     assert metrics_of(folder, stage)["val_ppl"] == pytest.approx(score.ppl, rel=0.02)
-
-
-@both_projects
-def test_memory_and_context_count_in_the_models_that_have_them(name, finished):
-    metrics = metrics_of(finished[name], "eval_sliding")
-    num_bytes = [metrics[model]["state_bytes"] for model in MODELS]
-    without = 0 if name == "linear" else 3 * 4 * 2 * 3 * 10 * 2
-    memory = 4 * 2 * (6 * 6 + 6) if name == "linear" else 3 * 4 * 3 * (10 * 10 + 10)
-    assert num_bytes == [0, without, without + memory, without + memory]
-    different = {"base": 2, "control": 2, "distilled": 2, "finetuned": 5}
-    for model, numbers in metrics.items():
-        values = {value for key, value in numbers.items() if "segment" in key and "_ppl" in key}
-        assert len(values) == different[model], model
-    assert len({metrics[model]["segment_test_nll"] for model in MODELS}) == len(MODELS)
-
-
-@both_projects
-def test_the_gap_is_counted_from_the_control(name, finished):
-    metrics = metrics_of(finished[name], "eval_sliding")
-    control = metrics["control"]
-    for model in ("distilled", "finetuned"):
-        won = control["segment_test_nll"] - metrics[model]["segment_test_nll"]
-        gap = control["segment_test_nll"] - control["full_test_nll"]
-        assert control["gap_test_nats"] == gap > 0
-        assert metrics[model]["gap_recovered"] == pytest.approx(won / gap)
-
-
-@both_projects
-def test_articles_are_counted_by_their_titles(name, finished):
-    path, number = finished[name] / "data/longdocs/test.parquet", SMALL["eval.documents"]
-    titles = pq.read_table(path, columns=["title"])["title"].to_pylist()[:number]
-    for model, numbers in metrics_of(finished[name], "eval_sliding").items():
-        assert numbers["num_articles"] == len(set(titles)), model
-
-
-@both_projects
-def test_positions_are_of_each_model_s_own_protocols(name, finished):
-    drawn = {(row["model"], row["protocol"]) for row in rows_of(finished[name], "eval_positions")}
-    assert drawn == {
-        ("base", "segment"),
-        *(("control", protocol) for protocol in ("segment", "full", "segment_kv")),
-        ("finetuned", "segment"),
-        *(("finetuned", f"segment_{protocol}") for protocol in ("off", "recent", "swapped", "kv")),
-    }
 
 
 @both_projects

@@ -1,6 +1,8 @@
 """A project in which every stage takes seconds: few short texts, and a base that knows them."""
 
+import csv
 import hashlib
+import json
 from importlib import import_module
 from pathlib import Path
 
@@ -132,3 +134,14 @@ def _train(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, texts: Pa
         optimizer.zero_grad()
         F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten()).backward()
         optimizer.step()
+
+
+def metrics_of(folder: Path, stage: str) -> dict:
+    """Read the metrics that a stage wrote."""
+    return json.loads((folder / "metrics" / f"{stage}.json").read_text())
+
+
+def rows_of(folder: Path, stage: str) -> list[dict[str, str]]:
+    """Read the rows of a plot."""
+    with (folder / "plots" / f"{stage}.tsv").open() as file:
+        return list(csv.DictReader(file, delimiter="\t"))
