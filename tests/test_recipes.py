@@ -22,11 +22,10 @@ PLANNED = {
 }
 # Recipes whose rows do not compare with the others', and the keys in which they do not.
 OWN_BUDGET = {
-    "scratch": {"distill.epochs", "finetune.epochs", "finetune.patience"},
-    "memory-only": {"distill.epochs"},
-    "memory-and-context": {"distill.epochs"},
-    "memory-and-attention": {"distill.epochs"},
-    "memory-context-attention": {"distill.epochs"},
+    "scratch": {"finetune.epochs", "finetune.patience", "finetune.lr"},
+    "memory-only": {"finetune.lr"},
+    "memory-and-context": {"finetune.lr"},
+    "lolcats": {"distill.epochs"},
 }
 
 
