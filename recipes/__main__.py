@@ -6,6 +6,7 @@ Knows what can be asked for; the other modules of this folder know how it is don
 import argparse
 import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from infini_retrofit.params import read_params
@@ -20,6 +21,7 @@ from recipes.experiments import (
     run,
     run_command,
 )
+from recipes.finished import choose, finished, revisions_of
 from recipes.overlays import (
     check_recipe,
     describe,
@@ -29,7 +31,7 @@ from recipes.overlays import (
     read_overlay,
     recipe_names,
 )
-from recipes.table import COLUMNS, Column, finished, markdown
+from recipes.table import COLUMNS, Column, markdown
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -43,6 +45,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             print_list()
         elif args.table:
             print_table(args.names, COLUMNS[args.columns or "memory"])
+        elif args.picture:
+            draw_picture(args.picture, args.names)
         elif args.against:
             print_gains(args.names)
         elif args.repeats:
@@ -66,6 +70,7 @@ def make_parser() -> argparse.ArgumentParser:
     one("--list", action="store_true", help="say what each recipe is, and run none")
     one("--table", action="store_true", help="print finished experiments (all recipes or NAMEs)")
     one("--diff", action="store_true", help="run of two NAMEs what is missing, and compare them")
+    one("--picture", type=Path, metavar="FILE", help="draw them (recipes.png, recipes.svg, ...)")
     one("--against", action="store_true", help="what the first of finished NAMEs gains over others")
     repeats = "what the memory gains in finished NAMEs that differ in seeds, and on average"
     one("--repeats", action="store_true", help=repeats)
@@ -90,12 +95,16 @@ def print_list() -> None:
 def print_table(names: Sequence[str], columns: Sequence[Column]) -> None:
     """Print the named experiments, or those of the recipes that have been run."""
     experiments = finished(all_experiments())
-    names = names or [name for name in recipe_names() if name in experiments]
-    if not names:
-        raise ValueError("no recipe has been run yet: try python -m recipes --list")
-    if strange := [name for name in names if name not in {*recipe_names(), *experiments}]:
-        raise ValueError(f"--table needs names of recipes or experiments, got {', '.join(strange)}")
-    print(markdown(experiments, names, columns))
+    print(markdown(experiments, choose("--table", names, experiments), columns))
+
+
+def draw_picture(path: Path, names: Sequence[str]) -> None:
+    """Draw the named experiments, or those of the recipes that have been run."""
+    from recipes import picture  # brings matplotlib, which takes a second
+
+    experiments = finished(all_experiments())
+    picture.save(picture.draw(experiments, choose("--picture", names, experiments)), path)
+    print(path)
 
 
 def print_gains(names: Sequence[str]) -> None:
@@ -104,7 +113,7 @@ def print_gains(names: Sequence[str]) -> None:
     Raises:
         ValueError: if none is named, or one has not been run.
     """
-    revisions = find_revisions("--against", names)
+    revisions = revisions_of("--against", names, finished(all_experiments()))
     gains = against.gains(revisions, names)
     print(f"{names[0]}, finetuned, protocol {against.PROTOCOL}, is better:\n")
     print(render(against.COLUMNS, gains))
@@ -118,24 +127,10 @@ def print_repeats(names: Sequence[str]) -> None:
     """
     from recipes import repeats  # brings torch, which takes seconds
 
-    found = repeats.gains_of_repeats(find_revisions("--repeats", names), names)
+    revisions = revisions_of("--repeats", names, finished(all_experiments()))
+    found = repeats.gains_of_repeats(revisions, names)
     print(f"finetuned, protocol {against.PROTOCOL}:\n")
     print(render(repeats.columns(names), found))
-
-
-def find_revisions(option: str, names: Sequence[str]) -> dict[str, str]:
-    """Return the commit of every finished experiment.
-
-    Raises:
-        ValueError: if no name is asked for, or one that has not been run.
-    """
-    revisions = {name: e.revision for name, e in finished(all_experiments()).items()}
-    if not names or (missing := [name for name in names if name not in revisions]):
-        raise ValueError(
-            f"{option} needs names of finished experiments, got "
-            + (f"some that have not been run: {', '.join(missing)}" if names else "none")
-        )
-    return revisions
 
 
 def run_and_compare(args: argparse.Namespace) -> None:

@@ -7,9 +7,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from infini_retrofit.table import render
+from recipes.finished import Finished, Metrics
 
 MISSING = "-"
-Metrics = Mapping[str, Any]  # of one experiment, by file
 
 
 class Column(NamedTuple):
@@ -61,32 +61,6 @@ LABELS = (
 COLUMNS = {"memory": MEMORY, "labels": LABELS}  # what a memory wins back | what labels do (seeds)
 
 
-class Finished(NamedTuple):
-    """An experiment that ran to its end."""
-
-    revision: str
-    metrics: Metrics
-
-
-def finished(commits: Sequence[Mapping[str, Any]]) -> dict[str, Finished]:
-    """Return every experiment that ran to its end, the newest of a name.
-
-    Args:
-        commits: what `dvc exp show --json` prints.
-    """
-    newest: dict[str, Mapping[str, Any]] = {}
-    for commit in commits:
-        for experiment in commit["experiments"] or []:
-            last = experiment["revs"][0]
-            state = (experiment["executor"] or {}).get("state", "success")
-            if last["data"] is None or state != "success":
-                continue
-            before = newest.get(experiment["name"])
-            if before is None or last["data"]["timestamp"] > before["data"]["timestamp"]:
-                newest[experiment["name"]] = last
-    return {name: Finished(last["rev"], last["data"]["metrics"]) for name, last in newest.items()}
-
-
 def markdown(
     experiments: Mapping[str, Finished], names: Sequence[str], columns: Sequence[Column] = MEMORY
 ) -> str:
@@ -97,12 +71,12 @@ def markdown(
 
 
 def _cell(metrics: Metrics, column: Column) -> str:
-    values = [_find(metrics, *path) for path in column.metrics]
+    values = [find(metrics, *path) for path in column.metrics]
     there = [value for value in values if value is not None]
     return column.shown(sum(there)) if there else MISSING
 
 
-def _find(metrics: Metrics, file: str, *keys: str) -> Any:
+def find(metrics: Metrics, file: str, *keys: str) -> Any:
     """Walk down to a metric; what could not be read has no `data`."""
     value: Any = metrics.get(f"metrics/{file}.json", {}).get("data")
     for key in keys:

@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 
 from recipes import __main__ as command_line
-from recipes.table import LABELS, MEMORY, finished, markdown
+from recipes.finished import finished
+from recipes.table import LABELS, MEMORY, markdown
 from tests.tiny_checkout import make_pipeline, python_m_recipes
 
 MODEL = {
