@@ -26,7 +26,7 @@ from infini_retrofit.params import load_section
 from infini_retrofit.perplexity import Score, Whose, memory_runs, total
 from infini_retrofit.pipeline import run_stage
 from infini_retrofit.report import verify_manifest
-from infini_retrofit.retrofit import insert_infini
+from infini_retrofit.retrofit import insert_infini, resolve_layers
 from infini_retrofit.runtime import start_run
 from infini_retrofit.table import render
 from infini_retrofit.texts import read_documents
@@ -34,8 +34,15 @@ from infini_retrofit.texts import read_documents
 BASE, DOCUMENTS = Path("models/base"), Path("data/longdocs/test.parquet")
 HEADER = ["share", "PPL", "nats a token won", "another document's memory", "nats a token won"]
 
-# What a memory is added to; of a control these are the base's.
-ALIKE = ("insertion", "heads", "local", "positions", "segment_length", "local_context")
+# What a memory is added to must be as in a model without one: the base's attention, confined.
+ALIKE = ("layers", "segment_length", "local_context")
+PLAIN = {
+    "insertion": "replace",
+    "init": "base",
+    "heads": "base",
+    "local": "softmax",
+    "positions": "rope",
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -75,16 +82,23 @@ def put_memory(folder: Path, form: InfiniParams, dtype: torch.dtype) -> PreTrain
     """Insert a form into the base, with the weights of a control if one is asked for.
 
     Raises:
-        ValueError: if the form is more than a memory away from the control.
+        ValueError: if the form is more than a memory away from the base or the control.
     """
     model = load_base(BASE, dtype)
-    insert_infini(model, form)
+    form = replace(form, layers=resolve_layers(form.layers, model.config.num_hidden_layers))
+    needed = {name: (value, "of the base") for name, value in PLAIN.items()}
     if folder != BASE:
         trained, plain = load_retrofit(BASE, folder, dtype, "dvc repro finetune_control")
-        for name in ALIKE:
-            if (own := getattr(form, name)) != (theirs := getattr(plain, name)):
-                raise ValueError(f"infini.{name} must be {theirs}, as in {folder}, got {own}")
-        model.load_state_dict(trained.state_dict(), strict=False)
+        if plain.has_memory:
+            raise ValueError(f"{folder} must be a model without a memory, got one that has one")
+        needed |= {name: (getattr(plain, name), f"of {folder}") for name in ALIKE}
+    for name, (value, whose) in needed.items():
+        if (own := getattr(form, name)) != value:
+            raise ValueError(f"infini.{name} must be that {whose}, {value}, got {own}")
+    insert_infini(model, form)
+    if folder != BASE:
+        result = model.load_state_dict(trained.state_dict(), strict=False)
+        assert not result.unexpected_keys, result.unexpected_keys
     return model.eval()
 
 

@@ -70,7 +70,7 @@ def make_parser() -> argparse.ArgumentParser:
     one("--list", action="store_true", help="say what each recipe is, and run none")
     one("--table", action="store_true", help="print finished experiments (all recipes or NAMEs)")
     one("--diff", action="store_true", help="run of two NAMEs what is missing, and compare them")
-    one("--picture", type=Path, metavar="FILE", help="draw them (recipes.png, recipes.svg, ...)")
+    one("--picture", type=Path, metavar="FILE", help="draw finished experiments: recipes.png, .svg")
     one("--against", action="store_true", help="what the first of finished NAMEs gains over others")
     repeats = "what the memory gains in finished NAMEs that differ in seeds, and on average"
     one("--repeats", action="store_true", help=repeats)

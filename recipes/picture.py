@@ -15,6 +15,7 @@ from recipes.finished import Finished
 from recipes.table import find
 
 INCHES_A_LINE, WIDTH_INCHES, DPI = 0.42, 8.5, 160
+_STATE_BYTES = ("eval_sliding", "finetuned", "state_bytes")
 
 
 class Mark(NamedTuple):
@@ -25,11 +26,12 @@ class Mark(NamedTuple):
     marker: str
     colour: str
     size: float  # points
+    is_of_memory: bool = True  # no mark of a model that has none
 
 
 MARKS = (
-    Mark("full attention", (("finetuned", "full"),), "|", "black", 13),
-    Mark("its control, without a memory", (("control", "segment"),), "o", "0.55", 7),
+    Mark("full attention", (("finetuned", "full"),), "|", "black", 13, False),
+    Mark("its control, without a memory", (("control", "segment"),), "o", "0.55", 7, False),
     Mark("memory off", (("finetuned", "segment_off"),), "x", "0.45", 6),
     Mark("another document's memory", (("finetuned", "segment_swapped"),), "v", "tab:orange", 7),
     Mark(
@@ -82,6 +84,8 @@ def save(figure: Figure, path: Path) -> None:
 
 
 def _least(experiment: Finished, mark: Mark) -> float | None:
+    if mark.is_of_memory and not find(experiment.metrics, *_STATE_BYTES):
+        return None
     found = (
         find(experiment.metrics, "eval_sliding", model, f"{protocol}_test_ppl")
         for model, protocol in mark.metrics

@@ -5,6 +5,7 @@ Knows the files that experiments leave in git; not how they are run.
 
 import subprocess
 from collections.abc import Mapping, Sequence
+from itertools import combinations, product
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from ruamel.yaml import YAML
 from infini_retrofit.evaluation import DocumentNlls, read_document_rows
 from infini_retrofit.gains import gains
 from infini_retrofit.params import PARAMS_PATH
-from recipes.against import read_rows, read_titles
+from recipes.against import MODELS, read_rows, read_scores, read_titles
 from recipes.overlays import leaves
 
 # By the name that `gains` gives to what a model is compared with.
@@ -43,12 +44,15 @@ def gains_of_repeats(revisions: Mapping[str, str], names: Sequence[str]) -> list
         resampled, for the seeds at hand; how much a seed matters show the columns beside it.
 
     Raises:
-        ValueError: if they differ in more than seeds, or in none, or scored other documents.
+        ValueError: if their parameters differ in more than seeds, or in none; or if they scored
+            other documents. Whether they ran the same code is for the reader to know.
     """
-    check_repeats({name: read_settings(revisions[name]) for name in names})
+    check_repeats(names, [read_settings(revisions[name]) for name in names])
     titles = read_titles(revisions, names)
+    for name, model in product(names, MODELS):
+        read_scores(name, revisions[name], model)
     rows = [read_rows(revisions[name]) for name in names]
-    model, control = ([nlls_of(r, m) for r in rows] for m in ("finetuned", "control"))
+    model, control = ([nlls_of(r, m) for r in rows] for m in MODELS)
     each = [gains(m, c, titles) for m, c in zip(model, control, strict=True)]
     each.append(gains(average(model), average(control), titles))
     found = [(what, f"gain_over_{other}") for other, what in OTHERS.items()]
@@ -59,25 +63,23 @@ def gains_of_repeats(revisions: Mapping[str, str], names: Sequence[str]) -> list
     ]
 
 
-def check_repeats(settings: Mapping[str, Mapping[str, Any]]) -> None:
+def check_repeats(names: Sequence[str], settings: Sequence[Mapping[str, Any]]) -> None:
     """Refuse experiments that are not one configuration under several random seeds.
 
     Raises:
         ValueError: if so.
     """
-    first, *others = settings
-    for name in others:
-        differ = {k for k, v in settings[name].items() if settings[first].get(k) != v}
-        differ |= settings[first].keys() - settings[name].keys()
+    for name, own in zip(names, settings, strict=True):
+        differ = {k for k in own.keys() | settings[0].keys() if own.get(k) != settings[0].get(k)}
         if strange := sorted(key for key in differ if not key.endswith(".seed")):
             raise ValueError(
-                f"--repeats must come with experiments that differ in seeds alone, got {first} and "
-                f"{name}, which differ in {', '.join(strange)}"
+                f"--repeats must come with experiments that differ in seeds alone, got {names[0]} "
+                f"and {name}, which differ in {', '.join(strange)}"
             )
-    if len(settings) < 2 or len({tuple(v.items()) for v in settings.values()}) < len(settings):
+    if len(names) < 2 or any(one == other for one, other in combinations(settings, 2)):
         raise ValueError(
             "--repeats must come with two experiments or more, each of other seeds, got "
-            + (", ".join(settings) or "none")
+            + ", ".join(names)
         )
 
 
@@ -85,7 +87,7 @@ def read_settings(revision: str) -> dict[str, Any]:
     """Read an experiment's parameters by dotted name."""
     command = ["git", "show", f"{revision}:./{PARAMS_PATH}"]
     shown = subprocess.run(command, capture_output=True, text=True, check=True)
-    return {k: str(v) for k, v in sorted(leaves(YAML(typ="safe").load(shown.stdout)))}
+    return dict(leaves(YAML(typ="safe").load(shown.stdout)))
 
 
 def nlls_of(rows: Sequence[Mapping[str, str]], model: str) -> DocumentNlls:

@@ -44,8 +44,18 @@ def test_the_control_s_weights_get_a_memory_of_the_share_asked_for(finished, mon
 
 def test_a_form_that_is_no_memory_beside_the_control_is_refused(finished, monkeypatch):
     monkeypatch.chdir(finished["linear"])
-    with pytest.raises(ValueError, match=r"infini\.local must be softmax, as in models/control"):
-        fixed_share.main(["models/control"])
+    for model in ([], ["models/control"]):
+        with pytest.raises(ValueError, match=r"infini\.init must be that of the base, base, got"):
+            fixed_share.main(model)
+
+
+def test_a_model_with_a_memory_is_refused(finished, monkeypatch):
+    monkeypatch.chdir(finished["published"])
+    with pytest.raises(ValueError, match=r"models/finetuned must be a model without a memory"):
+        fixed_share.main(["models/finetuned"])
+    form = replace(load_section(InfiniParams, "infini"), local_context=0)
+    with pytest.raises(ValueError, match=r"local_context must be that of models/control, 4, got 0"):
+        fixed_share.put_memory(Path("models/control"), form, torch.float32)
 
 
 @pytest.mark.parametrize(

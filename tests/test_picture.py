@@ -9,9 +9,12 @@ from tests.test_recipe_table import METRICS, commit, experiment
 
 CONTROL = {"segment_test_ppl": 29.8, "segment_kv_test_ppl": 28.1}
 SCORED = METRICS | {"eval_sliding": METRICS["eval_sliding"] | {"control": CONTROL}}
-OLD = {"eval_sliding": {"finetuned": {"segment_test_ppl": 25.0}}}
-COMMIT = commit(experiment("infini-all", SCORED), experiment("parallel", OLD))
-NAMES = ["parallel", "infini-all", "lolcats"]
+OLD = {"eval_sliding": {"finetuned": {"segment_test_ppl": 25.0, "state_bytes": 8}}}
+PLAIN = {"eval_sliding": {"finetuned": {"segment_test_ppl": 24.0, "state_bytes": 0}}}
+COMMIT = commit(
+    experiment("infini-all", SCORED), experiment("parallel", OLD), experiment("control", PLAIN)
+)
+NAMES = ["parallel", "infini-all", "lolcats", "control"]
 
 
 def test_each_number_is_a_mark_on_the_line_of_its_experiment():

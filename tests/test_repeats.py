@@ -68,6 +68,8 @@ def test_each_repeat_has_its_gain_and_the_average_is_of_documents(revisions):
 
 def test_the_rival_on_average_is_the_better_of_the_averages(revisions):
     own_kv, control_kv = DRAWN[:, MODEL.index("segment_kv")], DRAWN[:, -1]
+    assert (own_kv.mean(axis=1) < control_kv.mean(axis=1)).any()
+    assert (own_kv.mean(axis=1) > control_kv.mean(axis=1)).any()  # not the same one in each
     better = min(own_kv.mean(), control_kv.mean()) - DRAWN[:, 0].mean()
     rows = {row[0]: row[1:] for row in gains_of_repeats(revisions, NAMES)}
     assert rows[OTHERS["kv"]][-2] == f"{better:+.4f}"
@@ -79,6 +81,8 @@ def test_what_is_no_repeat_is_refused(revisions):
         gains_of_repeats(others, NAMES)
     with pytest.raises(ValueError, match=r"two experiments or more, each of other seeds, got one$"):
         gains_of_repeats(revisions, ["one"])
+    with pytest.raises(ValueError, match=r"each of other seeds, got one, two, one$"):
+        gains_of_repeats(revisions, ["one", "two", "one"])
     same = revisions | {"two": make_experiment(1, seed=2)}
     with pytest.raises(ValueError, match=r"each of other seeds, got one, two, three"):
         gains_of_repeats(same, NAMES)
