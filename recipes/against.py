@@ -30,12 +30,18 @@ def read_rows(revision: str) -> list[dict[str, str]]:
 
 
 def read_scores(name: str, revision: str, model: str, protocol: str = PROTOCOL) -> Scores:
-    """Read what a model of an experiment scored under a protocol.
+    """Read what a model of an experiment scored under a protocol; raises as `scores_in`."""
+    return scores_in(read_rows(revision), name, model, protocol)
+
+
+def scores_in(
+    rows: Sequence[Mapping[str, str]], name: str, model: str, protocol: str = PROTOCOL
+) -> Scores:
+    """Take a model's scores under a protocol from an experiment's rows.
 
     Raises:
         ValueError: if there are no such scores.
     """
-    rows = read_rows(revision)
     wanted = [r for r in rows if (r["model"], r["protocol"]) == (model, protocol)]
     if not wanted or "article" not in wanted[0]:
         raise ValueError(
@@ -90,8 +96,12 @@ def gain(own: Scores, other: Scores) -> tuple[str, str]:
     groups = list(articles(own).values())
     found = paired_bootstrap([other[k][0] - own[k][0] for k in own], groups)
     is_sure = len(set(groups)) >= MIN_GROUPS_FOR_INTERVAL
-    interval = f"[{found.low:+.4f}, {found.high:+.4f}]" if is_sure else "-"
-    return f"{found.mean:+.4f}", interval
+    return f"{found.mean:+.4f}", write_interval(found.low, found.high) if is_sure else "-"
+
+
+def write_interval(low: float, high: float) -> str:
+    """Write the ends of an interval of gains."""
+    return f"[{low:+.4f}, {high:+.4f}]"
 
 
 def are_alike(scores: Scores, others: Scores) -> bool:

@@ -17,13 +17,13 @@ from ruamel.yaml import YAML
 from infini_retrofit.params import PARAMS_PATH
 
 
-def committed_params() -> dict[str, Any]:
-    """Read params.yaml as the last commit has it; experiments start from there.
+def committed_params(revision: str = "HEAD") -> dict[str, Any]:
+    """Read params.yaml as a commit has it; experiments start from that of the last.
 
     Raises:
         FileNotFoundError: if it is not committed.
     """
-    command = ["git", "show", f"HEAD:./{PARAMS_PATH}"]
+    command = ["git", "show", f"{revision}:./{PARAMS_PATH}"]
     shown = subprocess.run(command, capture_output=True, text=True)
     if shown.returncode:
         raise FileNotFoundError(

@@ -56,7 +56,8 @@ def draw(experiments: Mapping[str, Finished], names: Sequence[str]) -> Figure:
             if name in experiments and (value := _least(experiments[name], mark)) is not None
         ]
         axes.plot(
-            *([list(axis) for axis in zip(*points, strict=True)] or ([], [])),
+            [value for value, _ in points],
+            [line for _, line in points],
             mark.marker,
             color=mark.colour,
             markersize=mark.size,

@@ -3,18 +3,16 @@
 Knows the files that experiments leave in git; not how they are run.
 """
 
-import subprocess
 from collections.abc import Mapping, Sequence
 from itertools import combinations, product
 from typing import Any
 
 import numpy as np
-from ruamel.yaml import YAML
 
 from infini_retrofit.evaluation import DocumentNlls, read_document_rows
 from infini_retrofit.gains import gains
-from infini_retrofit.params import PARAMS_PATH
-from recipes.against import MODELS, read_rows, read_scores, read_titles
+from recipes.against import MODELS, read_rows, read_titles, scores_in, write_interval
+from recipes.experiments import committed_params
 from recipes.overlays import leaves
 
 # By the name that `gains` gives to what a model is compared with.
@@ -47,11 +45,11 @@ def gains_of_repeats(revisions: Mapping[str, str], names: Sequence[str]) -> list
         ValueError: if their parameters differ in more than seeds, or in none; or if they scored
             other documents. Whether they ran the same code is for the reader to know.
     """
-    check_repeats(names, [read_settings(revisions[name]) for name in names])
+    check_repeats(names, [dict(leaves(committed_params(revisions[name]))) for name in names])
     titles = read_titles(revisions, names)
-    for name, model in product(names, MODELS):
-        read_scores(name, revisions[name], model)
     rows = [read_rows(revisions[name]) for name in names]
+    for (name, own), scored in product(zip(names, rows, strict=True), MODELS):
+        scores_in(own, name, scored)
     model, control = ([nlls_of(r, m) for r in rows] for m in MODELS)
     each = [gains(m, c, titles) for m, c in zip(model, control, strict=True)]
     each.append(gains(average(model), average(control), titles))
@@ -83,13 +81,6 @@ def check_repeats(names: Sequence[str], settings: Sequence[Mapping[str, Any]]) -
         )
 
 
-def read_settings(revision: str) -> dict[str, Any]:
-    """Read an experiment's parameters by dotted name."""
-    command = ["git", "show", f"{revision}:./{PARAMS_PATH}"]
-    shown = subprocess.run(command, capture_output=True, text=True, check=True)
-    return dict(leaves(YAML(typ="safe").load(shown.stdout)))
-
-
 def nlls_of(rows: Sequence[Mapping[str, str]], model: str) -> DocumentNlls:
     """Return a model's scores under every protocol."""
     return read_document_rows([row for row in rows if row["model"] == model])
@@ -103,6 +94,5 @@ def average(scored: Sequence[DocumentNlls]) -> DocumentNlls:
 
 def interval(found: Mapping[str, float], key: str) -> str:
     """Write the interval of a gain; `-` where there are too few articles for one."""
-    if f"{key}_low" not in found:
-        return "-"
-    return f"[{found[f'{key}_low']:+.4f}, {found[f'{key}_high']:+.4f}]"
+    is_sure = f"{key}_low" in found
+    return write_interval(found[f"{key}_low"], found[f"{key}_high"]) if is_sure else "-"
