@@ -18,7 +18,7 @@ from infini_retrofit.params import load_section
 from infini_retrofit.perplexity import Score, score_full, score_segments, total
 from infini_retrofit.pipeline import run_stage
 from infini_retrofit.report import verify_manifest
-from infini_retrofit.retrofit import infini_modules, make_rival
+from infini_retrofit.retrofit import border_bytes, make_rival
 from infini_retrofit.runtime import start_run
 from infini_retrofit.table import render
 from infini_retrofit.texts import read_documents
@@ -46,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     scores: list[tuple[int, int, Score]] = []
     for num_tokens in sorted({0, *options.tokens}):
         make_rival(model, num_tokens, length)
-        num_bytes = sum(m.border_bytes for m in infini_modules(model).values())
+        num_bytes = border_bytes(model)
         scores.append((num_tokens, num_bytes, total(score_segments(model, documents, length))))
         print(render(HEADER, rows_of(scores, full)), file=sys.stderr)
     print(render(HEADER, rows_of(scores, full)))

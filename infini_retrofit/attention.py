@@ -66,6 +66,7 @@ class InfiniAttention(nn.Module):
         self.segment_length = params.segment_length
         self.local_context = params.local_context
         self.bptt_segments = params.cutting_borders
+        self.state_dtype = params.state_dtype
         q_size, kv_size = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
         self.q_proj = nn.Linear(shape.hidden_size, q_size, bias=shape.qkv_bias)
         self.k_proj = nn.Linear(shape.hidden_size, kv_size, bias=shape.qkv_bias)
@@ -94,7 +95,7 @@ class InfiniAttention(nn.Module):
     def border_bytes(self) -> int:
         """Bytes that cross a segment border in this layer, for one document."""
         num_features = 0 if self.memory is None else self.feature_maps.num_features
-        return self.shape.border_bytes(self.local_context, num_features)
+        return self.shape.border_bytes(self.local_context, num_features, self.state_dtype)
 
     def memory_parameters(self) -> dict[str, list[nn.Parameter]]:
         """Return what a base's attention has no counterpart of, in groups of a learning rate."""

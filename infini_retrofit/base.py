@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedModel,
@@ -70,6 +71,14 @@ def load_base(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
         folder, dtype=dtype, attn_implementation=base_attention.NAME, local_files_only=True
     )
     return model.eval()
+
+
+def load_weightless(folder: Path) -> PreTrainedModel:
+    """Build a base's modules without its weights, for what is to be known of their sizes."""
+    check_base(folder)
+    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
 
 
 def check_base(folder: Path) -> None:

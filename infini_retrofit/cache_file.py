@@ -17,7 +17,7 @@ from infini_retrofit.families import decoder_layers
 from infini_retrofit.infini_params import InfiniParams
 from infini_retrofit.retrofit import resolve_layers
 
-FORMAT = "2"  # 1 did not say where there was padding
+FORMAT = "3"  # 1 did not say where there was padding, 2 not how the memory is kept
 # The method of transformers' GenerationMixin that `enable_generation` replaces.
 PREPARE = "_prepare_cache_for_generation"
 _VALUES_AT_ONCE = 2**22  # digested

@@ -24,7 +24,7 @@ from infini_retrofit.report import (
 from infini_retrofit.retrofit import check_form, insert_infini
 
 WEIGHTS, CONFIG = "retrofit.safetensors", "infini_config.json"
-FORMAT = 2  # 1 named neither the base nor what the other layers see
+FORMAT = 3  # 1 named neither the base nor what the other layers see, 2 no type of the state
 # What the layers that are no Infini layers see when the model runs on its own: their segment, as
 # in training, or everything.
 OTHER_LAYERS = ("segment", "full")

@@ -62,6 +62,8 @@ class CompressiveMemory(nn.Module):
         # The seeds divided the matrix by the tokens of a segment, and the normalizer not.
         self.divisor = params.segment_length if params.seed_scaling else None
         self.bptt_segments = params.cutting_borders
+        # In which a state is kept; None: that of what is computed.
+        self.state_dtype = torch.bfloat16 if params.state_dtype == "bfloat16" else None
         self.written_tokens = None if params.written_tokens == "all" else params.written_tokens
         self.decay_logit = self.query_gate = self.write_score = self.recall_gain = None
         self.initial_matrix = self.initial_logit = None
@@ -120,23 +122,30 @@ class CompressiveMemory(nn.Module):
             num_tokens = _count_tokens(key, is_token)
             write = Write(feature, value, self._weight(key.to(feature.dtype), is_token))
             before = self._before(write, before)
-            if self.rule == "linear" and self.decay_logit is None:
+            if self.rule == "linear" and self.decay_logit is None and self.state_dtype is None:
                 return prefix_states(write_segments(write), before, self.bptt_segments)
             retention = None
             if self.decay_logit is not None:
                 retention = left_of_memory(self._rate(feature.dtype), num_tokens)
-            return scan_states(write, self.rule, before, retention, self.bptt_segments)
+            options = (self.bptt_segments, self.state_dtype)
+            found, after = scan_states(write, self.rule, before, retention, *options)
+            return found, self._kept(after)
+
+    def _kept(self, state: MemoryState) -> MemoryState:
+        """Return a state, which has been rounded, in the number type that it is kept in."""
+        return state.to(self.state_dtype or state.matrix.dtype)
 
     def _before(self, write: Write, before: MemoryState | None) -> MemoryState:
         """Return what the first segment finds."""
         if before is not None:
+            before = before.to(write.feature.dtype)
             return before if self.bptt_segments is None else before.detach()
         if self.initial_matrix is None:
             return empty_state(write)
         weight, num_documents = self.initial_logit.exp(), len(write.feature)
         matrix = weight[..., None] * self.initial_matrix
         parts = (x.expand(num_documents, *x.shape) for x in (matrix, weight))
-        return MemoryState(*parts)
+        return MemoryState(*parts).rounded_to(self.state_dtype)
 
     def recent_states(
         self,
@@ -152,12 +161,13 @@ class CompressiveMemory(nn.Module):
         """
         alone = [x.flatten(0, 1)[:, None] for x in (key, feature, value)]
         mask = None if is_token is None else is_token.flatten(0, 1)[:, None]
-        _, after = self.states(*alone, mask, None)
+        after = self.states(*alone, mask, None)[1].to(feature.dtype)
         first, found = self._before(Write(feature, value), before), []
         for name in ("matrix", "normalizer"):
             written = getattr(after, name).unflatten(0, key.shape[:2])
             found.append(torch.cat([getattr(first, name)[:, None], written], dim=1))
-        return MemoryState(*(x[:, :-1] for x in found)), MemoryState(*(x[:, -1] for x in found))
+        last = MemoryState(*(x[:, -1] for x in found))
+        return MemoryState(*(x[:, :-1] for x in found)), self._kept(last)
 
     def read(
         self,
@@ -174,6 +184,7 @@ class CompressiveMemory(nn.Module):
             found: a memory for each segment, leading axes (B, S).
             num_before: tokens of the segment before its first query; None: none.
         """
+        found = found.to(feature.dtype)
         with torch.autocast(query.device.type, enabled=False):
             logit = self._logit(query.to(feature.dtype))
             if self.decay_logit is not None:

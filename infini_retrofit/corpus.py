@@ -15,6 +15,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from jaxtyping import Int32
 
+from infini_retrofit.report import check_made
+
 SPLITS = ("train", "val", "test")
 MIN_ARTICLES = 2  # in each split: a memory is also tried on another article's text
 
@@ -151,7 +153,5 @@ def _write_table(path: Path, columns: dict[str, Any]) -> None:
 
 def _read_table(path: Path, columns: list[str]) -> pa.Table:
     """Read columns of a file that a stage `prepare_<folder>` wrote."""
-    if not path.is_file():
-        command = f"dvc repro prepare_{path.parent.name}"
-        raise FileNotFoundError(f"{path} is missing: run `{command}` to make it")
+    check_made(path, f"dvc repro prepare_{path.parent.name}")
     return pq.read_table(path, columns=columns)

@@ -29,7 +29,7 @@ from infini_retrofit.perplexity import (
     segment_runs,
     total,
 )
-from infini_retrofit.retrofit import carried_tokens, has_memory, infini_modules, make_rival
+from infini_retrofit.retrofit import border_bytes, carried_tokens, has_memory, make_rival
 from infini_retrofit.texts import TestText
 
 # What becomes of a segment when its memory is another: none, what the segment before wrote, or
@@ -129,7 +129,7 @@ def evaluate(
         protocols: of the documents, `full` and `segment` among them.
     """
     assert {"full", "segment"} <= set(protocols) <= set(PROTOCOLS), protocols
-    num_bytes = sum(m.border_bytes for m in infini_modules(model).values())
+    num_bytes = border_bytes(model)
     scores = {"sliding": score_sliding(model, text.stream, params.window, params.stride)}
     nlls = _document_nlls(model, rival, text.documents, protocols)
     scores |= {name: total(map(Score.of, rows)) for name, rows in nlls.items()}

@@ -25,8 +25,8 @@ FEATURES_PER_CHANNEL = {"elu1": 1, "hedgehog": 2, "dpfp": 2}
 LARGEST_EXPONENT = 20.0
 
 
-def state_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype of features, and of a memory, made from tensors of `dtype`."""
+def computing_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the number type of features, and of sums, made from tensors of `dtype`."""
     return torch.promote_types(dtype, torch.float32)
 
 
@@ -117,7 +117,7 @@ class FeatureMaps(nn.Module):
 
     def _map(self, x: Tensor, weight: Tensor | None) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
-            x = x.to(state_dtype(x.dtype), memory_format=torch.contiguous_format)
+            x = x.to(computing_dtype(x.dtype), memory_format=torch.contiguous_format)
             if self.name == "hedgehog":
                 return hedgehog(x, weight.to(x.dtype))
             return elu1(x) if self.name == "elu1" else dpfp(x)

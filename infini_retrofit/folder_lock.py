@@ -15,40 +15,41 @@ LOCK = "lock"
 
 
 @contextlib.contextmanager
-def locked(folder: Path, *, waits: bool) -> Iterator[None]:
+def locked(folder: Path, what: str, *, waits: bool) -> Iterator[None]:
     """Hold the folder's lock; the system lets go of it however the process ends.
 
     Args:
         folder: is made where it is missing.
+        what: is done there, for the message.
         waits: for the process that holds the lock, or refuse.
 
     Raises:
         BlockingIOError: if another process holds the lock and is not waited for.
     """
-    with _lock(folder, waits):
+    with _lock(folder, what, waits):
         yield
 
 
-def _lock(folder: Path, waits: bool) -> TextIO:
+def _lock(folder: Path, what: str, waits: bool) -> TextIO:
     """Lock the file that stands in the folder when the lock is ours."""
     path, has_waited = folder / LOCK, False
     while True:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = path.open("w")
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            told = f"the same training is under way in another process, which holds {path}"
-            if not waits:
-                lock.close()
-                raise BlockingIOError(f"{told}: wait for it or end it") from error
-            if not has_waited:
-                print(f"waiting: {told}", file=sys.stderr, flush=True)
-            has_waited = True
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        if _stands_at(lock, path):
-            return lock
-        lock.close()
+        with contextlib.ExitStack() as closing:
+            lock = closing.enter_context(path.open("w"))
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                told = f"{what} is under way in another process, which holds {path}"
+                if not waits:
+                    raise BlockingIOError(f"{told}: wait for it or end it") from error
+                if not has_waited:
+                    print(f"waiting: {told}", file=sys.stderr, flush=True)
+                has_waited = True
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            if _stands_at(lock, path):
+                closing.pop_all()
+                return lock
 
 
 def _stands_at(file: TextIO, path: Path) -> bool:

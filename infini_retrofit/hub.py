@@ -3,9 +3,11 @@
 Knows neither models nor corpora.
 """
 
+import contextlib
 import hashlib
 import re
 import sys
+from collections.abc import Iterator
 from json import JSONDecodeError
 from pathlib import Path
 
@@ -50,10 +52,28 @@ def fetch_snapshot(
             a file is not what the Hub says it is.
         ConnectionError: if something is not in the cache and cannot be fetched; why is said.
     """
-    try:
+    with _explained(repo_id, repo_type, revision, embedded):
         folder = snapshot_download(
             repo_id, repo_type=repo_type, revision=revision, allow_patterns=patterns
         )
+    found = matching_files(Path(folder), patterns)
+    for path in found:
+        _check_content(path)
+    if not _is_listed(repo_id, repo_type, revision):
+        names = ", ".join(path.name for path in found) or "none"
+        print(
+            f"note: the local cache holds no list of the files of {repo_id}, so that a missing one "
+            f"would not be noticed; found of {', '.join(patterns)}: {names}",
+            file=sys.stderr,
+        )
+    return Path(folder)
+
+
+@contextlib.contextmanager
+def _explained(repo_id: str, repo_type: str, revision: str, embedded: str) -> Iterator[None]:
+    """Turn what a download fails with into what a user can do about it."""
+    try:
+        yield
     except (RepositoryNotFoundError, RevisionNotFoundError) as error:
         raise ValueError(
             f"repo_id and revision must name a {repo_type} of the Hugging Face Hub that is open to "
@@ -66,17 +86,6 @@ def fetch_snapshot(
             f"{repo_id} is not in the local cache and {_reason(error)}; "
             f"the embedded default (`{embedded}`) needs no network"
         ) from error
-    found = matching_files(Path(folder), patterns)
-    for path in found:
-        _check_content(path)
-    if not _is_listed(repo_id, repo_type, revision):
-        names = ", ".join(path.name for path in found) or "none"
-        print(
-            f"note: the local cache holds no list of the files of {repo_id}, so that a missing one "
-            f"would not be noticed; found of {', '.join(patterns)}: {names}",
-            file=sys.stderr,
-        )
-    return Path(folder)
 
 
 def _is_listed(repo_id: str, repo_type: str, revision: str) -> bool:

@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from typing import Literal
 
 from infini_retrofit.feature_maps import FEATURES_PER_CHANNEL, FeatureMapName
-from infini_retrofit.memory import UpdateRule, memory_bytes
+from infini_retrofit.memory import UpdateRule, count_state_values
 
 # A deployed model keeps carried keys and values in a 16-bit type.
 BYTES_PER_CARRIED_CHANNEL = 2
+StateDtype = Literal["float32", "bfloat16"]
+BYTES_PER_STATE_VALUE: dict[StateDtype, int] = {"float32": 4, "bfloat16": 2}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +39,7 @@ class InfiniParams:
     decay: Literal["none", "head", "feature"] = "none"  # what forgets at a learnable rate
     written_tokens: int | Literal["all"] = "all"  # of a segment, the best by a learnable score
     initial_state: Literal["empty", "learnable"] = "empty"
+    state_dtype: StateDtype = "float32"  # in which the memory crosses a border
     bptt_segments: int | Literal["all"] = "all"  # no gradients across every so many-th border
     segment_length: int = 256  # tokens
     local_context: int = 0  # tokens of keys and values carried over, the document's first included
@@ -194,12 +197,14 @@ class AttentionShape:
         """Count the bytes of one token's keys and values."""
         return 2 * self.num_kv_heads * self.head_dim * BYTES_PER_CARRIED_CHANNEL
 
-    def border_bytes(self, local_context: int, num_features: int) -> int:
+    def border_bytes(self, local_context: int, num_features: int, state_dtype: StateDtype) -> int:
         """Count the bytes that cross a segment border, for one document.
 
         Args:
             local_context: tokens.
             num_features: of the memory, a head; 0: there is no memory.
+            state_dtype: in which the memory is kept.
         """
-        memory = memory_bytes(self.num_kv_heads, num_features, self.head_dim)
+        num_values = count_state_values(self.num_kv_heads, num_features, self.head_dim)
+        memory = num_values * BYTES_PER_STATE_VALUE[state_dtype]
         return local_context * self.carried_token_bytes() + memory

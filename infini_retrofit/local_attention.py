@@ -22,7 +22,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from infini_retrofit.feature_maps import FeatureMaps, state_dtype
+from infini_retrofit.feature_maps import FeatureMaps, computing_dtype
 from infini_retrofit.memory import quotient
 
 # On a CPU explicit products beat the fused kernel, by 2.8 times in training at 256 tokens. In
@@ -244,7 +244,7 @@ def masked_linear_sums(
     key = key.reshape(batch * num_kv_heads, num_keys, num_features)
     scores = (grouped @ key.transpose(1, 2)).view(batch, num_heads, num_queries, num_keys)
     scores = scores * mask
-    total = scores.sum(dim=-1, keepdim=True, dtype=state_dtype(scores.dtype))
+    total = scores.sum(dim=-1, keepdim=True, dtype=computing_dtype(scores.dtype))
     scores = scores.view(batch * num_kv_heads, -1, num_keys)
     out = scores @ value.reshape(batch * num_kv_heads, num_keys, -1).to(scores.dtype)
     return out.view(batch, num_heads, num_queries, -1), total

@@ -33,7 +33,9 @@ UpdateRule = Literal["linear", "delta", "delta_gamma"]
 
 @dataclass(frozen=True)
 class MemoryState:
-    """What one layer keeps of all segments before the current one, never below float32.
+    """What one layer keeps of all segments before the current one.
+
+    Computed with in float32 or better; a shorter number type is for keeping it.
 
     Attributes:
         matrix: M in the paper, under the linear rule the sum over past tokens of feature(key)
@@ -48,9 +50,31 @@ class MemoryState:
         """Cut the gradient here, so that back-propagation stops at this segment."""
         return MemoryState(self.matrix.detach(), self.normalizer.detach())
 
+    def to(self, dtype: torch.dtype) -> "MemoryState":
+        """Return it in another number type."""
+        return MemoryState(self.matrix.to(dtype), self.normalizer.to(dtype))
+
+    def rounded_to(self, dtype: torch.dtype | None) -> "MemoryState":
+        """Return what a shorter number type keeps of it, its gradient as if nothing was lost."""
+        if dtype is None:
+            return self
+        return MemoryState(_Round.apply(self.matrix, dtype), _Round.apply(self.normalizer, dtype))
+
     def roll_batch(self) -> "MemoryState":
         """Hand every document the memory of the document before it in the batch."""
         return MemoryState(self.matrix.roll(1, dims=0), self.normalizer.roll(1, dims=0))
+
+
+class _Round(torch.autograd.Function):
+    """Round to a shorter number type and back; the gradient passes unchanged."""
+
+    @staticmethod
+    def forward(ctx: object, x: Tensor, dtype: torch.dtype) -> Tensor:
+        return x.to(dtype).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: object, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient, None
 
 
 def quotient(
@@ -60,9 +84,9 @@ def quotient(
     return numerator / denominator.clamp_min(SMALLEST_DENOMINATOR)
 
 
-def memory_bytes(num_heads: int, num_features: int, value_dim: int) -> int:
-    """Count the bytes of one layer's float32 memory, kept once for each key/value head."""
-    return 4 * num_heads * num_features * (value_dim + 1)
+def count_state_values(num_heads: int, num_features: int, value_dim: int) -> int:
+    """Count the values in one layer's memory, kept once for each key/value head."""
+    return num_heads * num_features * (value_dim + 1)
 
 
 @dataclass(frozen=True)
@@ -146,6 +170,7 @@ def scan_states(
     initial: MemoryState | None = None,
     retention: Float[Tensor, "B S N #F"] | None = None,
     bptt_segments: int | None = None,
+    state_dtype: torch.dtype | None = None,
 ) -> tuple[MemoryState, MemoryState]:
     """Do what `write_segments` and `prefix_states` do for a rule that needs the memory so far.
 
@@ -155,6 +180,7 @@ def scan_states(
         initial: the memory before the first segment, leading axis (batch); None: empty.
         retention: what each segment leaves of each head's memory, by feature; None: all of it.
         bptt_segments: as in `prefix_states`.
+        state_dtype: of a shorter number type, to which every state is rounded; None: they stay.
 
     Returns:
         As `prefix_states`.
@@ -165,8 +191,8 @@ def scan_states(
         if bptt_segments is not None and index and index % bptt_segments == 0:
             state = state.detach()
         states.append(state)
-        kept = None if retention is None else retention[:, index]
-        state = _update(state, write.segment(index), rule, kept)
+        left = None if retention is None else retention[:, index]
+        state = _update(state, write.segment(index), rule, left).rounded_to(state_dtype)
     if bptt_segments is not None and len(states) % bptt_segments == 0:
         state = state.detach()
     matrix = torch.stack([s.matrix for s in states], dim=1)

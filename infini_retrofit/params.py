@@ -14,6 +14,8 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, TypeVar
 
+from infini_retrofit.report import check_made
+
 T = TypeVar("T")
 PARAMS_PATH = Path("params.yaml")
 _WORDS = {int: "an integer", float: "a finite number", str: "text", bool: "true or false"}
@@ -71,8 +73,7 @@ def load_json(cls: type[T], path: Path, made_by: str) -> T:
         FileNotFoundError: if there is no such file.
         ValueError: if it is not valid JSON, or as in `load_section`.
     """
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing: run `{made_by}` to make it")
+    check_made(path, made_by)
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:

@@ -21,7 +21,7 @@ from typing import Any
 
 from infini_retrofit.folder_lock import locked
 from infini_retrofit.params import PARAMS_PATH, load_section
-from infini_retrofit.report import MANIFEST, sha256
+from infini_retrofit.report import MANIFEST, check_made, sha256
 
 # Seconds for torchrun to end a process that failed because another did, or as another did.
 _PATIENCE = 3
@@ -107,7 +107,9 @@ def training_run(
     _check_writable(folder, free_bytes)
     with (
         _end_on_sigterm(),
-        locked(folder, waits=_num_processes() == 1) if is_first else contextlib.nullcontext(),
+        locked(folder, "the same training", waits=_num_processes() == 1)
+        if is_first
+        else contextlib.nullcontext(),
     ):
         with unchanged(stage, params, code):
             yield TrainingFolder(folder, is_first)
@@ -162,9 +164,8 @@ def _fingerprint(inputs: Sequence[Path], params: Mapping[str, Any], code: Sequen
 
 def _input_digest(path: Path) -> str | dict[str, str]:
     """Hash a file, a folder's manifest, or all files of a folder without one."""
-    if not path.exists():
-        raise FileNotFoundError(f"{path} is missing: run `dvc repro` to make it")
-    if path.is_file():
+    if not path.is_dir():
+        check_made(path, "dvc repro")
         return sha256(path)
     if (path / MANIFEST).is_file():
         return sha256(path / MANIFEST)

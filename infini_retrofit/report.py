@@ -71,8 +71,7 @@ def verify_manifest(folder: Path, made_by: str = "dvc repro") -> None:
         ValueError: if a file differs, is missing or is unlisted; it is named.
     """
     path = folder / MANIFEST
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing: run `{made_by}` to make it")
+    check_made(path, made_by)
     digests = json.loads(path.read_text(encoding="utf-8"))
     for name in sorted(digests.keys() ^ set(_file_names(folder))):
         fault = "is missing" if name in digests else "is not in its manifest"
@@ -83,6 +82,16 @@ def verify_manifest(folder: Path, made_by: str = "dvc repro") -> None:
                 f"{folder / name} differs from its manifest (sha256): "
                 f"delete {folder} and run `{made_by}`"
             )
+
+
+def check_made(path: Path, made_by: str) -> None:
+    """Refuse a file that is not there, and say which command makes it.
+
+    Raises:
+        FileNotFoundError: if it is missing.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing: run `{made_by}` to make it")
 
 
 def check_folder(folder: Path, file: str, kind: str, made_by: str) -> None:
@@ -102,9 +111,11 @@ def check_folder(folder: Path, file: str, kind: str, made_by: str) -> None:
     fault = f"holds no {file}: it is no {kind}" if folder.is_dir() else "is missing"
     separator = ";" if folder.is_dir() else ":"
     beside = sorted(str(path.parent) for path in folder.parent.glob(f"*/{file}"))
-    here = f"in the project's folder (this one is {Path.cwd()})"
-    way_out = f"or name one of {', '.join(beside)}" if beside else here
-    raise FileNotFoundError(f"{folder} {fault}{separator} run `{made_by}` to make it, {way_out}")
+    here = f" in the project's folder (this one is {Path.cwd()})"
+    way_out = f"; found beside it: {', '.join(beside)}" if beside else here
+    raise FileNotFoundError(
+        f"{folder} {fault}{separator} run `{made_by}` to make a {kind}{way_out}"
+    )
 
 
 def sha256(path: Path) -> str:

@@ -79,12 +79,17 @@ def check_form(params: InfiniParams, config: PretrainedConfig) -> None:
     params.count_features(attention_shape(config).of_heads(params.heads).head_dim)
 
 
+def border_bytes(model: PreTrainedModel) -> int:
+    """Count the bytes that cross a segment border in a retrofitted model, for one document."""
+    return sum(module.border_bytes for module in infini_modules(model).values())
+
+
 def state_bytes(model: PreTrainedModel, params: InfiniParams) -> int:
-    """Count the bytes that cross a segment border in all layers, for one document."""
+    """Count the bytes that would cross a segment border in a base with such layers in it."""
     num_layers = len(resolve_layers(params.layers, len(decoder_layers(model))))
     shape = attention_shape(model.config).of_heads(params.heads)
     num_features = params.count_features(shape.head_dim) if params.has_memory else 0
-    return num_layers * shape.border_bytes(params.local_context, num_features)
+    return num_layers * shape.border_bytes(params.local_context, num_features, params.state_dtype)
 
 
 def insert_infini(model: PreTrainedModel, params: InfiniParams, seed: int = 0) -> None:

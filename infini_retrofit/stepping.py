@@ -171,4 +171,5 @@ def _state_at(found: MemoryState, last: MemoryState, border: Int[Tensor, "B"]) -
     matrix = found.matrix[rows, index]
     matrix = torch.where(is_last[:, None, None, None], last.matrix, matrix)
     normalizer = found.normalizer[rows, index]
-    return MemoryState(matrix, torch.where(is_last[:, None, None], last.normalizer, normalizer))
+    normalizer = torch.where(is_last[:, None, None], last.normalizer, normalizer)
+    return MemoryState(matrix, normalizer).to(last.matrix.dtype)

@@ -10,6 +10,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from infini_retrofit.corpus import Article, TokenizedArticle
+from infini_retrofit.report import check_made
 
 BATCH_ARTICLES = 16
 
@@ -20,8 +21,7 @@ def load_tokenizer(path: Path) -> Tokenizer:
     Raises:
         FileNotFoundError: if the file is missing; the stage that makes it is named.
     """
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing: run `dvc repro prepare_base` to make it")
+    check_made(path, "dvc repro prepare_base")
     tokenizer = Tokenizer.from_file(str(path))
     tokenizer.no_truncation()
     tokenizer.no_padding()

@@ -22,7 +22,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from infini_retrofit.feature_maps import state_dtype
+from infini_retrofit.feature_maps import computing_dtype
 from infini_retrofit.local_attention import alibi_bias, masked_linear_sums, visible_keys
 
 
@@ -51,7 +51,7 @@ def window_attention(
     num_heads, num_queries, num_keys = query.shape[1], query.shape[2], key.shape[2]
     grouped = query.unflatten(1, (key.shape[1], -1)).flatten(2, 3)
     scores = (grouped @ key.transpose(2, 3)) * query.shape[-1] ** -0.5
-    scores = scores.to(state_dtype(scores.dtype)).unflatten(2, (-1, num_queries)).flatten(1, 2)
+    scores = scores.to(computing_dtype(scores.dtype)).unflatten(2, (-1, num_queries)).flatten(1, 2)
     if slopes is not None:
         scores = scores + alibi_bias(slopes, num_queries, num_keys)
     near = visible_keys(num_queries, num_keys, query.device)

@@ -4,6 +4,7 @@ Knows the files that experiments leave in git; not how they are run.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from itertools import combinations, product
 from typing import Any
 
@@ -11,6 +12,7 @@ import numpy as np
 
 from infini_retrofit.evaluation import DocumentNlls, read_document_rows
 from infini_retrofit.gains import gains
+from infini_retrofit.infini_params import InfiniParams
 from recipes.against import MODELS, read_rows, read_titles, scores_in, write_interval
 from recipes.experiments import committed_params
 from recipes.overlays import leaves
@@ -45,7 +47,7 @@ def gains_of_repeats(revisions: Mapping[str, str], names: Sequence[str]) -> list
         ValueError: if their parameters differ in more than seeds, or in none; or if they scored
             other documents. Whether they ran the same code is for the reader to know.
     """
-    check_repeats(names, [dict(leaves(committed_params(revisions[name]))) for name in names])
+    check_repeats(names, [settings_of(committed_params(revisions[name])) for name in names])
     titles = read_titles(revisions, names)
     rows = [read_rows(revisions[name]) for name in names]
     for (name, own), scored in product(zip(names, rows, strict=True), MODELS):
@@ -59,6 +61,12 @@ def gains_of_repeats(revisions: Mapping[str, str], names: Sequence[str]) -> list
         for what, key in found
         if all(key in g for g in each)
     ]
+
+
+def settings_of(params: Mapping[str, Any]) -> dict[str, Any]:
+    """Flatten params.yaml; choices of form that an older one lacks have their defaults."""
+    form = asdict(InfiniParams()) | params.get("infini", {})
+    return dict(leaves({**params, "infini": form}))
 
 
 def check_repeats(names: Sequence[str], settings: Sequence[Mapping[str, Any]]) -> None:

@@ -30,7 +30,13 @@ from infini_retrofit.imports import first_party_files
 from infini_retrofit.infini_params import InfiniParams
 from infini_retrofit.params import load_section
 from infini_retrofit.pipeline import run_stage, unchanged
-from infini_retrofit.report import verify_manifest, write_metrics, write_rows, write_text
+from infini_retrofit.report import (
+    check_made,
+    verify_manifest,
+    write_metrics,
+    write_rows,
+    write_text,
+)
 from infini_retrofit.runtime import start_run
 from infini_retrofit.texts import read_test_text
 
@@ -120,18 +126,26 @@ def write_histogram(rows: list[dict[str, int | float]]) -> None:
 
 def read_scored(name: str) -> Scored:
     """Read what the stage `<name>_eval` found."""
-    documents, positions = (
-        list(csv.DictReader(read(f"plots/{name}_{kind}.tsv", name).splitlines(), delimiter="\t"))
-        for kind in ("documents", "positions")
+    metrics, documents, positions = (
+        read(Path(file), f"dvc repro {name}_eval")
+        for file in (
+            f"metrics/{name}_eval.json",
+            f"plots/{name}_documents.tsv",
+            f"plots/{name}_positions.tsv",
+        )
     )
-    return Scored(json.loads(read(f"metrics/{name}_eval.json", name)), documents, positions)
+    return Scored(json.loads(metrics), rows_in(documents), rows_in(positions))
 
 
-def read(path: str, name: str) -> str:
-    """Read a file of the stage `<name>_eval`."""
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"{path} is missing: run `dvc repro {name}_eval` to make it")
-    return Path(path).read_text(encoding="utf-8")
+def read(path: Path, made_by: str) -> str:
+    """Read a file that another stage wrote."""
+    check_made(path, made_by)
+    return path.read_text(encoding="utf-8")
+
+
+def rows_in(text: str) -> list[dict[str, str]]:
+    """Return the rows of tab-separated values."""
+    return list(csv.DictReader(text.splitlines(), delimiter="\t"))
 
 
 if __name__ == "__main__":

@@ -12,10 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
-
-from infini_retrofit.base import check_base
+from infini_retrofit.base import load_weightless
 from infini_retrofit.evaluation import rival_of
 from infini_retrofit.finetuning import ControlParams, FinetuneParams, plan_control
 from infini_retrofit.infini_params import InfiniParams
@@ -33,18 +30,10 @@ def main() -> None:
     infini = load_section(InfiniParams, "infini")
     params = load_section(FinetuneParams, "finetune")
     own = load_section(ControlParams, "finetune_control")
-    check_base(BASE)
-    model = weightless(BASE)
+    model = load_weightless(BASE)
     check_form(infini, model.config)
     write(CONTROL, plan_control(infini, params, own, model.config.num_hidden_layers))
     write(RIVAL, rival_of(model, infini))
-
-
-def weightless(base: Path) -> PreTrainedModel:
-    """Build a base's modules without its weights."""
-    config = AutoConfig.from_pretrained(base, local_files_only=True)
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)
 
 
 def write(path: Path, values: Any) -> None:

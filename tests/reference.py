@@ -44,6 +44,7 @@ def infini_params(**over: object) -> InfiniParams:
         "decay": "none",
         "written_tokens": "all",
         "initial_state": "empty",
+        "state_dtype": "float32",
         "bptt_segments": "all",
         "segment_length": 5,
         "local_context": 0,

@@ -19,6 +19,7 @@ FORMS = (
     {"layers": [0, 2], "local_context": 2},
     {"insertion": "parallel", "layers": [1], "decay": "feature"},
     {"local": "linear", "positions": "none"},
+    {"layers": [1], "state_dtype": "bfloat16"},
 )
 every_form = pytest.mark.parametrize("form", FORMS, ids=str)
 OTHERS = pytest.mark.parametrize("other", ["segment", "full"])
@@ -57,11 +58,12 @@ def test_layers_that_see_everything_make_the_cache_grow():
     assert filled(generating_model(layers=[0, 2]), draw_ids(1, 1)).is_bounded
 
 
-def test_bytes_are_those_of_the_tensors_counted_by_hand():
-    model = generating_model(layers=[1])
+@pytest.mark.parametrize(("state_dtype", "num_bytes"), [("float32", 4), ("bfloat16", 2)])
+def test_bytes_are_those_of_the_tensors_counted_by_hand(state_dtype, num_bytes):
+    model = generating_model(layers=[1], state_dtype=state_dtype)
     heads, size, rotated = 2, 6, 6
     segment = 3 * (2 * heads * size * 4 + 2 * rotated * 4 + 1)
-    memory = heads * size * (size + 1) * 4
+    memory = heads * size * (size + 1) * num_bytes
     assert filled(model, draw_ids(1, SEGMENT + 3)).num_bytes == 3 * segment + memory
 
 
@@ -160,7 +162,7 @@ def test_a_cache_of_another_format_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(cache_file, "FORMAT", "1")
     filled(model, draw_ids(1, 7)).save(path, model)
     monkeypatch.undo()
-    with pytest.raises(ValueError, match=r"format of .* must be 2, .* got 1: read the text again"):
+    with pytest.raises(ValueError, match=r"format of .* must be 3, .* got 1: read the text again"):
         InfiniCache.load(path, model)
 
 

@@ -41,6 +41,7 @@ FORMS = {
     "delta_gamma": {"update_rule": "delta_gamma", "feature_map": "dpfp", "recall_norm": "rms"},
     "linear delta_gamma": {"local": "linear", "update_rule": "delta_gamma", "written_tokens": 3},
     "parallel": {"insertion": "parallel", "bptt_segments": 1},
+    "16 bits": {"state_dtype": "bfloat16", "initial_state": "learnable"},
 }
 every_form = pytest.mark.parametrize("form", FORMS)
 

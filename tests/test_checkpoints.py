@@ -179,12 +179,15 @@ def test_folders_of_another_kind_are_refused_with_those_that_will_do(tmp_path, m
     save_trained(base, out)
     ways_out = {
         (base, base): f"models/base holds no {CONFIG}: it is no retrofitted model; run `dvc repro` "
-        "to make it, or name one of models/finetuned",
-        (base, Path("models/fintuned")): "models/fintuned is missing: run `dvc repro` to make it, "
-        "or name one of models/finetuned",
+        "to make a retrofitted model; found beside it: models/finetuned",
+        (base, Path("models/fintuned")): "models/fintuned is missing: run `dvc repro` to make a "
+        "retrofitted model; found beside it: models/finetuned",
         (out, out): "models/finetuned holds no config.json: it is no base model; run `dvc repro "
-        "prepare_base` to make it, or name one of models/base",
-        (Path("base"), out): "base is missing: run `dvc repro prepare_base` to make it, in "
+        "prepare_base` to make a base model; found beside it: models/base",
+        (
+            Path("base"),
+            out,
+        ): "base is missing: run `dvc repro prepare_base` to make a base model in "
         f"the project's folder (this one is {tmp_path})",
     }
     for (base_dir, folder), message in ways_out.items():
@@ -220,7 +223,9 @@ def test_what_the_other_layers_see_is_kept(tmp_path):
 
 def test_a_retrofit_that_is_not_there_says_what_makes_it(tmp_path):
     base_dir = tiny_base_folder(tmp_path / "base")
-    with pytest.raises(FileNotFoundError, match=r"run `dvc repro distill` to make it"):
+    with pytest.raises(
+        FileNotFoundError, match=r"run `dvc repro distill` to make a retrofitted model"
+    ):
         load_retrofit(base_dir, tmp_path / "out", torch.float32, "dvc repro distill")
 
 

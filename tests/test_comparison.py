@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from infini_retrofit import texts
+from infini_retrofit.base import load_weightless
 from infini_retrofit.evaluation import EvalParams, Rival, evaluate, rival_of
 from infini_retrofit.finetuning import (
     Control,
@@ -16,9 +17,10 @@ from infini_retrofit.finetuning import (
     plan_control,
 )
 from infini_retrofit.params import load_json
+from infini_retrofit.report import write_manifest
 from infini_retrofit.retrofit import carried_tokens
 from infini_retrofit.schedule import FullLrScale
-from stages.prepare_comparison import weightless, write
+from stages.prepare_comparison import write
 from tests.reference import infini_params
 from tests.tiny import FAMILIES, random_ids, tiny_model
 from tests.tiny_project import LINEAR, SMALL, contents, run_stage, write_params
@@ -124,7 +126,8 @@ def test_which_layers_are_a_control_s_shows_in_a_sliding_window():
 def test_rivals_of_a_base_are_counted_without_its_weights(over, tmp_path):
     base, infini = tiny_model("llama"), infini_params(**over)
     base.save_pretrained(tmp_path)
-    bare = weightless(tmp_path)
+    write_manifest(tmp_path)
+    bare = load_weightless(tmp_path)
     assert all(p.is_meta for p in bare.parameters())
     want = Rival(segment_length=infini.segment_length, num_tokens=carried_tokens(base, infini))
     assert rival_of(bare, infini) == want

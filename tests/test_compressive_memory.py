@@ -90,6 +90,29 @@ def test_half_lives_start_spread_from_the_shortest_to_the_longest(decay):
     torch.testing.assert_close(ratios, ratios[:1].expand(len(ratios)), rtol=1e-4, atol=0)
 
 
+@pytest.mark.parametrize("over", [{}, {"decay": "feature"}, {"update_rule": "delta"}])
+def test_a_state_in_16_bits_is_rounded_at_every_border_and_nowhere_else(over):
+    memory = make_memory(state_dtype="bfloat16", initial_state="learnable", **over)
+    exact = make_memory(initial_state="learnable", **over)
+    exact.load_state_dict(memory.state_dict())
+    key, value = draw(KV_HEADS, 1), draw(KV_HEADS, 2)
+    found, end = memory.states(key, elu1(key), value, None, None)
+    begin = exact.states(key, elu1(key), value, None, None)[0]
+    state = MemoryState(begin.matrix[:, 0], begin.normalizer[:, 0]).to(torch.bfloat16)
+    for s in range(SEGMENTS):
+        for name in ("matrix", "normalizer"):
+            assert torch.equal(getattr(found, name)[:, s], getattr(state, name).double())
+        one = key[:, s : s + 1], elu1(key)[:, s : s + 1], value[:, s : s + 1]
+        state = exact.states(*one, None, state)[1].to(torch.bfloat16)
+    assert torch.equal(end.matrix, state.matrix)
+    assert torch.equal(end.normalizer, state.normalizer)
+    assert end.matrix.dtype == end.normalizer.dtype == torch.bfloat16
+    assert largest(end.matrix - states(exact)[1].matrix) > 1e-4
+    recent, last = memory.recent_states(key, elu1(key), value, None, None)
+    assert last.matrix.dtype == torch.bfloat16
+    assert torch.equal(recent.matrix.bfloat16().double(), recent.matrix)
+
+
 @pytest.mark.parametrize("num_written", [1, 2, TOKENS])
 def test_only_the_best_tokens_are_written_each_by_its_score(num_written):
     memory = make_memory(written_tokens=num_written)

@@ -13,11 +13,11 @@ from infini_retrofit.feature_maps import (
     LARGEST_EXPONENT,
     FeatureMapName,
     FeatureMaps,
+    computing_dtype,
     dpfp,
     elu1,
     hedgehog,
     rms_norm,
-    state_dtype,
 )
 from infini_retrofit.memory import Write, write_segments
 from tests.reference import largest, naive_feature, recall
@@ -126,7 +126,7 @@ def test_features_are_float32_for_16_bit_models_and_under_autocast(name, dtype):
     feature = maps.of_key(x.to(dtype))
     assert feature.dtype is torch.float32
     assert torch.equal(feature, maps.of_key(x.to(dtype).float()))
-    assert state_dtype(torch.float64) is torch.float64
+    assert computing_dtype(torch.float64) is torch.float64
 
 
 def test_a_hedgehog_without_its_guard_would_run_in_bfloat16(monkeypatch):

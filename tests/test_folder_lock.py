@@ -15,14 +15,14 @@ import shutil, sys, time
 from pathlib import Path
 from infini_retrofit.folder_lock import locked
 folder = Path("folder")
-with locked(folder, waits=True):
+with locked(folder, "the same work", waits=True):
     (folder / "inside").open("x").close()
     print("inside", flush=True)
     sys.stdin.readline()
     time.sleep(0.05)
     shutil.rmtree(folder)
 """
-NUM_HOLDERS = 3
+WHAT, NUM_HOLDERS = "the same work", 3
 
 
 @pytest.fixture
@@ -43,7 +43,7 @@ def test_those_who_wait_go_in_one_at_a_time_each_into_a_folder_of_its_own(folder
     assert first.stdout.readline() == "inside\n"
     others = [hold() for _ in range(NUM_HOLDERS - 1)]
     for other in others:
-        assert other.stderr.readline().startswith("waiting: the same training is under way in ")
+        assert other.stderr.readline().startswith("waiting: the same work is under way in ")
     for process in (first, *others):
         process.stdin.write("\n")
         process.stdin.flush()
@@ -54,11 +54,11 @@ def test_those_who_wait_go_in_one_at_a_time_each_into_a_folder_of_its_own(folder
 
 
 def test_who_does_not_wait_is_refused_by_the_lock_s_name(folder):
-    with locked(folder, waits=False):
-        message = rf"under way in another process, which holds {folder}/lock: wait for it or end it"
-        with pytest.raises(BlockingIOError, match=message), locked(folder, waits=False):
+    with locked(folder, WHAT, waits=False):
+        message = rf"{WHAT} is under way in another process, which holds {folder}/lock: wait for it"
+        with pytest.raises(BlockingIOError, match=message), locked(folder, WHAT, waits=False):
             pass
-    with locked(folder, waits=False):
+    with locked(folder, WHAT, waits=False):
         assert folder.is_dir()
 
 
@@ -67,5 +67,5 @@ def test_a_killed_holder_leaves_the_lock_to_the_next(folder):
     assert first.stdout.readline() == "inside\n"
     first.kill()
     first.communicate(timeout=60)
-    with locked(folder, waits=False):
+    with locked(folder, WHAT, waits=False):
         assert (folder / "inside").exists()

@@ -33,6 +33,7 @@ FIELDS = {
         "initial_memory_share": "float",
     },
 }
+FIELDS[3] = FIELDS[2] | {"state_dtype": "float32 | bfloat16"}
 
 
 def choices_of(kind: Any) -> str:

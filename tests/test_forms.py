@@ -140,6 +140,24 @@ def test_a_last_segment_that_is_partial_equals_one_token_at_a_time(form):
     assert largest(run_in_layer(layer, x) - run_naive(layer, form, x)) < 1e-9
 
 
+@pytest.mark.parametrize("form", FORMS[::5], ids=name_of)
+def test_a_memory_kept_in_16_bits_is_the_same_however_it_is_run(form):
+    exact, short = make_layer(form), make_layer(form | {"state_dtype": "bfloat16"})
+    short.load_state_dict(exact.state_dict())
+    x = draw_input(4 * SEGMENT)
+    want, plain = run_folded(short, x), run_folded(exact, x)
+    want_gradients, plain_gradients = gradients_of(want, short, x), gradients_of(plain, exact, x)
+    assert 1e-6 < largest(want - plain) / largest(want) < 0.05
+    assert largest(run_loop(short, x) - want) < 1e-9  # its gradient crosses calls in 16 bits
+    got = run_in_layer(short, x)
+    assert largest(got - want) < 1e-9
+    for name, gradient in gradients_of(got, short, x).items():
+        assert largest(gradient - want_gradients[name]) < 1e-9, name
+    for name, gradient in plain_gradients.items():
+        error = largest(gradient - want_gradients[name])
+        assert error < 0.2 * largest(gradient) + 1e-9, name
+
+
 OTHERS = {
     "update_rule": RULES,
     "feature_map": FEATURE_MAPS,

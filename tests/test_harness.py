@@ -157,7 +157,10 @@ def test_our_tasks_ask_about_the_project_s_articles(lm, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("task", "message"),
     [
-        ("article_perplexity", "nowhere is missing: run `dvc repro` to make it, in the project's"),
+        (
+            "article_perplexity",
+            "nowhere is missing: run `dvc repro` to make a retrofitted model in the",
+        ),
         ("no_such_task", ".*no_such_task"),
     ],
 )

@@ -136,9 +136,10 @@ def test_the_bytes_at_a_border_count_features_values_and_carried_tokens(feature_
     assert infini_params(feature_map=feature_map).count_features(6) == features
     memory = 4 * 2 * (features * 6 + features)
     context = 3 * 2 * 2 * 6 * 2
-    assert SHAPE.border_bytes(0, features) == memory
-    assert SHAPE.border_bytes(3, features) == memory + context
-    assert SHAPE.border_bytes(3, 0) == context
+    for dtype, size in (("float32", memory), ("bfloat16", memory // 2)):
+        assert SHAPE.border_bytes(0, features, dtype) == size
+        assert SHAPE.border_bytes(3, features, dtype) == size + context
+        assert SHAPE.border_bytes(3, 0, dtype) == context
 
 
 def test_more_features_than_a_head_has_directions_for_are_refused():

@@ -9,7 +9,7 @@ from infini_retrofit.feature_maps import elu1
 from infini_retrofit.memory import (
     MemoryState,
     Write,
-    memory_bytes,
+    count_state_values,
     prefix_states,
     quotient,
     retrieve,
@@ -195,11 +195,11 @@ def test_padding_is_not_written():
     assert largest(padded.normalizer[1, 2] - want.normalizer[0, 0]) > 0.1
 
 
-def test_the_bytes_of_a_state_are_those_of_its_tensors():
+def test_the_values_of_a_state_are_those_of_its_tensors():
     _, key, value = draw_qkv(torch.float32)
     state = prefix_states(write(key, value))[1]
-    num_bytes = sum(x[0].numel() * x.element_size() for x in (state.matrix, state.normalizer))
-    assert memory_bytes(KV_HEADS, KEY, VALUE) == num_bytes == 4 * 2 * (7 * 4 + 7)
+    num_values = sum(x[0].numel() for x in (state.matrix, state.normalizer))
+    assert count_state_values(KV_HEADS, KEY, VALUE) == num_values == 2 * (7 * 4 + 7)
 
 
 def test_heads_and_tokens_swapped_are_refused():

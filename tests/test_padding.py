@@ -25,6 +25,7 @@ FORMS = {
     "alibi": {"positions": "alibi", "local_context": 2},
     "linear": {"local": "linear", "update_rule": "delta_gamma"},
     "window": {"local": "window_linear", "window": 2, "local_context": 2},
+    "16 bits": {"state_dtype": "bfloat16", "decay": "feature"},
 }
 every_form = pytest.mark.parametrize("form", FORMS)
 

@@ -158,6 +158,7 @@ BYTES = [
     {"insertion": "parallel", "init": "random_attention", "local_context": 2},
     {"local": "window_linear", "feature_map": "dpfp", "initial_state": "learnable"},
     {"memory": "off", "local": "window_linear", "feature_map": "hedgehog", "local_context": 1},
+    {"state_dtype": "bfloat16", "decay": "feature", "local_context": 1},
 ]
 
 

@@ -153,6 +153,7 @@ SPENDING = [
     {"layers": [1], "feature_map": "dpfp"},
     {"layers": [0], "feature_map": "hedgehog", "insertion": "parallel"},
     {"layers": [0], "local": "window_linear"},
+    {"state_dtype": "bfloat16", "local_context": 2},
 ]
 
 

@@ -21,6 +21,7 @@ FORMS = {
     "local context": {"local_context": 3},
     "linear": {"local": "linear", "positions": "none"},
     "one layer": {"layers": [1]},
+    "16 bits": {"state_dtype": "bfloat16", "decay": "feature"},
 }
 both_forms = pytest.mark.parametrize("form", sorted(FORMS))
 

@@ -1,7 +1,5 @@
 """Tiny retrofitted models that generate, none of whose parameters stands at its usual start."""
 
-from itertools import cycle, product
-
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -76,13 +74,19 @@ FORMS = (
     {"written_tokens": 2, "recall_norm": "rms", "initial_state": "learnable", "layers": [1]},
     {"memory": "off", "local_context": SEGMENT},
     {"init": "random_attention", "heads": "single", "positions": "none", "decay": "head"},
+    {"state_dtype": "bfloat16", "local_context": 2},
 )
 
 
 def all_cases() -> list[tuple]:
-    forms, others = cycle(FORMS), cycle(("segment", "full", "segment"))
-    settings = product(FAMILIES, ("replace", "parallel"), range(len(FORMS) // 2))
-    return [(f, next(others), {"insertion": i} | next(forms)) for f, i, _ in settings]
+    """Run each form in both families, with both insertions and both kinds of other layers."""
+    cases = []
+    for number, form in enumerate(FORMS):
+        others = ("segment", "full")[:: 1 if number % 2 else -1]
+        families = FAMILIES[:: 1 if number % 4 < 2 else -1]
+        for family, insertion, other in zip(families, ("replace", "parallel"), others, strict=True):
+            cases.append((family, other, {"insertion": insertion} | form))
+    return cases
 
 
 def name_of(x: object) -> str:
