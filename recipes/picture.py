@@ -62,7 +62,7 @@ def draw(experiments: Mapping[str, Finished], names: Sequence[str]) -> Figure:
             color=mark.colour,
             markersize=mark.size,
             label=mark.label,
-            zorder=3,
+            zorder=3 - mark.size / 100,  # where marks fall together the smaller ones stay visible
         )
     _label(axes, names)
     figure.legend(loc="outside upper center", ncols=3, frameon=False)

@@ -30,6 +30,9 @@ def test_each_number_is_a_mark_on_the_line_of_its_experiment():
         "with its memory": [[25.0, 0], [29.1, 1]],
     }
     assert drawn.keys() == {mark.label for mark in MARKS}
+    from_below = sorted(axes.lines, key=lambda line: line.get_zorder())
+    sizes = [line.get_markersize() for line in from_below]
+    assert sizes == sorted(sizes, reverse=True)  # or the larger would hide the smaller
     top, bottom = axes.get_ylim()[::-1]
     assert top < 0 < len(NAMES) - 1 < bottom
 
