@@ -11,7 +11,7 @@ from typing import Any
 
 from infini_retrofit.params import read_params
 from infini_retrofit.table import render
-from recipes import against
+from recipes import against, kept
 from recipes.experiments import (
     all_experiments,
     committed_params,
@@ -21,7 +21,7 @@ from recipes.experiments import (
     run,
     run_command,
 )
-from recipes.finished import choose, finished, revisions_of
+from recipes.finished import Finished, choose, finished, sources_of
 from recipes.overlays import (
     check_recipe,
     describe,
@@ -51,6 +51,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             print_gains(args.names)
         elif args.repeats:
             print_repeats(args.names)
+        elif args.keep:
+            keep_results(args.names)
         elif args.diff:
             run_and_compare(args)
         elif args.names:
@@ -74,7 +76,8 @@ def make_parser() -> argparse.ArgumentParser:
     one("--against", action="store_true", help="what the first of finished NAMEs gains over others")
     repeats = "what the memory gains in finished NAMEs that differ in seeds, and on average"
     one("--repeats", action="store_true", help=repeats)
-    about = "of --table: what a memory wins back, or what labels do (default: memory)"
+    one("--keep", action="store_true", help="write what tables need of finished NAMEs to results/")
+    about = "of --table: what a memory wins back (or half of it), or what labels do"
     add("--columns", choices=COLUMNS, help=about)
     add("--print", action="store_true", help="print the commands, and run none")
     own = "a parameter of your own; it wins over the recipe's"
@@ -92,9 +95,27 @@ def print_list() -> None:
         print(f"{name:{width}}  {describe(name)}")
 
 
+def known() -> dict[str, Finished]:
+    """Return the experiments that have been run here, and results kept of others."""
+    own, others = finished(all_experiments()), kept.kept()
+    return others | own
+
+
+def keep_results(names: Sequence[str]) -> None:
+    """Write the small files of finished experiments, for those who have not run them.
+
+    Raises:
+        ValueError: if none is named, one has not been run here, or its code was not committed.
+    """
+    experiments = finished(all_experiments())
+    sources_of("--keep", names, experiments)
+    for folder in kept.keep(experiments, names):
+        print(folder)
+
+
 def print_table(names: Sequence[str], columns: Sequence[Column]) -> None:
     """Print the named experiments, or those of the recipes that have been run."""
-    experiments = finished(all_experiments())
+    experiments = known()
     print(markdown(experiments, choose("--table", names, experiments), columns))
 
 
@@ -102,7 +123,7 @@ def draw_picture(path: Path, names: Sequence[str]) -> None:
     """Draw the named experiments, or those of the recipes that have been run."""
     from recipes import picture  # brings matplotlib, which takes a second
 
-    experiments = finished(all_experiments())
+    experiments = known()
     picture.save(picture.draw(experiments, choose("--picture", names, experiments)), path)
     print(path)
 
@@ -113,8 +134,7 @@ def print_gains(names: Sequence[str]) -> None:
     Raises:
         ValueError: if none is named, or one has not been run.
     """
-    revisions = revisions_of("--against", names, finished(all_experiments()))
-    gains = against.gains(revisions, names)
+    gains = against.gains(sources_of("--against", names, known()), names)
     print(f"{names[0]}, finetuned, protocol {against.PROTOCOL}, is better:\n")
     print(render(against.COLUMNS, gains))
 
@@ -127,8 +147,7 @@ def print_repeats(names: Sequence[str]) -> None:
     """
     from recipes import repeats  # brings torch, which takes seconds
 
-    revisions = revisions_of("--repeats", names, finished(all_experiments()))
-    found = repeats.gains_of_repeats(revisions, names)
+    found = repeats.gains_of_repeats(sources_of("--repeats", names, known()), names)
     print(f"finetuned, protocol {against.PROTOCOL}:\n")
     print(render(repeats.columns(names), found))
 

@@ -1,13 +1,13 @@
 """One finished experiment against others, document by document.
 
-Knows the file of scores that experiments leave in git; not how they are run.
+Knows the file of scores that experiments leave; not how they are run.
 """
 
 import csv
-import subprocess
 from collections.abc import Mapping, Sequence
 
 from infini_retrofit.bootstrap import MIN_GROUPS_FOR_INTERVAL, paired_bootstrap
+from recipes.experiments import Source, read_file
 
 SCORES = "plots/eval_documents.tsv"
 PROTOCOL = "segment"
@@ -22,16 +22,18 @@ _ROUNDING = 1e-2  # nats a token, between machines and number types
 Scores = dict[str, tuple[float, str]]
 
 
-def read_rows(revision: str) -> list[dict[str, str]]:
-    """Read an experiment's scores: a row for each model, protocol and document."""
-    command = ["git", "show", f"{revision}:./{SCORES}"]
-    shown = subprocess.run(command, capture_output=True, text=True)
-    return list(csv.DictReader(shown.stdout.splitlines(), delimiter="\t"))
+def read_rows(source: Source) -> list[dict[str, str]]:
+    """Read an experiment's scores: a row for each model, protocol and document; or none."""
+    try:
+        text = read_file(source, SCORES)
+    except FileNotFoundError:
+        return []
+    return list(csv.DictReader(text.splitlines(), delimiter="\t"))
 
 
-def read_scores(name: str, revision: str, model: str, protocol: str = PROTOCOL) -> Scores:
+def read_scores(name: str, source: Source, model: str, protocol: str = PROTOCOL) -> Scores:
     """Read what a model of an experiment scored under a protocol; raises as `scores_in`."""
-    return scores_in(read_rows(revision), name, model, protocol)
+    return scores_in(read_rows(source), name, model, protocol)
 
 
 def scores_in(
@@ -51,11 +53,11 @@ def scores_in(
     return {r["document"]: (float(r["nll"]), r["article"]) for r in wanted}
 
 
-def gains(revisions: Mapping[str, str], names: Sequence[str]) -> list[tuple[str, str, str, str]]:
+def gains(sources: Mapping[str, Source], names: Sequence[str]) -> list[tuple[str, str, str, str]]:
     """Say by how much the first experiment's model is better than the others and all controls.
 
     Args:
-        revisions: commit of each experiment.
+        sources: where the files of each experiment are.
         names: of experiments that scored the same documents.
 
     Returns:
@@ -65,24 +67,23 @@ def gains(revisions: Mapping[str, str], names: Sequence[str]) -> list[tuple[str,
     Raises:
         ValueError: if documents, articles or bases differ.
     """
-    read_titles(revisions, names)
-    own = read_scores(names[0], revisions[names[0]], "finetuned")
+    read_titles(sources, names)
+    own = read_scores(names[0], sources[names[0]], "finetuned")
     pairs = [(name, model) for name in names for model in MODELS][1:]
     return [
-        (name, model, *gain(own, read_scores(name, revisions[name], model)))
-        for name, model in pairs
+        (name, model, *gain(own, read_scores(name, sources[name], model))) for name, model in pairs
     ]
 
 
-def read_titles(revisions: Mapping[str, str], names: Sequence[str]) -> list[str]:
+def read_titles(sources: Mapping[str, Source], names: Sequence[str]) -> list[str]:
     """Return the article of each document that all of these experiments scored.
 
     Raises:
         ValueError: if documents, articles or bases differ.
     """
-    base = read_scores(names[0], revisions[names[0]], *_SAME_TEXTS)
+    base = read_scores(names[0], sources[names[0]], *_SAME_TEXTS)
     for name in names[1:]:
-        others = read_scores(name, revisions[name], *_SAME_TEXTS)
+        others = read_scores(name, sources[name], *_SAME_TEXTS)
         if not are_alike(others, base):
             raise ValueError(
                 f"experiments must have scored the same documents of the same base, got "

@@ -16,21 +16,62 @@ from ruamel.yaml import YAML
 
 from infini_retrofit.params import PARAMS_PATH
 
+# What an experiment left: a commit, or a folder that holds its small files.
+Source = str | Path
 
-def committed_params(revision: str = "HEAD") -> dict[str, Any]:
-    """Read params.yaml as a commit has it; experiments start from that of the last.
+# What running an experiment changes; everything else is code.
+_WRITTEN = (PARAMS_PATH.name, "dvc.lock", "metrics/", "plots/")
+
+
+def committed_params() -> dict[str, Any]:
+    """Read params.yaml of the last commit, from which experiments start.
 
     Raises:
         FileNotFoundError: if it is not committed.
     """
-    command = ["git", "show", f"{revision}:./{PARAMS_PATH}"]
-    shown = subprocess.run(command, capture_output=True, text=True)
-    if shown.returncode:
+    try:
+        return read_params_of("HEAD")
+    except FileNotFoundError as error:
         raise FileNotFoundError(
             f"{PARAMS_PATH} is missing from the last commit, which an experiment starts from: "
-            f"commit it ({shown.stderr.strip()})"
-        )
-    return YAML(typ="safe").load(shown.stdout)
+            f"commit it ({error})"
+        ) from error
+
+
+def read_params_of(source: Source) -> dict[str, Any]:
+    """Read the parameters that an experiment ran with; raises as `read_file`."""
+    return YAML(typ="safe").load(read_file(source, PARAMS_PATH))
+
+
+def read_file(source: Source, path: str | Path) -> str:
+    """Read a file that an experiment left.
+
+    Args:
+        source: where from.
+        path: of the file in the project.
+
+    Raises:
+        FileNotFoundError: if it is not there.
+    """
+    if isinstance(source, Path):
+        return (source / path).read_text(encoding="utf-8")
+    return _git("show", f"{source}:./{path}")
+
+
+def commit_of_code(revision: str) -> str:
+    """Return the commit whose code an experiment ran.
+
+    Raises:
+        ValueError: if that code was changed and not committed, or is not of this history.
+    """
+    before = _git("rev-parse", f"{revision}^").strip()
+    changed = _git("diff", "--name-only", "--relative", before, revision).split("\n")
+    code = [name for name in changed if name and not name.startswith(_WRITTEN)]
+    if code:
+        raise ValueError(f"code must have been committed, got changes of {', '.join(code)}")
+    if before not in _git("rev-list", "HEAD").split():
+        raise ValueError(f"code must be of a commit before this one, got {before[:7]}")
+    return before
 
 
 def run_command(name: str, overrides: Sequence[str], flags: Sequence[str]) -> list[str]:
@@ -71,6 +112,18 @@ def all_experiments() -> list[dict[str, Any]]:
     """Return what DVC knows of all commits and their experiments."""
     hidden = ("--hide-workspace", "--hide-queued", "--hide-failed")
     return json.loads(_output("dvc", "exp", "show", "--json", "--all-commits", *hidden))
+
+
+def _git(*words: str) -> str:
+    """Return what git prints.
+
+    Raises:
+        FileNotFoundError: if what is asked for is not there.
+    """
+    shown = subprocess.run(["git", *words], capture_output=True, text=True)
+    if shown.returncode:
+        raise FileNotFoundError(shown.stderr.strip())
+    return shown.stdout
 
 
 def _output(*command: str) -> str:

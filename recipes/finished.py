@@ -6,15 +6,16 @@ Knows what DVC shows of an experiment; no metric by name.
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from recipes.experiments import Source
 from recipes.overlays import recipe_names
 
 Metrics = Mapping[str, Any]  # of one experiment, by file
 
 
 class Finished(NamedTuple):
-    """An experiment that ran to its end."""
+    """An experiment that ran to its end: where its files are, and its metrics."""
 
-    revision: str
+    source: Source
     metrics: Metrics
 
 
@@ -53,10 +54,10 @@ def choose(option: str, names: Sequence[str], experiments: Mapping[str, Finished
     return names
 
 
-def revisions_of(
+def sources_of(
     option: str, names: Sequence[str], experiments: Mapping[str, Finished]
-) -> dict[str, str]:
-    """Return the commit of every finished experiment.
+) -> dict[str, Source]:
+    """Return where the files of every finished experiment are.
 
     Raises:
         ValueError: if no name is asked for, or one that has not been run.
@@ -66,4 +67,4 @@ def revisions_of(
             f"{option} needs names of finished experiments, got "
             + (f"some that have not been run: {', '.join(missing)}" if names else "none")
         )
-    return {name: experiment.revision for name, experiment in experiments.items()}
+    return {name: experiment.source for name, experiment in experiments.items()}

@@ -1,6 +1,6 @@
 """Repeats, experiments that differ in their random seeds alone: what the memory gains in each.
 
-Knows the files that experiments leave in git; not how they are run.
+Knows the files that experiments leave; not how they are run.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,7 +14,7 @@ from infini_retrofit.evaluation import DocumentNlls, read_document_rows
 from infini_retrofit.gains import gains
 from infini_retrofit.infini_params import InfiniParams
 from recipes.against import MODELS, read_rows, read_titles, scores_in, write_interval
-from recipes.experiments import committed_params
+from recipes.experiments import Source, read_params_of
 from recipes.overlays import leaves
 
 # By the name that `gains` gives to what a model is compared with.
@@ -32,11 +32,11 @@ def columns(names: Sequence[str]) -> list[str]:
     return ["nats a token better than", *names, "on average", "95% interval"]
 
 
-def gains_of_repeats(revisions: Mapping[str, str], names: Sequence[str]) -> list[list[str]]:
+def gains_of_repeats(sources: Mapping[str, Source], names: Sequence[str]) -> list[list[str]]:
     """Say what the memory gains in each experiment, and on average over all of them.
 
     Args:
-        revisions: commit of each experiment.
+        sources: where the files of each experiment are.
         names: of the experiments.
 
     Returns:
@@ -47,9 +47,9 @@ def gains_of_repeats(revisions: Mapping[str, str], names: Sequence[str]) -> list
         ValueError: if their parameters differ in more than seeds, or in none; or if they scored
             other documents. Whether they ran the same code is for the reader to know.
     """
-    check_repeats(names, [settings_of(committed_params(revisions[name])) for name in names])
-    titles = read_titles(revisions, names)
-    rows = [read_rows(revisions[name]) for name in names]
+    check_repeats(names, [settings_of(read_params_of(sources[name])) for name in names])
+    titles = read_titles(sources, names)
+    rows = [read_rows(sources[name]) for name in names]
     for (name, own), scored in product(zip(names, rows, strict=True), MODELS):
         scores_in(own, name, scored)
     model, control = ([nlls_of(r, m) for r in rows] for m in MODELS)

@@ -28,7 +28,11 @@ def _ppl(title: str, key: str, model: str = "finetuned") -> Column:
     return Column(title, (("eval_sliding", model, f"{key}_test_ppl"),), _shown_ppl)
 
 
-MEMORY = (
+def _gain(title: str, over: str) -> Column:
+    return Column(title, (("eval_sliding", "finetuned", f"gain_over_{over}"),), "{:+.4f}".format)
+
+
+PROTOCOLS = (
     _ppl("sliding", "sliding"),
     _ppl("full", "full"),
     _ppl("segment", "segment"),
@@ -39,7 +43,14 @@ MEMORY = (
     _ppl("equal bytes", "segment_kv"),
     _ppl("control, equal bytes", "segment_kv", "control"),
     _ppl("t2", "t2"),
+)
+GAINS = (
     Column("gap_recovered", (("eval_sliding", "finetuned", "gap_recovered"),), "{:.1%}".format),
+    _gain("over its control", "control"),
+    _gain("over memory off", "off"),
+    _gain("over memory of one segment", "recent"),
+    _gain("over memory swapped", "swapped"),
+    _gain("over equal bytes", "kv"),
     Column("state_bytes", (("eval_sliding", "finetuned", "state_bytes"),), "{:,}".format),
     Column("trainable parameters", (("finetune", "num_trainable_parameters"),), "{:,}".format),
     Column(
@@ -60,7 +71,9 @@ LABELS = (
     Column("best epoch", (("finetune", "best_epoch"),), "{}".format),
     Column("epochs run", (("finetune", "epochs_run"),), "{}".format),
 )
-COLUMNS = {"memory": MEMORY, "labels": LABELS}  # what a memory wins back | what labels do (seeds)
+# What a memory wins back: perplexity, nats a token and costs | what labels do (the seeds).
+MEMORY = PROTOCOLS + GAINS
+COLUMNS = {"memory": MEMORY, "protocols": PROTOCOLS, "gains": GAINS, "labels": LABELS}
 
 
 def markdown(

@@ -18,7 +18,7 @@ TOP_LEVEL = {
     *("dvc.yaml", "params.yaml", "stages", "data", "models", "metrics", "plots", "tests"),
     *("requirements.txt", "infini_retrofit", "benchmarks", "README.md", "LICENSE", "Makefile"),
     *("pyproject.toml", "requirements-dev.txt", "LOG.md", "dvc.lock", ".ci", ".dvc", ".dvcignore"),
-    *(".gitignore", "recipes", "docs", "eval_tasks"),
+    *(".gitignore", "recipes", "docs", "eval_tasks", "results"),
 }
 LEVELS = [
     {

@@ -6,8 +6,9 @@ from typing import Any
 import pytest
 
 from recipes import __main__ as command_line
+from recipes import kept
 from recipes.finished import finished
-from recipes.table import LABELS, MEMORY, markdown
+from recipes.table import COLUMNS, LABELS, MEMORY, markdown
 from tests.tiny_checkout import make_pipeline, python_m_recipes
 
 MODEL = {
@@ -20,6 +21,11 @@ MODEL = {
     "segment_kv_test_ppl": 28.8,
     "t2_test_ppl": 20118.6,
     "gap_recovered": 0.0864,
+    "gain_over_control": 0.0189,
+    "gain_over_off": 0.029,
+    "gain_over_recent": -0.0007,
+    "gain_over_swapped": 0.056,
+    "gain_over_kv": -0.1269,
     "state_bytes": 1497600,
 }
 CONTROL = {"segment_test_ppl": 29.8, "segment_kv_test_ppl": 28.2}
@@ -30,7 +36,8 @@ METRICS = {
 }
 ROW = [
     *("infini-all", "23.46", "23.60", "29.10", "29.80", "30.20", "30.10", "29.90", "28.80"),
-    *("28.20", "20,119", "8.6%", "1,497,600", "26,542,350", "589,824"),
+    *("28.20", "20,119", "8.6%", "+0.0189", "+0.0290", "-0.0007", "+0.0560", "-0.1269"),
+    *("1,497,600", "26,542,350", "589,824"),
 ]
 
 
@@ -54,6 +61,12 @@ def commit(*experiments: dict[str, Any]) -> dict[str, Any]:
     return {"rev": "cd34", "name": "main", "data": {}, "experiments": list(experiments) or None}
 
 
+@pytest.fixture(autouse=True)
+def nothing_kept(tmp_path, monkeypatch):
+    """Show what the test made up, and no results of the project's own."""
+    monkeypatch.setattr(kept, "FOLDER", tmp_path / "results")
+
+
 def test_a_finished_experiment_is_a_row():
     experiments = finished([commit(), commit(experiment("infini-all", METRICS))])
     header, _, row = map(cells, markdown(experiments, ["infini-all"]).splitlines())
@@ -69,7 +82,7 @@ def test_what_is_missing_is_a_dash_and_the_rest_stays(file):
     found = cells(markdown(experiments, ["infini-all"]).splitlines()[2])
     pairs = zip(found, ROW, strict=True)
     changed = {i for i, (cell, before) in enumerate(pairs) if cell != before}
-    expected = {"eval_sliding": set(range(1, 13)), "distill": {14}, "finetune": {13, 14}}
+    expected = {"eval_sliding": set(range(1, 18)), "distill": {19}, "finetune": {18, 19}}
     assert changed == expected[file]
     tokens = {"distill": "327,680", "finetune": "262,144"}
     assert found[-1] == tokens.get(file, "589,824")
@@ -79,7 +92,7 @@ def test_a_metric_that_dvc_could_not_read_is_a_dash():
     shown = experiment("infini-all", METRICS)
     shown["revs"][0]["data"]["metrics"]["metrics/eval_sliding.json"] = {"error": {"msg": "bad"}}
     row = cells(markdown(finished([commit(shown)]), ["infini-all"]).splitlines()[2])
-    assert row == ["infini-all", *["-"] * 12, "26,542,350", "589,824"]
+    assert row == ["infini-all", *["-"] * 17, "26,542,350", "589,824"]
 
 
 @pytest.mark.parametrize("state", ["queued", "running", "failed"])
@@ -123,6 +136,19 @@ def test_other_columns_show_what_labels_do(capsys, monkeypatch):
     assert header == ["recipe", *(column.title for column in LABELS)]
     finetuned, control = ["94.32", "127.50", "5,701"], ["30.61", "999.25"]
     assert row == ["v1", "0.1783", "25.63", "18,739", *finetuned, *control, "4", "5"]
+
+
+def test_a_half_of_the_columns_is_shown_alone(capsys, monkeypatch):
+    monkeypatch.setattr(
+        command_line, "all_experiments", lambda: [commit(experiment("v1", METRICS))]
+    )
+    halves = []
+    for half in ("protocols", "gains"):
+        command_line.main(["--table", "--columns", half])
+        header, _, row = map(cells, capsys.readouterr().out.splitlines())
+        assert header[1:] == [column.title for column in COLUMNS[half]]
+        halves += row[1:]
+    assert halves == ROW[1:]
 
 
 @pytest.mark.parametrize("line", ["v1 --columns labels", "--columns memory --list"])

@@ -1,0 +1,99 @@
+"""Write the tables of results into README.md and docs/, from the metrics and from results/.
+
+Run `python .ci/fill_tables.py` in the top folder after either has changed.
+"""
+
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from infini_retrofit.table import render
+from recipes.finished import Finished
+from recipes.kept import kept
+from recipes.overlays import recipe_names
+from recipes.table import GAINS, LABELS, PROTOCOLS, find, markdown
+
+OF_SEEDS = ("v1", "v1-fixed", "v2", "v2-fixed", "two-stage", "two-stage-fixed")  # docs/seeds.md
+MODELS = ("base", "control", "distilled", "finetuned")
+KEYS = (
+    "sliding_test_ppl",
+    "full_test_ppl",
+    "segment_test_ppl",
+    "segment_off_test_ppl",
+    "segment_swapped_test_ppl",
+    "segment_kv_test_ppl",
+    "t2_test_ppl",
+)
+OTHERS = (
+    *("unigram_test_ppl", "gap_test_nats", "gap_recovered", "state_bytes"),
+    *("num_documents", "num_articles"),
+)
+
+
+def table(metrics: dict[str, dict[str, float]]) -> str:
+    """Lay out the numbers of eval_sliding.json: a column a model, a row a metric."""
+    keys = KEYS + OTHERS
+    rows = [[f"`{key}`", *(shown(metrics[m].get(key)) for m in MODELS)] for key in keys]
+    return render(["metric", *MODELS], rows)
+
+
+def shown(value: float | None) -> str:
+    """Write a number with the digits that two machines agree on."""
+    if value is None:
+        return ""
+    if isinstance(value, int):
+        return f"{value:,}"
+    if value >= 1000:
+        return f"{value:,.0f}"
+    return f"{value:.4f}" if abs(value) < 1 else f"{value:.2f}"
+
+
+def recipes_by_ppl(experiments: Mapping[str, Finished]) -> list[str]:
+    """Name the recipes that share a budget, the best under `segment` first."""
+
+    def ppl(name: str) -> float:
+        return find(experiments[name].metrics, "eval_sliding", "finetuned", "segment_test_ppl")
+
+    shared = [name for name in recipe_names() if name not in OF_SEEDS]
+    return sorted((name for name in shared if name in experiments), key=ppl)
+
+
+def tables() -> dict[tuple[str, str], str]:
+    """Lay out every table, by its file and its marker there."""
+    experiments = kept()
+    recipes = recipes_by_ppl(experiments)
+    default = json.loads(Path("metrics/eval_sliding.json").read_text())
+    return {
+        ("README.md", "results"): table(default),
+        ("README.md", "protocols"): markdown(experiments, recipes, PROTOCOLS),
+        ("README.md", "gains"): markdown(experiments, recipes, GAINS),
+        ("docs/seeds.md", "labels"): markdown(experiments, OF_SEEDS, LABELS),
+    }
+
+
+def fill(text: str, marker: str, content: str) -> str:
+    """Replace what stands between the two comments of a marker.
+
+    Raises:
+        ValueError: if they are not there.
+    """
+    begin, end = f"<!-- {marker} -->", f"<!-- /{marker} -->"
+    before, _, rest = text.partition(begin)
+    _, found, after = rest.partition(end)
+    if not found:
+        raise ValueError(f"the page must hold {begin} and, below it, {end}")
+    return f"{before}{begin}\n{content}\n{end}{after}"
+
+
+def main() -> None:
+    """Rewrite the pages in place."""
+    for (page, marker), content in tables().items():
+        path = Path(page)
+        path.write_text(fill(path.read_text(), marker, content))
+
+
+if __name__ == "__main__":
+    main()
