@@ -17,6 +17,7 @@ from recipes.overlays import recipe_names
 from recipes.table import GAINS, LABELS, PROTOCOLS, find, markdown
 
 OF_SEEDS = ("v1", "v1-fixed", "v2", "v2-fixed", "two-stage", "two-stage-fixed")  # docs/seeds.md
+BASE, OF_BASE = "(the base, untrained)", ("sliding", "full", "segment", "t2")
 MODELS = ("base", "control", "distilled", "finetuned")
 KEYS = (
     "sliding_test_ppl",
@@ -61,14 +62,24 @@ def recipes_by_ppl(experiments: Mapping[str, Finished]) -> list[str]:
     return sorted((name for name in shared if name in experiments), key=ppl)
 
 
+def base_of(experiment: Finished) -> Finished:
+    """Show the base that an experiment scored: the protocols that need no form."""
+    found = experiment.metrics["metrics/eval_sliding.json"]["data"]["base"]
+    scores = {f"{name}_test_ppl": found[f"{name}_test_ppl"] for name in OF_BASE}
+    return experiment._replace(
+        metrics={"metrics/eval_sliding.json": {"data": {"finetuned": scores}}}
+    )
+
+
 def tables() -> dict[tuple[str, str], str]:
     """Lay out every table, by its file and its marker there."""
     experiments = kept()
+    protocols = experiments | {BASE: base_of(experiments["infini-all"])}
     recipes = recipes_by_ppl(experiments)
     default = json.loads(Path("metrics/eval_sliding.json").read_text())
     return {
         ("README.md", "results"): table(default),
-        ("README.md", "protocols"): markdown(experiments, recipes, PROTOCOLS),
+        ("README.md", "protocols"): markdown(protocols, [BASE, *recipes], PROTOCOLS),
         ("README.md", "gains"): markdown(experiments, recipes, GAINS),
         ("docs/seeds.md", "labels"): markdown(experiments, OF_SEEDS, LABELS),
     }

@@ -5,8 +5,8 @@ import pytest
 
 from tests.tiny_project import (
     LINEAR,
-    PROJECTS,
     SMALL,
+    both_projects,
     metrics_of,
     rows_of,
     run_stage,
@@ -14,7 +14,6 @@ from tests.tiny_project import (
 )
 
 MODELS = ("base", "control", "distilled", "finetuned")
-both_projects = pytest.mark.parametrize("name", PROJECTS)
 
 
 @both_projects

@@ -27,11 +27,11 @@ from infini_retrofit.runtime import pick_device, pick_dtype
 from infini_retrofit.texts import read_documents, read_samples, read_stream
 from tests.reference import largest
 from tests.tiny_project import (
-    PROJECTS,
     ROOT,
     SEGMENT,
     SMALL,
     STAGES,
+    both_projects,
     contents,
     metrics_of,
     rows_of,
@@ -50,7 +50,6 @@ RESULTS = {f"{name}_test_ppl" for name in PROTOCOLS} | {
     *("full_test_nll", "segment_test_nll", "state_bytes", "num_documents", "num_articles"),
 }
 GAINS = {f"gain_over_{other}" for other in ("off", "recent", "swapped", "control", "kv")}
-both_projects = pytest.mark.parametrize("name", PROJECTS)
 
 
 def outputs_of(stage: str) -> set[str]:

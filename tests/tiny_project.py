@@ -62,6 +62,7 @@ PUBLISHED = {
     "finetune.trainable": "all",
 }
 PROJECTS = {"linear": LINEAR, "published": {"family": "gpt_neox", **PUBLISHED}}
+both_projects = pytest.mark.parametrize("name", PROJECTS)
 STAGES = [
     *("check_params", "prepare_base", "prepare_wikitext", "prepare_longdocs"),
     *("prepare_comparison", "baseline_eval", "distill", "finetune"),
