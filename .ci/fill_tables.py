@@ -12,12 +12,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from infini_retrofit.table import render
 from recipes.finished import Finished
-from recipes.kept import kept
+from recipes.kept import read_kept
 from recipes.overlays import recipe_names
 from recipes.table import GAINS, LABELS, PROTOCOLS, find, markdown
 
-OF_SEEDS = ("v1", "v1-fixed", "v2", "v2-fixed", "two-stage", "two-stage-fixed")  # docs/seeds.md
-BASE, OF_BASE = "(the base, untrained)", ("sliding", "full", "segment", "t2")
+SEED_RECIPES = ("v1", "v1-fixed", "v2", "v2-fixed", "two-stage", "two-stage-fixed")  # docs/seeds.md
+BASE = "(the base, untrained)"
+BASE_PROTOCOLS = ("sliding", "full", "segment", "t2")  # those that need no form
 MODELS = ("base", "control", "distilled", "finetuned")
 KEYS = (
     "sliding_test_ppl",
@@ -58,14 +59,14 @@ def recipes_by_ppl(experiments: Mapping[str, Finished]) -> list[str]:
     def ppl(name: str) -> float:
         return find(experiments[name].metrics, "eval_sliding", "finetuned", "segment_test_ppl")
 
-    shared = [name for name in recipe_names() if name not in OF_SEEDS]
+    shared = [name for name in recipe_names() if name not in SEED_RECIPES]
     return sorted((name for name in shared if name in experiments), key=ppl)
 
 
 def base_of(experiment: Finished) -> Finished:
-    """Show the base that an experiment scored: the protocols that need no form."""
+    """Show the base that an experiment scored as its model."""
     found = experiment.metrics["metrics/eval_sliding.json"]["data"]["base"]
-    scores = {f"{name}_test_ppl": found[f"{name}_test_ppl"] for name in OF_BASE}
+    scores = {f"{name}_test_ppl": found[f"{name}_test_ppl"] for name in BASE_PROTOCOLS}
     return experiment._replace(
         metrics={"metrics/eval_sliding.json": {"data": {"finetuned": scores}}}
     )
@@ -73,7 +74,7 @@ def base_of(experiment: Finished) -> Finished:
 
 def tables() -> dict[tuple[str, str], str]:
     """Lay out every table, by its file and its marker there."""
-    experiments = kept()
+    experiments = read_kept()
     protocols = experiments | {BASE: base_of(experiments["infini-all"])}
     recipes = recipes_by_ppl(experiments)
     default = json.loads(Path("metrics/eval_sliding.json").read_text())
@@ -81,12 +82,12 @@ def tables() -> dict[tuple[str, str], str]:
         ("README.md", "results"): table(default),
         ("README.md", "protocols"): markdown(protocols, [BASE, *recipes], PROTOCOLS),
         ("README.md", "gains"): markdown(experiments, recipes, GAINS),
-        ("docs/seeds.md", "labels"): markdown(experiments, OF_SEEDS, LABELS),
+        ("docs/seeds.md", "labels"): markdown(experiments, SEED_RECIPES, LABELS),
     }
 
 
 def fill(text: str, marker: str, content: str) -> str:
-    """Replace what stands between the two comments of a marker.
+    """Replace what stands between the two comments of a marker in a page.
 
     Raises:
         ValueError: if they are not there.
@@ -95,7 +96,7 @@ def fill(text: str, marker: str, content: str) -> str:
     before, _, rest = text.partition(begin)
     _, found, after = rest.partition(end)
     if not found:
-        raise ValueError(f"the page must hold {begin} and, below it, {end}")
+        raise ValueError(f"README.md and docs/seeds.md must keep {begin} and, below it, {end}")
     return f"{before}{begin}\n{content}\n{end}{after}"
 
 
@@ -103,7 +104,8 @@ def main() -> None:
     """Rewrite the pages in place."""
     for (page, marker), content in tables().items():
         path = Path(page)
-        path.write_text(fill(path.read_text(), marker, content))
+        text = fill(path.read_text(encoding="utf-8"), marker, content)
+        path.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

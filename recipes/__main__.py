@@ -10,10 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from infini_retrofit.params import read_params
-from infini_retrofit.table import render
-from recipes import against, kept
 from recipes.experiments import (
-    all_experiments,
     committed_params,
     diff_commands,
     existing_experiments,
@@ -21,7 +18,6 @@ from recipes.experiments import (
     run,
     run_command,
 )
-from recipes.finished import Finished, choose, finished, sources_of
 from recipes.overlays import (
     check_recipe,
     describe,
@@ -31,7 +27,8 @@ from recipes.overlays import (
     read_overlay,
     recipe_names,
 )
-from recipes.table import COLUMNS, Column, markdown
+from recipes.reading import draw_picture, keep_results, print_gains, print_repeats, print_table
+from recipes.table import COLUMNS
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -77,7 +74,10 @@ def make_parser() -> argparse.ArgumentParser:
     repeats = "what the memory gains in finished NAMEs that differ in seeds, and on average"
     one("--repeats", action="store_true", help=repeats)
     one("--keep", action="store_true", help="write what tables need of finished NAMEs to results/")
-    about = "of --table: what a memory wins back (or half of it), or what labels do"
+    about = (
+        "of --table: what a memory wins back (default), its protocols or gains alone, or what "
+        "labels do"
+    )
     add("--columns", choices=COLUMNS, help=about)
     add("--print", action="store_true", help="print the commands, and run none")
     own = "a parameter of your own; it wins over the recipe's"
@@ -93,63 +93,6 @@ def print_list() -> None:
     width = max(map(len, recipe_names()))
     for name in recipe_names():
         print(f"{name:{width}}  {describe(name)}")
-
-
-def known() -> dict[str, Finished]:
-    """Return the experiments that have been run here, and results kept of others."""
-    own, others = finished(all_experiments()), kept.kept()
-    return others | own
-
-
-def keep_results(names: Sequence[str]) -> None:
-    """Write the small files of finished experiments, for those who have not run them.
-
-    Raises:
-        ValueError: if none is named, one has not been run here, or its code was not committed.
-    """
-    experiments = finished(all_experiments())
-    sources_of("--keep", names, experiments)
-    for folder in kept.keep(experiments, names):
-        print(folder)
-
-
-def print_table(names: Sequence[str], columns: Sequence[Column]) -> None:
-    """Print the named experiments, or those of the recipes that have been run."""
-    experiments = known()
-    print(markdown(experiments, choose("--table", names, experiments), columns))
-
-
-def draw_picture(path: Path, names: Sequence[str]) -> None:
-    """Draw the named experiments, or those of the recipes that have been run."""
-    from recipes import picture  # brings matplotlib, which takes a second
-
-    experiments = known()
-    picture.save(picture.draw(experiments, choose("--picture", names, experiments)), path)
-    print(path)
-
-
-def print_gains(names: Sequence[str]) -> None:
-    """Print by how much the first finished experiment is better, document by document.
-
-    Raises:
-        ValueError: if none is named, or one has not been run.
-    """
-    gains = against.gains(sources_of("--against", names, known()), names)
-    print(f"{names[0]}, finetuned, protocol {against.PROTOCOL}, is better:\n")
-    print(render(against.COLUMNS, gains))
-
-
-def print_repeats(names: Sequence[str]) -> None:
-    """Print what the memory gains in each finished experiment, and on average.
-
-    Raises:
-        ValueError: if none is named, one has not been run, or they differ in more than seeds.
-    """
-    from recipes import repeats  # brings torch, which takes seconds
-
-    found = repeats.gains_of_repeats(sources_of("--repeats", names, known()), names)
-    print(f"finetuned, protocol {against.PROTOCOL}:\n")
-    print(render(repeats.columns(names), found))
 
 
 def run_and_compare(args: argparse.Namespace) -> None:

@@ -8,19 +8,16 @@ import os
 import shlex
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from ruamel.yaml import YAML
 
-from infini_retrofit.params import PARAMS_PATH
+from infini_retrofit.params import PARAMS_PATH, read_params
 
 # What an experiment left: a commit, or a folder that holds its small files.
 Source = str | Path
-
-# What running an experiment changes; everything else is code.
-_WRITTEN = (PARAMS_PATH.name, "dvc.lock", "metrics/", "plots/")
 
 
 def committed_params() -> dict[str, Any]:
@@ -39,7 +36,9 @@ def committed_params() -> dict[str, Any]:
 
 
 def read_params_of(source: Source) -> dict[str, Any]:
-    """Read the parameters that an experiment ran with; raises as `read_file`."""
+    """Read the parameters that an experiment ran with; raises as `read_file` or `read_params`."""
+    if isinstance(source, Path):
+        return read_params(source / PARAMS_PATH)
     return YAML(typ="safe").load(read_file(source, PARAMS_PATH))
 
 
@@ -58,20 +57,16 @@ def read_file(source: Source, path: str | Path) -> str:
     return _git("show", f"{source}:./{path}")
 
 
-def commit_of_code(revision: str) -> str:
-    """Return the commit whose code an experiment ran.
+def changed_files(before: str, after: str, paths: Iterable[str]) -> list[str]:
+    """Return which of some files differ between two commits."""
+    found = _git("diff", "-z", "--name-only", "--relative", before, after, "--", *paths)
+    return [name for name in found.split("\0") if name]
 
-    Raises:
-        ValueError: if that code was changed and not committed, or is not of this history.
-    """
-    before = _git("rev-parse", f"{revision}^").strip()
-    changed = _git("diff", "--name-only", "--relative", before, revision).split("\n")
-    code = [name for name in changed if name and not name.startswith(_WRITTEN)]
-    if code:
-        raise ValueError(f"code must have been committed, got changes of {', '.join(code)}")
-    if before not in _git("rev-list", "HEAD").split():
-        raise ValueError(f"code must be of a commit before this one, got {before[:7]}")
-    return before
+
+def is_in_history(commit: str) -> bool:
+    """Tell whether a commit is HEAD or came before it."""
+    command = ["git", "merge-base", "--is-ancestor", commit, "HEAD"]
+    return subprocess.run(command, capture_output=True).returncode == 0
 
 
 def run_command(name: str, overrides: Sequence[str], flags: Sequence[str]) -> list[str]:
@@ -120,9 +115,9 @@ def _git(*words: str) -> str:
     Raises:
         FileNotFoundError: if what is asked for is not there.
     """
-    shown = subprocess.run(["git", *words], capture_output=True, text=True)
+    shown = subprocess.run(["git", *words], capture_output=True, encoding="utf-8")
     if shown.returncode:
-        raise FileNotFoundError(shown.stderr.strip())
+        raise FileNotFoundError(shown.stderr.strip().removeprefix("fatal: "))
     return shown.stdout
 
 

@@ -13,10 +13,11 @@ Metrics = Mapping[str, Any]  # of one experiment, by file
 
 
 class Finished(NamedTuple):
-    """An experiment that ran to its end: where its files are, and its metrics."""
+    """An experiment that ran to its end: where its files are, its metrics, and its code."""
 
     source: Source
     metrics: Metrics
+    code: str  # the commit that it started from
 
 
 def finished(commits: Sequence[Mapping[str, Any]]) -> dict[str, Finished]:
@@ -25,7 +26,7 @@ def finished(commits: Sequence[Mapping[str, Any]]) -> dict[str, Finished]:
     Args:
         commits: what `dvc exp show --json` prints.
     """
-    newest: dict[str, Mapping[str, Any]] = {}
+    newest: dict[str, tuple[Mapping[str, Any], str]] = {}
     for commit in commits:
         for experiment in commit["experiments"] or []:
             last = experiment["revs"][0]
@@ -33,16 +34,19 @@ def finished(commits: Sequence[Mapping[str, Any]]) -> dict[str, Finished]:
             if last["data"] is None or state != "success":
                 continue
             before = newest.get(experiment["name"])
-            if before is None or last["data"]["timestamp"] > before["data"]["timestamp"]:
-                newest[experiment["name"]] = last
-    return {name: Finished(last["rev"], last["data"]["metrics"]) for name, last in newest.items()}
+            if before is None or last["data"]["timestamp"] > before[0]["data"]["timestamp"]:
+                newest[experiment["name"]] = last, commit["rev"]
+    return {
+        name: Finished(last["rev"], last["data"]["metrics"], code)
+        for name, (last, code) in newest.items()
+    }
 
 
 def choose(option: str, names: Sequence[str], experiments: Mapping[str, Finished]) -> Sequence[str]:
-    """Return which experiments are meant: if none is named, those of recipes.
+    """Return which experiments are meant: if none is named, all that there are of recipes.
 
     Raises:
-        ValueError: if a name is neither a recipe nor an experiment, or no recipe has been run.
+        ValueError: if a name is neither a recipe nor an experiment, or there are none of recipes.
     """
     names = names or [name for name in recipe_names() if name in experiments]
     if not names:
@@ -54,17 +58,19 @@ def choose(option: str, names: Sequence[str], experiments: Mapping[str, Finished
     return names
 
 
-def sources_of(
-    option: str, names: Sequence[str], experiments: Mapping[str, Finished]
-) -> dict[str, Source]:
-    """Return where the files of every finished experiment are.
+def check_finished(option: str, names: Sequence[str], experiments: Mapping[str, Finished]) -> None:
+    """Refuse names that stand for no finished experiment.
 
     Raises:
-        ValueError: if no name is asked for, or one that has not been run.
+        ValueError: if there is one, or no name at all.
     """
     if not names or (missing := [name for name in names if name not in experiments]):
         raise ValueError(
             f"{option} needs names of finished experiments, got "
             + (f"some that have not been run: {', '.join(missing)}" if names else "none")
         )
+
+
+def sources_of(experiments: Mapping[str, Finished]) -> dict[str, Source]:
+    """Return where the files of every experiment are."""
     return {name: experiment.source for name, experiment in experiments.items()}

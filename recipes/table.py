@@ -71,8 +71,7 @@ LABELS = (
     Column("best epoch", (("finetune", "best_epoch"),), "{}".format),
     Column("epochs run", (("finetune", "epochs_run"),), "{}".format),
 )
-# What a memory wins back: perplexity, nats a token and costs | what labels do (the seeds).
-MEMORY = PROTOCOLS + GAINS
+MEMORY = PROTOCOLS + GAINS  # what a memory wins back; LABELS: what labels do (the seeds)
 COLUMNS = {"memory": MEMORY, "protocols": PROTOCOLS, "gains": GAINS, "labels": LABELS}
 
 

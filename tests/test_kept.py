@@ -1,30 +1,66 @@
 """Results kept in the repository: what is written, and that it reads as the experiment did."""
 
 import json
+import shutil
 import subprocess
 from pathlib import Path
 
+import numpy as np
 import pytest
+from ruamel.yaml import YAML
 
+from infini_retrofit.report import write_rows
 from recipes import __main__ as command_line
-from recipes import kept
-from recipes.experiments import read_file, read_params_of
+from recipes import reading
+from recipes.experiments import is_in_history, read_file, read_params_of
 from recipes.finished import Finished
+from recipes.kept import keep, read_kept
+from recipes.overlays import leaves, read_overlay, recipe_names
 from tests.test_recipe_table import METRICS, cells, experiment
 from tests.test_recipe_table import commit as shown_commit
 from tests.tiny_checkout import commit, make_checkout
 
-SCORES = "model\tprotocol\tdocument\tarticle\tnll\nbase\tfull\t0\ta\t2.5\n"
+ROOT = Path(__file__).parent.parent
+STAGES = {
+    "finetune": {
+        "deps": [{"path": "stages/code.py", "md5": "c"}],
+        "outs": [{"path": "models/finetuned", "md5": "new"}],
+    },
+    "eval_sliding": {
+        "deps": [{"path": "stages/code.py", "md5": "c"}, {"path": "models/finetuned", "md5": "new"}]
+    },
+}
 LEFT = {f"metrics/{name}.json": json.dumps(values) for name, values in METRICS.items()}
-LEFT |= {"plots/eval_documents.tsv": SCORES, "plots/eval_positions.tsv": "position\n0\n"}
+LEFT |= {"plots/eval_positions.tsv": "position\n0\n"}
 
 
 def write(**files: str) -> None:
     """Write files of the working folder and commit them."""
     for name, text in files.items():
-        Path(name).parent.mkdir(exist_ok=True)
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
         Path(name).write_text(text, encoding="utf-8")
     commit()
+
+
+def write_lock(stages: dict) -> None:
+    """Write what the stages of an experiment read and made."""
+    YAML().dump({"stages": stages}, Path("dvc.lock"))
+
+
+def write_scores(seed: int = 0) -> None:
+    """Write made-up scores of eleven documents; the base's are the same for every seed."""
+    drawn = np.random.default_rng(seed).normal(3, 0.2, size=(7, 11))
+    protocols = ("segment", "segment_off", "segment_recent", "segment_swapped", "segment_kv")
+    scores = {("finetuned", name): nlls for name, nlls in zip(protocols, drawn, strict=False)}
+    scores |= {("control", "segment"): drawn[5], ("control", "segment_kv"): drawn[6]}
+    scores |= {("base", "full"): np.full(11, 2.5)}
+    rows = [
+        {"model": model, "protocol": protocol, "document": i, "article": i, "nll": float(nll)}
+        for (model, protocol), nlls in scores.items()
+        for i, nll in enumerate(nlls)
+    ]
+    Path("plots").mkdir(exist_ok=True)
+    write_rows(Path("plots/eval_documents.tsv"), rows)
 
 
 def head() -> str:
@@ -33,101 +69,166 @@ def head() -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 
+def back_to(revision: str) -> None:
+    """Leave what was committed since beside the history, as DVC leaves experiments."""
+    subprocess.run(["git", "reset", "--quiet", "--hard", revision], check=True)
+
+
+def run_experiment(seed: int = 0, stages: dict = STAGES, **edits: str) -> Finished:
+    """Leave beside the history what an experiment leaves, run in a workspace with edits."""
+    code = head()
+    write_lock(stages)
+    write_scores(seed)
+    text = Path("params.yaml").read_text(encoding="utf-8").replace("window: 64", "window: 32")
+    write(**LEFT, **{"params.yaml": text.replace("  seed: 0\n", f"  seed: {seed}\n")}, **edits)
+    revision = head()
+    back_to(code)
+    metrics = {path: {"data": json.loads(text)} for path, text in LEFT.items() if "metr" in path}
+    return Finished(revision, metrics, code)
+
+
+def show(monkeypatch: pytest.MonkeyPatch, **experiments: Finished) -> None:
+    """Let DVC know these experiments and no others."""
+    commits = []
+    for name, found in experiments.items():
+        entry = experiment(name, METRICS)
+        entry["revs"][0]["rev"] = found.source
+        commits.append(shown_commit(entry) | {"rev": found.code})
+    monkeypatch.setattr(reading, "all_experiments", lambda: commits)
+
+
 @pytest.fixture
-def shown(tmp_path, monkeypatch) -> dict:
-    """Commit code, and beside the history an experiment with it; return it as DVC shows it."""
+def checkout(tmp_path, monkeypatch) -> None:
+    """Make a project in a folder of a repository, with code of one file."""
     make_checkout(tmp_path, monkeypatch)
-    write(**{"code.py": "pass\n", ".gitignore": "results\n"})
-    parameters = Path("params.yaml").read_text(encoding="utf-8")
-    write(**LEFT, **{"params.yaml": parameters.replace("window: 64", "window: 32")})
-    entry = experiment("infini-all", METRICS)
-    entry["revs"][0]["rev"] = head()
-    subprocess.run(["git", "reset", "--quiet", "--hard", "HEAD~1"], check=True)
-    monkeypatch.setattr(command_line, "all_experiments", lambda: [shown_commit(entry)])
-    return entry
+    Path("project").mkdir()
+    shutil.move("params.yaml", "project/params.yaml")
+    monkeypatch.chdir("project")
+    write(**{"stages/code.py": "pass\n", "README.md": "words\n"})
 
 
-def revision_of(shown: dict) -> str:
-    return shown["revs"][0]["rev"]
-
-
-def test_what_is_kept_reads_as_the_experiment_does(shown, capsys):
-    command_line.main(["--keep", "infini-all"])
-    assert capsys.readouterr().out == "results/infini-all\n"
-    folder = Path("results/infini-all")
+def test_what_is_kept_reads_as_the_experiment_does(checkout, monkeypatch, capsys):
+    run = run_experiment()
+    show(monkeypatch, mine=run)
+    command_line.main(["--keep", "mine"])
+    assert capsys.readouterr().out == "results/mine\n"
+    folder = Path("results/mine")
     found = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
-    assert found == {"commit", "params.yaml", *LEFT}
-    assert (folder / "commit").read_text().strip() == head()
-    (experiment,) = kept.kept().values()
-    assert experiment.source == folder
-    assert experiment.metrics == shown["revs"][0]["data"]["metrics"]
-    for path in ("params.yaml", *LEFT):
-        assert read_file(experiment.source, path) == read_file(revision_of(shown), path)
+    assert found == {"commit", "params.yaml", "plots/eval_documents.tsv", *LEFT}
+    assert read_kept() == {"mine": Finished(folder, run.metrics, head())}
+    for path in found - {"commit"}:
+        assert read_file(folder, path) == read_file(run.source, path)
     assert read_params_of(folder)["infini"]["window"] == 32
     assert read_params_of("HEAD")["infini"]["window"] == 64
 
 
-def test_a_table_shows_kept_results_and_what_was_run_here_instead(shown, monkeypatch, capsys):
-    command_line.main(["--keep", "infini-all"])
-    capsys.readouterr()
+def test_every_view_reads_kept_results_and_says_so(checkout, monkeypatch, capsys):
+    show(monkeypatch, mine=run_experiment(0), other=run_experiment(1))
+    views = [["--table"], ["--against"], ["--repeats"], ["--picture", "a.svg"]]
 
-    def tokens_seen() -> str:
+    def shown() -> list[str]:
+        for view in views:
+            command_line.main([*view, "mine", "other"])
+        output = capsys.readouterr()
+        notes.append(output.err)
+        return output.out.splitlines()
+
+    notes: list[str] = []
+    before = shown()
+    command_line.main(["--keep", "mine", "other"])
+    assert capsys.readouterr().out == "results/mine\nresults/other\n"
+    show(monkeypatch)
+    assert shown() == before
+    assert notes[0] == ""
+    assert notes[1] == "note: not run here, read from results/: mine, other\n" * len(views)
+
+
+def test_what_was_run_here_wins(checkout, monkeypatch, capsys):
+    keep("control", run_experiment())
+    own = experiment("control", {"finetune": {"num_trained_tokens": 1}})
+
+    def tokens_seen(*experiments: dict) -> str:
+        monkeypatch.setattr(reading, "all_experiments", lambda: [shown_commit(*experiments)])
         command_line.main(["--table"])
         (row,) = map(cells, capsys.readouterr().out.splitlines()[2:])
         return row[-1]
 
-    monkeypatch.setattr(command_line, "all_experiments", lambda: [shown_commit()])
     assert tokens_seen() == "589,824"
-    own = experiment("infini-all", {"finetune": {"num_trained_tokens": 1}})
-    monkeypatch.setattr(command_line, "all_experiments", lambda: [shown_commit(own)])
-    assert tokens_seen() == "1"
+    assert tokens_seen(own) == "1"
 
 
-def test_keeping_again_replaces_the_folder_and_nothing_else(shown):
-    for name in ("infini-all", "other"):
-        (Path("results") / name).mkdir(parents=True)
-        (Path("results") / name / "stale").touch()
-    command_line.main(["--keep", "infini-all"])
-    assert not Path("results/infini-all/stale").exists()
+def test_keeping_again_replaces_the_folder_and_nothing_else(checkout):
+    write(**{"results/mine/stale": "", "results/other/stale": ""})
+    keep("mine", run_experiment())
+    assert not Path("results/mine/stale").exists()
     assert Path("results/other/stale").exists()
-    assert {p.name for p in Path("results").iterdir()} == {"infini-all", "other"}
+    assert {p.name for p in Path("results").iterdir()} == {"mine", "other"}
 
 
-def test_an_experiment_whose_code_is_not_in_the_history_is_refused(shown):
-    before = revision_of(shown)
-    write(**{"code.py": "changed\n"} | LEFT)
-    uncommitted = Finished(head(), {})
-    subprocess.run(["git", "reset", "--quiet", "--hard", "HEAD~1"], check=True)
-    with pytest.raises(ValueError, match=r"x cannot be kept: its code must have been .* code\.py$"):
-        kept.keep({"x": uncommitted}, ["x"])
-    write(**{"code.py": "elsewhere\n"})
-    write(**LEFT)
-    elsewhere = Finished(head(), {})
-    subprocess.run(["git", "reset", "--quiet", "--hard", "HEAD~2"], check=True)
-    with pytest.raises(ValueError, match=r"x cannot be kept: its code must be of a commit before"):
-        kept.keep({"x": elsewhere}, ["x"])
-    assert not Path("results").exists()
-    assert kept.keep({"x": Finished(before, {})}, ["x"])
+def test_edits_that_are_no_code_do_not_matter(checkout):
+    assert keep("x", run_experiment(**{"README.md": "others\n", "results/y/commit": "y\n"}))
 
 
-def test_an_experiment_that_lacks_a_file_leaves_nothing(shown):
-    revision = revision_of(shown)
-    with pytest.raises(FileNotFoundError, match=r"metrics/none\.json"):
-        kept.keep({"x": Finished(revision, {"metrics/none.json": {}})}, ["x"])
+def test_an_experiment_whose_code_no_one_else_has_is_refused(checkout):
+    edited = run_experiment(**{"stages/code.py": "changed\n"})
+    with pytest.raises(ValueError, match=r"^x cannot be kept: it ran with changes of stages/code"):
+        keep("x", edited)
+    before = head()
+    write(**{"stages/code.py": "elsewhere\n"})
+    elsewhere = run_experiment()
+    back_to(before)
+    with pytest.raises(ValueError, match=f"the code of commit {elsewhere.code[:7]}, which the his"):
+        keep("x", elsewhere)
     assert not Path("results").exists()
 
 
-def test_names_that_were_not_run_here_are_refused(shown):
+def test_an_experiment_of_some_stages_alone_is_refused(checkout):
+    stages = json.loads(json.dumps(STAGES).replace('"md5": "new"', '"md5": "old"', 1))
+    with pytest.raises(ValueError, match=r"its eval_sliding read another models/finetuned than"):
+        keep("x", run_experiment(stages=stages))
+    assert not Path("results").exists()
+
+
+def test_an_experiment_that_lacks_a_file_leaves_nothing(checkout):
+    run = run_experiment()
+    with pytest.raises(ValueError, match=r"^x cannot be kept: path .*metrics/none\.json"):
+        keep("x", run._replace(metrics={"metrics/none.json": {}}))
+    assert not Path("results").exists()
+
+
+def test_names_that_were_not_run_here_are_refused(checkout, monkeypatch):
+    show(monkeypatch)
     for names, got in (([], "none"), (["control"], "some that have not been run: control")):
         with pytest.raises(SystemExit, match=f"--keep needs names of finished .*, got {got}$"):
             command_line.main(["--keep", *names])
 
 
-def test_the_project_s_own_results_hold_together():
-    root = Path(__file__).parent.parent
-    for folder in sorted((root / "results").iterdir()):
-        assert len((folder / "commit").read_text().strip()) == 40
-        assert read_params_of(folder)["model"] in ("smollm2-135m", "pythia-mini-untrained")
-        assert {"metrics/eval_sliding.json", "metrics/finetune.json"} <= {
-            p.relative_to(folder).as_posix() for p in folder.rglob("*.json")
-        }
+def test_a_folder_by_halves_is_none_and_a_broken_file_is_named(checkout):
+    folder = keep("x", run_experiment())
+    Path("results/empty/metrics").mkdir(parents=True)
+    assert list(read_kept()) == ["x"]
+    (folder / "params.yaml").write_text("a: [", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"results/x/params\.yaml, line 1, is not valid YAML"):
+        read_params_of(folder)
+    (folder / "metrics/finetune.json").write_bytes(b"<<<<<<< \xff")
+    with pytest.raises(ValueError, match=r"^results/x/metrics/finetune\.json must hold JSON, try"):
+        read_kept()
+
+
+def test_the_project_s_own_results_are_of_its_recipes(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    experiments = read_kept()
+    assert {"infini-all", "v1"} <= experiments.keys()
+    for name, found in experiments.items():
+        if name in recipe_names():
+            values = dict(leaves(read_params_of(found.source)))
+            overlay = read_overlay(name)
+            assert {key: values[key] for key in overlay} == overlay, name
+
+
+def test_the_project_s_own_results_are_of_its_code(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    command = ["git", "rev-parse", "--is-shallow-repository"]
+    if subprocess.run(command, capture_output=True, text=True).stdout.strip() != "false":
+        pytest.skip("the history is not there")
+    assert [name for name, found in read_kept().items() if not is_in_history(found.code)] == []

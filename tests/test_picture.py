@@ -3,6 +3,7 @@
 import pytest
 
 from recipes import __main__ as command_line
+from recipes import reading
 from recipes.finished import finished
 from recipes.picture import MARKS, draw, save
 from tests.test_recipe_table import METRICS, commit, experiment
@@ -37,11 +38,12 @@ def test_each_number_is_a_mark_on_the_line_of_its_experiment():
     assert top < 0 < len(NAMES) - 1 < bottom
 
 
+@pytest.mark.usefixtures("nothing_kept")
 @pytest.mark.parametrize(("ending", "begin"), [("png", b"\x89PNG"), ("svg", b"<?xml")])
 def test_the_command_writes_the_format_of_the_file_s_ending(
     ending, begin, tmp_path, monkeypatch, capsys
 ):
-    monkeypatch.setattr(command_line, "all_experiments", lambda: [COMMIT])
+    monkeypatch.setattr(reading, "all_experiments", lambda: [COMMIT])
     path = tmp_path / "docs" / f"recipes.{ending}"
     command_line.main(["--picture", str(path)])
     assert path.read_bytes().startswith(begin)

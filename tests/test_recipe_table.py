@@ -6,10 +6,12 @@ from typing import Any
 import pytest
 
 from recipes import __main__ as command_line
-from recipes import kept
+from recipes import reading
 from recipes.finished import finished
 from recipes.table import COLUMNS, LABELS, MEMORY, markdown
 from tests.tiny_checkout import make_pipeline, python_m_recipes
+
+pytestmark = pytest.mark.usefixtures("nothing_kept")
 
 MODEL = {
     "sliding_test_ppl": 23.456,
@@ -61,12 +63,6 @@ def commit(*experiments: dict[str, Any]) -> dict[str, Any]:
     return {"rev": "cd34", "name": "main", "data": {}, "experiments": list(experiments) or None}
 
 
-@pytest.fixture(autouse=True)
-def nothing_kept(tmp_path, monkeypatch):
-    """Show what the test made up, and no results of the project's own."""
-    monkeypatch.setattr(kept, "FOLDER", tmp_path / "results")
-
-
 def test_a_finished_experiment_is_a_row():
     experiments = finished([commit(), commit(experiment("infini-all", METRICS))])
     header, _, row = map(cells, markdown(experiments, ["infini-all"]).splitlines())
@@ -112,7 +108,7 @@ def test_the_newest_experiment_of_a_name_counts(newer_first):
 
 def test_without_names_the_recipes_that_have_run_are_shown(capsys, monkeypatch):
     shown = [experiment(name, METRICS) for name in ("lolcats", "my-own-name", "infini-all")]
-    monkeypatch.setattr(command_line, "all_experiments", lambda: [commit(*shown)])
+    monkeypatch.setattr(reading, "all_experiments", lambda: [commit(*shown)])
     command_line.main(["--table"])
     rows = list(map(cells, capsys.readouterr().out.splitlines()[2:]))
     assert rows == [ROW, ["lolcats", *ROW[1:]]]
@@ -130,7 +126,7 @@ def test_other_columns_show_what_labels_do(capsys, monkeypatch):
     epochs = {"best_epoch": 4, "epochs_run": 5}
     metrics = {"eval_sliding": models, "distill": {"val_loss": 0.17833}, "finetune": epochs}
     shown = [commit(experiment("v1", metrics))]
-    monkeypatch.setattr(command_line, "all_experiments", lambda: shown)
+    monkeypatch.setattr(reading, "all_experiments", lambda: shown)
     command_line.main(["--table", "--columns", "labels"])
     header, _, row = map(cells, capsys.readouterr().out.splitlines())
     assert header == ["recipe", *(column.title for column in LABELS)]
@@ -139,9 +135,7 @@ def test_other_columns_show_what_labels_do(capsys, monkeypatch):
 
 
 def test_a_half_of_the_columns_is_shown_alone(capsys, monkeypatch):
-    monkeypatch.setattr(
-        command_line, "all_experiments", lambda: [commit(experiment("v1", METRICS))]
-    )
+    monkeypatch.setattr(reading, "all_experiments", lambda: [commit(experiment("v1", METRICS))])
     halves = []
     for half in ("protocols", "gains"):
         command_line.main(["--table", "--columns", half])
@@ -159,13 +153,13 @@ def test_columns_without_a_table_are_refused(line, capsys):
 
 
 def test_with_nothing_to_show_it_says_so(monkeypatch):
-    monkeypatch.setattr(command_line, "all_experiments", lambda: [commit()])
+    monkeypatch.setattr(reading, "all_experiments", lambda: [commit()])
     with pytest.raises(SystemExit, match="no recipe has been run yet"):
         command_line.main(["--table"])
 
 
 def test_a_name_that_stands_for_nothing_is_refused(monkeypatch):
-    monkeypatch.setattr(command_line, "all_experiments", lambda: [commit()])
+    monkeypatch.setattr(reading, "all_experiments", lambda: [commit()])
     with pytest.raises(SystemExit, match=r"recipes or experiments, got infini-al$"):
         command_line.main(["--table", "control", "infini-al"])
 

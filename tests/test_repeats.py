@@ -9,6 +9,7 @@ import pytest
 from infini_retrofit.bootstrap import paired_bootstrap
 from infini_retrofit.report import write_rows
 from recipes import __main__ as command_line
+from recipes import reading
 from recipes.against import SCORES
 from recipes.repeats import OTHERS, gains_of_repeats
 from tests.test_recipe_table import commit as shown_commit
@@ -92,7 +93,7 @@ def test_the_command_finds_experiments_by_name(revisions, monkeypatch, capsys):
     shown = [experiment(name, {}) for name in revisions]
     for entry, revision in zip(shown, revisions.values(), strict=True):
         entry["revs"][0]["rev"] = revision
-    monkeypatch.setattr(command_line, "all_experiments", lambda: [shown_commit(*shown)])
+    monkeypatch.setattr(reading, "all_experiments", lambda: [shown_commit(*shown)])
     command_line.main(["--repeats", *NAMES])
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "finetuned, protocol segment:"

@@ -1,0 +1,83 @@
+"""What is read of finished experiments: tables, pictures, comparisons, and files to keep.
+
+Knows where experiments are found and who can show them; not what is in them, nor how they are run.
+"""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from infini_retrofit.table import render
+from recipes import against
+from recipes.experiments import all_experiments
+from recipes.finished import Finished, check_finished, choose, finished, sources_of
+from recipes.kept import keep, read_kept
+from recipes.overlays import recipe_names
+from recipes.table import Column, markdown
+
+
+def known(names: Sequence[str]) -> dict[str, Finished]:
+    """Return the experiments that have been run here, and what is kept of others.
+
+    Args:
+        names: asked for; none are all recipes. Those that were not run here are said.
+    """
+    own, others = finished(all_experiments()), read_kept()
+    if read := [n for n in names or recipe_names() if n in others and n not in own]:
+        print(f"note: not run here, read from results/: {', '.join(read)}", file=sys.stderr)
+    return others | own
+
+
+def keep_results(names: Sequence[str]) -> None:
+    """Write the small files of finished experiments, for those who have not run them.
+
+    Raises:
+        ValueError: if none is named, one has not been run here, or is not fit to be published.
+    """
+    experiments = finished(all_experiments())
+    check_finished("--keep", names, experiments)
+    for name in names:
+        print(keep(name, experiments[name]))
+
+
+def print_table(names: Sequence[str], columns: Sequence[Column]) -> None:
+    """Print the named experiments, or those of the recipes that have been run."""
+    experiments = known(names)
+    print(markdown(experiments, choose("--table", names, experiments), columns))
+
+
+def draw_picture(path: Path, names: Sequence[str]) -> None:
+    """Draw the named experiments, or those of the recipes that have been run."""
+    from recipes import picture  # brings matplotlib, which takes a second
+
+    experiments = known(names)
+    picture.save(picture.draw(experiments, choose("--picture", names, experiments)), path)
+    print(path)
+
+
+def print_gains(names: Sequence[str]) -> None:
+    """Print by how much the first finished experiment is better, document by document.
+
+    Raises:
+        ValueError: if none is named, or one has not been run.
+    """
+    experiments = known(names)
+    check_finished("--against", names, experiments)
+    gains = against.gains(sources_of(experiments), names)
+    print(f"{names[0]}, finetuned, protocol {against.PROTOCOL}, is better:\n")
+    print(render(against.COLUMNS, gains))
+
+
+def print_repeats(names: Sequence[str]) -> None:
+    """Print what the memory gains in each finished experiment, and on average.
+
+    Raises:
+        ValueError: if none is named, one has not been run, or they differ in more than seeds.
+    """
+    from recipes import repeats  # brings torch, which takes seconds
+
+    experiments = known(names)
+    check_finished("--repeats", names, experiments)
+    found = repeats.gains_of_repeats(sources_of(experiments), names)
+    print(f"finetuned, protocol {against.PROTOCOL}:\n")
+    print(render(repeats.columns(names), found))
