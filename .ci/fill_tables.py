@@ -1,4 +1,6 @@
-"""Write the tables of results into README.md and docs/, from the metrics and from results/.
+"""Write the tables of results into README.md and docs/, and draw their picture.
+
+They are made from metrics/ and results/.
 
 Run `python .ci/fill_tables.py` in the top folder after either has changed.
 """
@@ -10,10 +12,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from matplotlib.figure import Figure
+
 from infini_retrofit.table import render
 from recipes.finished import Finished
 from recipes.kept import read_kept
 from recipes.overlays import recipe_names
+from recipes.picture import draw, save
 from recipes.table import GAINS, LABELS, PROTOCOLS, find, markdown
 
 SEED_RECIPES = ("v1", "v1-fixed", "v2", "v2-fixed", "two-stage", "two-stage-fixed")  # docs/seeds.md
@@ -100,12 +105,20 @@ def fill(text: str, marker: str, content: str) -> str:
     return f"{before}{begin}\n{content}\n{end}{after}"
 
 
+def draw_recipes() -> Figure:
+    """Draw the recipes that compare: `scratch` is another model."""
+    experiments = read_kept()
+    names = [name for name in recipes_by_ppl(experiments) if name != "scratch"]
+    return draw(experiments, names)
+
+
 def main() -> None:
-    """Rewrite the pages in place."""
+    """Rewrite the pages in place, and the picture."""
     for (page, marker), content in tables().items():
         path = Path(page)
         text = fill(path.read_text(encoding="utf-8"), marker, content)
         path.write_text(text, encoding="utf-8")
+    save(draw_recipes(), Path("docs/recipes.png"))
 
 
 if __name__ == "__main__":
