@@ -70,8 +70,8 @@ def recipes_by_ppl(experiments: Mapping[str, Finished]) -> list[str]:
 
 def base_of(experiment: Finished) -> Finished:
     """Show the base that an experiment scored as its model."""
-    found = experiment.metrics["metrics/eval_sliding.json"]["data"]["base"]
-    scores = {f"{name}_test_ppl": found[f"{name}_test_ppl"] for name in BASE_PROTOCOLS}
+    keys = [f"{name}_test_ppl" for name in BASE_PROTOCOLS]
+    scores = {key: find(experiment.metrics, "eval_sliding", "base", key) for key in keys}
     return experiment._replace(
         metrics={"metrics/eval_sliding.json": {"data": {"finetuned": scores}}}
     )

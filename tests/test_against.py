@@ -1,19 +1,15 @@
 """One finished experiment against others, from the scores that stages leave in git."""
 
-import subprocess
-from pathlib import Path
-
 import numpy as np
 import pytest
 
 from infini_retrofit.bootstrap import paired_bootstrap
-from infini_retrofit.report import write_rows
 from recipes import __main__ as command_line
 from recipes import against, reading
-from recipes.against import SCORES, gains
+from recipes.against import gains
 from tests.test_recipe_table import commit as shown_commit
 from tests.test_recipe_table import experiment
-from tests.tiny_checkout import commit, make_checkout
+from tests.tiny_checkout import commit, make_checkout, write_scores
 
 ARTICLES = [0, 0, 1, 2, 2, 2, 3, 4, 5, 6, 7, 8, 9]
 DRAWN = np.random.default_rng(0).normal(3, 0.2, size=(5, len(ARTICLES)))
@@ -27,23 +23,15 @@ NLLS = {
 
 def revision_of(name: str, articles: list[int] = ARTICLES, base: np.ndarray = DRAWN[4]) -> str:
     """Commit an experiment's scores and return the commit."""
-    Path("plots").mkdir(exist_ok=True)
     models = {"base": base}
     models |= {model: nlls for (owner, model), nlls in NLLS.items() if owner == name}
-    scores = [
-        (model, protocol, nlls + (protocol == "full" and model != "base"))
+    scores = {
+        (model, protocol): nlls + (protocol == "full" and model != "base")
         for protocol in ("full", "segment")
         for model, nlls in models.items()
-    ]
-    rows = [
-        {"model": model, "protocol": protocol, "document": i, "article": a, "nll": float(nll)}
-        for model, protocol, nlls in scores
-        for i, (a, nll) in enumerate(zip(articles, nlls, strict=True))
-    ]
-    write_rows(Path(SCORES), rows)
-    commit()
-    command = ["git", "rev-parse", "HEAD"]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    }
+    write_scores(scores, articles)
+    return commit()
 
 
 @pytest.fixture

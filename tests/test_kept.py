@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from ruamel.yaml import YAML
 
-from infini_retrofit.report import write_rows
 from recipes import __main__ as command_line
 from recipes import reading
 from recipes.experiments import is_in_history, read_file, read_params_of
@@ -18,7 +17,7 @@ from recipes.kept import keep, read_kept
 from recipes.overlays import leaves, read_overlay, recipe_names
 from tests.test_recipe_table import METRICS, cells, experiment
 from tests.test_recipe_table import commit as shown_commit
-from tests.tiny_checkout import commit, make_checkout
+from tests.tiny_checkout import commit, head, make_checkout, write_scores
 
 ROOT = Path(__file__).parent.parent
 STAGES = {
@@ -32,14 +31,15 @@ STAGES = {
 }
 LEFT = {f"metrics/{name}.json": json.dumps(values) for name, values in METRICS.items()}
 LEFT |= {"plots/eval_positions.tsv": "position\n0\n"}
+NUM_ARTICLES = 11
 
 
-def write(**files: str) -> None:
-    """Write files of the working folder and commit them."""
+def write(**files: str) -> str:
+    """Write files of the working folder and commit them; return the commit."""
     for name, text in files.items():
         Path(name).parent.mkdir(parents=True, exist_ok=True)
         Path(name).write_text(text, encoding="utf-8")
-    commit()
+    return commit()
 
 
 def write_lock(stages: dict) -> None:
@@ -47,26 +47,12 @@ def write_lock(stages: dict) -> None:
     YAML().dump({"stages": stages}, Path("dvc.lock"))
 
 
-def write_scores(seed: int = 0) -> None:
-    """Write made-up scores of eleven documents; the base's are the same for every seed."""
-    drawn = np.random.default_rng(seed).normal(3, 0.2, size=(7, 11))
-    protocols = ("segment", "segment_off", "segment_recent", "segment_swapped", "segment_kv")
-    scores = {("finetuned", name): nlls for name, nlls in zip(protocols, drawn, strict=False)}
-    scores |= {("control", "segment"): drawn[5], ("control", "segment_kv"): drawn[6]}
-    scores |= {("base", "full"): np.full(11, 2.5)}
-    rows = [
-        {"model": model, "protocol": protocol, "document": i, "article": i, "nll": float(nll)}
-        for (model, protocol), nlls in scores.items()
-        for i, nll in enumerate(nlls)
-    ]
-    Path("plots").mkdir(exist_ok=True)
-    write_rows(Path("plots/eval_documents.tsv"), rows)
-
-
-def head() -> str:
-    """Return the last commit."""
-    command = ["git", "rev-parse", "HEAD"]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+def scores_of(seed: int) -> dict[tuple[str, str], np.ndarray]:
+    """Make up what the models of an experiment scored; the base the same for every seed."""
+    names = [("finetuned", "segment"), ("control", "segment"), ("control", "segment_kv")]
+    names += [("finetuned", f"segment_{other}") for other in ("off", "recent", "swapped", "kv")]
+    drawn = np.random.default_rng(seed).normal(3, 0.2, size=(len(names), NUM_ARTICLES))
+    return dict(zip(names, drawn, strict=True)) | {("base", "full"): np.full(NUM_ARTICLES, 2.5)}
 
 
 def back_to(revision: str) -> None:
@@ -78,10 +64,10 @@ def run_experiment(seed: int = 0, stages: dict = STAGES, **edits: str) -> Finish
     """Leave beside the history what an experiment leaves, run in a workspace with edits."""
     code = head()
     write_lock(stages)
-    write_scores(seed)
+    write_scores(scores_of(seed), range(NUM_ARTICLES))
     text = Path("params.yaml").read_text(encoding="utf-8").replace("window: 64", "window: 32")
-    write(**LEFT, **{"params.yaml": text.replace("  seed: 0\n", f"  seed: {seed}\n")}, **edits)
-    revision = head()
+    text = text.replace("  seed: 0\n", f"  seed: {seed}\n")
+    revision = write(**LEFT, **{"params.yaml": text}, **edits)
     back_to(code)
     metrics = {path: {"data": json.loads(text)} for path, text in LEFT.items() if "metr" in path}
     return Finished(revision, metrics, code)

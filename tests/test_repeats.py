@@ -1,20 +1,17 @@
 """What a memory gains over several random seeds, from the files that experiments leave in git."""
 
-import subprocess
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from infini_retrofit.bootstrap import paired_bootstrap
-from infini_retrofit.report import write_rows
 from recipes import __main__ as command_line
 from recipes import reading
-from recipes.against import SCORES
 from recipes.repeats import OTHERS, gains_of_repeats
 from tests.test_recipe_table import commit as shown_commit
 from tests.test_recipe_table import experiment
-from tests.tiny_checkout import commit, make_checkout
+from tests.tiny_checkout import commit, make_checkout, write_scores
 
 NUM_ARTICLES, NAMES = 11, ("one", "two", "three")
 MODEL = ("segment", *(f"segment_{other}" for other in OTHERS if other != "control"))
@@ -32,20 +29,13 @@ def scores_of(number: int) -> dict[tuple[str, str], np.ndarray]:
 
 def make_experiment(number: int, seed: int, edit: tuple[str, str] = ("", "")) -> str:
     """Commit what an experiment leaves and return the commit."""
-    rows = [
-        {"model": model, "protocol": protocol, "document": i, "article": i, "nll": float(nll)}
-        for (model, protocol), nlls in scores_of(number).items()
-        for i, nll in enumerate(nlls)
-    ]
-    Path("plots").mkdir(exist_ok=True)
-    write_rows(Path(SCORES), rows)
+    write_scores(scores_of(number), range(NUM_ARTICLES))
     text = Path("params.yaml").read_text(encoding="utf-8")
     changed = text.replace("  seed: 0\n", f"  seed: {seed}\n").replace(*edit)
     Path("params.yaml").write_text(changed, encoding="utf-8")
-    commit()
+    revision = commit()
     Path("params.yaml").write_text(text, encoding="utf-8")
-    command = ["git", "rev-parse", "HEAD"]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    return revision
 
 
 @pytest.fixture

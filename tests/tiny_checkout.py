@@ -4,11 +4,15 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from infini_retrofit.report import write_rows
 from recipes import overlays
+from recipes.against import SCORES
 from tests.tiny_project import ROOT
 
 STAGE = """import json
@@ -60,10 +64,33 @@ def make_checkout(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     commit()
 
 
-def commit() -> None:
-    """Commit everything in the working folder."""
+def commit() -> str:
+    """Commit everything in the working folder and return the commit."""
     subprocess.run(["git", "add", "--all"], check=True)
     subprocess.run(["git", "commit", "--quiet", "--message", "a state"], check=True)
+    return head()
+
+
+def head() -> str:
+    """Return the last commit."""
+    command = ["git", "rev-parse", "HEAD"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+
+def write_scores(scores: Mapping[tuple[str, str], np.ndarray], articles: Sequence[int]) -> None:
+    """Write the file of scores that an experiment leaves.
+
+    Args:
+        scores: nats a token of each document, by model and protocol.
+        articles: which article each document is of.
+    """
+    rows = [
+        {"model": model, "protocol": protocol, "document": i, "article": a, "nll": float(nll)}
+        for (model, protocol), nlls in scores.items()
+        for i, (a, nll) in enumerate(zip(articles, nlls, strict=True))
+    ]
+    Path(SCORES).parent.mkdir(exist_ok=True)
+    write_rows(Path(SCORES), rows)
 
 
 def own_recipes(monkeypatch: pytest.MonkeyPatch, **texts: str) -> None:
