@@ -15,7 +15,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from matplotlib.figure import Figure
 
 from infini_retrofit.table import render
-from recipes.finished import Finished
+from recipes.against import comparable
+from recipes.finished import Finished, sources_of
 from recipes.kept import read_kept
 from recipes.overlays import recipe_names
 from recipes.picture import draw, save
@@ -109,7 +110,7 @@ def draw_recipes() -> Figure:
     """Draw the recipes that compare: `scratch` is another model."""
     experiments = read_kept()
     names = [name for name in recipes_by_ppl(experiments) if name != "scratch"]
-    return draw(experiments, names)
+    return draw(experiments, comparable(sources_of(experiments), names))
 
 
 def main() -> None:

@@ -1,10 +1,11 @@
-"""One finished experiment against others, document by document.
+"""One finished experiment against others, document by document, and which of them compare.
 
 Knows the file of scores that experiments leave; not how they are run.
 """
 
 import csv
 from collections.abc import Mapping, Sequence
+from math import exp
 
 from infini_retrofit.bootstrap import MIN_GROUPS_FOR_INTERVAL, paired_bootstrap
 from recipes.experiments import Source, read_file
@@ -90,6 +91,39 @@ def read_titles(sources: Mapping[str, Source], names: Sequence[str]) -> list[str
                 f"{len(base)} of {names[0]} and {len(others)} of {name}, or of other texts or bases"
             )
     return list(articles(base).values())
+
+
+def comparable(sources: Mapping[str, Source], names: Sequence[str]) -> dict[str, list[str]]:
+    """Part experiments that compare with each other from those that do not.
+
+    Args:
+        sources: where the files of each experiment are; some may be missing.
+        names: of experiments, in the order that they keep.
+
+    Returns:
+        By what was scored, in words, the names of those that scored the same documents and base.
+    """
+    parts: list[tuple[Scores, list[str]]] = []
+    for name in names:
+        try:
+            base = read_scores(name, sources[name], *_SAME_TEXTS) if name in sources else {}
+        except ValueError:
+            base = {}
+        part = next((part for scores, part in parts if are_alike(scores, base)), None)
+        if part is None:
+            parts.append((base, part := []))
+        part.append(name)
+    return {_what_was_scored(base): part for base, part in parts}
+
+
+def _what_was_scored(base: Scores) -> str:
+    if not base:
+        return "no scores by document"
+    ppl = exp(sum(nll for nll, _ in base.values()) / len(base))
+    return (
+        f"{len(base)} documents of {len(set(articles(base).values()))} articles, on which the base "
+        f"has a perplexity of {ppl:.4g} with full attention"
+    )
 
 
 def gain(own: Scores, other: Scores) -> tuple[str, str]:

@@ -1,4 +1,4 @@
-"""Finished experiments as a picture: each a line of marks on one axis of perplexity.
+"""Finished experiments as a picture: each a line of marks on an axis of perplexity.
 
 Knows which metrics the stages write; not how experiments are run or found.
 """
@@ -45,27 +45,26 @@ MARKS = (
 )
 
 
-def draw(experiments: Mapping[str, Finished], names: Sequence[str]) -> Figure:
-    """Draw a line for each name, in that order from the top; what is not there has no mark."""
-    figure = Figure(figsize=(WIDTH_INCHES, 1.6 + INCHES_A_LINE * len(names)), layout="constrained")
-    axes = figure.add_subplot()
-    for mark in MARKS:
-        points = [
-            (value, line)
-            for line, name in enumerate(names)
-            if name in experiments and (value := _least(experiments[name], mark)) is not None
-        ]
-        axes.plot(
-            [value for value, _ in points],
-            [line for _, line in points],
-            mark.marker,
-            color=mark.colour,
-            markersize=mark.size,
-            label=mark.label,
-            zorder=3 - mark.size / 100,  # where marks fall together the smaller ones stay visible
-        )
-    _label(axes, names)
-    figure.legend(loc="outside upper center", ncols=3, frameon=False)
+def draw(experiments: Mapping[str, Finished], parts: Mapping[str, Sequence[str]]) -> Figure:
+    """Draw a line for each name, in that order from the top; what is not there has no mark.
+
+    Args:
+        experiments: by name.
+        parts: names by what they scored; each part has an axis of its own.
+    """
+    heights = [len(names) for names in parts.values()]
+    inches = 0.8 + 0.8 * len(parts) + INCHES_A_LINE * sum(heights)
+    figure = Figure(figsize=(WIDTH_INCHES, inches), layout="constrained")
+    grid = figure.subplots(len(parts), squeeze=False, gridspec_kw={"height_ratios": heights})
+    for axes, (what, names) in zip(grid[:, 0], parts.items(), strict=True):
+        _mark(axes, experiments, names)
+        _label(axes, names)
+        if len(parts) > 1:
+            axes.set_title(what, loc="left", fontsize="small")
+    axes.set_xlabel("test perplexity, every layer confined to its segment (full attention apart)")
+    figure.legend(
+        *axes.get_legend_handles_labels(), loc="outside upper center", ncols=3, frameon=False
+    )
     return figure
 
 
@@ -94,8 +93,27 @@ def _least(experiment: Finished, mark: Mark) -> float | None:
     return min((value for value in found if value is not None), default=None)
 
 
+def _mark(axes: Axes, experiments: Mapping[str, Finished], names: Sequence[str]) -> None:
+    """Put the numbers of each experiment on its line."""
+    for mark in MARKS:
+        points = [
+            (value, line)
+            for line, name in enumerate(names)
+            if name in experiments and (value := _least(experiments[name], mark)) is not None
+        ]
+        axes.plot(
+            [value for value, _ in points],
+            [line for _, line in points],
+            mark.marker,
+            color=mark.colour,
+            markersize=mark.size,
+            label=mark.label,
+            zorder=3 - mark.size / 100,  # where marks fall together the smaller ones stay visible
+        )
+
+
 def _label(axes: Axes, names: Sequence[str]) -> None:
-    """Name the lines from the top, and the axis."""
+    """Name the lines from the top, and the values along the axis."""
     axes.set_yticks(range(len(names)), names)
     axes.set_ylim(len(names) - 0.5, -0.5)
     axes.grid(axis="both", color="0.9", linewidth=0.7)
@@ -105,4 +123,3 @@ def _label(axes: Axes, names: Sequence[str]) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(8))
     axes.xaxis.set_major_formatter("{x:g}")
     axes.xaxis.set_minor_locator(NullLocator())
-    axes.set_xlabel("test perplexity, every layer confined to its segment (full attention apart)")

@@ -41,17 +41,28 @@ def keep_results(names: Sequence[str]) -> None:
 
 
 def print_table(names: Sequence[str], columns: Sequence[Column]) -> None:
-    """Print the named experiments, or those of the recipes that have been run."""
+    """Print the named experiments, or those of the recipes that have been run.
+
+    Rows that do not compare, of other documents or another base, are in tables of their own.
+    """
     experiments = known(names)
-    print(markdown(experiments, choose("--table", names, experiments), columns))
+    parts = against.comparable(sources_of(experiments), choose("--table", names, experiments))
+    tables = [markdown(experiments, part, columns) for part in parts.values()]
+    if len(parts) > 1:
+        tables = [f"{what}:\n\n{table}" for what, table in zip(parts, tables, strict=True)]
+    print("\n\n".join(tables))
 
 
 def draw_picture(path: Path, names: Sequence[str]) -> None:
-    """Draw the named experiments, or those of the recipes that have been run."""
+    """Draw the named experiments, or those of the recipes that have been run.
+
+    Those that do not compare have an axis of their own.
+    """
     from recipes import picture  # brings matplotlib, which takes a second
 
     experiments = known(names)
-    picture.save(picture.draw(experiments, choose("--picture", names, experiments)), path)
+    parts = against.comparable(sources_of(experiments), choose("--picture", names, experiments))
+    picture.save(picture.draw(experiments, parts), path)
     print(path)
 
 

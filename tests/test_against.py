@@ -40,6 +40,14 @@ def revisions(tmp_path, monkeypatch) -> dict[str, str]:
     return {name: revision_of(name) for name in ("mine", "theirs")}
 
 
+def show(monkeypatch: pytest.MonkeyPatch, revisions: dict[str, str]) -> None:
+    """Let DVC show these as finished experiments, by name."""
+    shown = [experiment(name, {}) for name in revisions]
+    for entry, revision in zip(shown, revisions.values(), strict=True):
+        entry["revs"][0]["rev"] = revision
+    monkeypatch.setattr(reading, "all_experiments", lambda: [shown_commit(*shown)])
+
+
 def test_the_first_is_compared_with_every_other_model_in_pairs(revisions):
     rows = gains(revisions, ["mine", "theirs"])
     assert [row[:2] for row in rows] == list(NLLS)[1:]
@@ -67,6 +75,32 @@ def test_scores_of_another_base_are_refused(revisions):
         gains(others, ["mine", "theirs"])
 
 
+def test_experiments_that_do_not_compare_are_parted(revisions, monkeypatch, capsys):
+    fewer = [min(article, 8) for article in ARTICLES]
+    revisions |= {"other texts": revision_of("mine", fewer), "old": "HEAD~9"}
+    revisions |= {"other base": revision_of("mine", base=DRAWN[4] + 0.1)}
+    names = ["mine", "other texts", "theirs", "control", "other base", "old"]
+    parts = against.comparable(revisions, names)
+    assert [*parts.values()] == [
+        *(["mine", "theirs"], ["other texts"], ["control", "old"], ["other base"])
+    ]
+    ppl = np.exp(DRAWN[4].mean())
+    assert [*parts][:3] == [
+        f"13 documents of 10 articles, on which the base has a perplexity of {ppl:.4g} with full "
+        "attention",
+        f"13 documents of 9 articles, on which the base has a perplexity of {ppl:.4g} with full "
+        "attention",
+        "no scores by document",
+    ]
+    show(monkeypatch, revisions)
+    command_line.main(["--table", *names])
+    tables = capsys.readouterr().out.split("\n\n")
+    assert [line + ":" for line in parts] == tables[::2]
+    assert [[line.split()[1] for line in t.splitlines()[2:]] for t in tables[1::2]] == [
+        [name.split()[0] for name in part] for part in parts.values()
+    ]
+
+
 def test_scores_of_the_base_are_read_once_an_experiment(revisions, monkeypatch):
     read, found = against.read_scores, []
 
@@ -90,10 +124,7 @@ def test_few_articles_get_no_interval(revisions):
 
 
 def test_the_command_finds_experiments_by_name(revisions, monkeypatch, capsys):
-    shown = [experiment(name, {}) for name in revisions]
-    for entry, revision in zip(shown, revisions.values(), strict=True):
-        entry["revs"][0]["rev"] = revision
-    monkeypatch.setattr(reading, "all_experiments", lambda: [shown_commit(*shown)])
+    show(monkeypatch, revisions)
     command_line.main(["--against", "mine", "theirs"])
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "mine, finetuned, protocol segment, is better:"

@@ -19,7 +19,8 @@ NAMES = ["parallel", "infini-all", "lolcats", "control"]
 
 
 def test_each_number_is_a_mark_on_the_line_of_its_experiment():
-    axes = draw(finished([COMMIT]), NAMES).axes[0]
+    (axes,) = draw(finished([COMMIT]), {"ten documents": NAMES}).axes
+    assert not axes.get_title(loc="left")
     assert [label.get_text() for label in axes.get_yticklabels()] == NAMES
     drawn = {line.get_label(): line.get_xydata().tolist() for line in axes.lines}
     assert drawn == {
@@ -36,6 +37,16 @@ def test_each_number_is_a_mark_on_the_line_of_its_experiment():
     assert sizes == sorted(sizes, reverse=True)  # or the larger would hide the smaller
     top, bottom = axes.get_ylim()[::-1]
     assert top < 0 < len(NAMES) - 1 < bottom
+
+
+def test_what_does_not_compare_has_an_axis_of_its_own():
+    parts = {"ten documents": ["parallel", "infini-all"], "two documents": ["control"]}
+    above, below = draw(finished([COMMIT]), parts).axes
+    for axes, (what, names) in zip((above, below), parts.items(), strict=True):
+        assert axes.get_title(loc="left") == what
+        assert [label.get_text() for label in axes.get_yticklabels()] == names
+    assert below.get_xlabel().startswith("test perplexity")
+    assert above.get_xlim() != below.get_xlim()
 
 
 @pytest.mark.usefixtures("nothing_kept")
@@ -55,5 +66,5 @@ def test_the_command_writes_the_format_of_the_file_s_ending(
 
 def test_an_ending_that_is_no_picture_s_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"--picture must end in one of .*png.*, got .*\.txt"):
-        save(draw(finished([COMMIT]), NAMES), tmp_path / "recipes.txt")
+        save(draw(finished([COMMIT]), {"ten documents": NAMES}), tmp_path / "recipes.txt")
     assert list(tmp_path.iterdir()) == []
