@@ -19,6 +19,7 @@ from recipes.finished import Finished, Metrics
 FOLDER = Path("results")  # a folder for each experiment
 CODE = "commit"  # a file: the commit whose code it ran; a folder without it holds no experiment
 LOCK = "dvc.lock"
+PIPELINE = "dvc.yaml"  # the commands of the stages
 PLOTTED = (SCORES, "plots/eval_positions.tsv")
 
 
@@ -36,8 +37,8 @@ def keep(name: str, experiment: Finished) -> Path:
         ValueError: if it was run by halves, lacks a file, or ran code that no one else has.
     """
     try:
-        code_files = code_of(YAML(typ="safe").load(read_file(experiment.source, LOCK))["stages"])
-        _check_code(experiment, code_files)
+        stages = YAML(typ="safe").load(read_file(experiment.source, LOCK))["stages"]
+        _check_code(experiment, [PIPELINE, *code_of(stages)])
         paths = (PARAMS_PATH.name, *PLOTTED, *experiment.metrics)
         texts = {path: read_file(experiment.source, path) for path in paths}
     except (ValueError, FileNotFoundError) as error:

@@ -90,7 +90,7 @@ def checkout(tmp_path, monkeypatch) -> None:
     Path("project").mkdir()
     shutil.move("params.yaml", "project/params.yaml")
     monkeypatch.chdir("project")
-    write(**{"stages/code.py": "pass\n", "README.md": "words\n"})
+    write(**{"stages/code.py": "pass\n", "dvc.yaml": "stages: {}\n", "README.md": "words\n"})
 
 
 def test_what_is_kept_reads_as_the_experiment_does(checkout, monkeypatch, capsys):
@@ -155,10 +155,15 @@ def test_edits_that_are_no_code_do_not_matter(checkout):
     assert keep("x", run_experiment(**{"README.md": "others\n", "results/y/commit": "y\n"}))
 
 
-def test_an_experiment_whose_code_no_one_else_has_is_refused(checkout):
-    edited = run_experiment(**{"stages/code.py": "changed\n"})
-    with pytest.raises(ValueError, match=r"^x cannot be kept: it ran with changes of stages/code"):
+@pytest.mark.parametrize("path", ["stages/code.py", "dvc.yaml"])
+def test_an_experiment_that_ran_uncommitted_code_is_refused(checkout, path):
+    edited = run_experiment(**{path: "changed\n"})
+    with pytest.raises(ValueError, match=f"^x cannot be kept: it ran with changes of {path} that"):
         keep("x", edited)
+    assert not Path("results").exists()
+
+
+def test_an_experiment_of_another_history_is_refused(checkout):
     before = head()
     write(**{"stages/code.py": "elsewhere\n"})
     elsewhere = run_experiment()
