@@ -41,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if args.list:
             print_list()
         elif args.table:
-            print_table(args.names, COLUMNS[args.columns or "memory"])
+            print_table(args.names, args.columns or "memory")
         elif args.picture:
             draw_picture(args.picture, args.names)
         elif args.against:
@@ -75,8 +75,8 @@ def make_parser() -> argparse.ArgumentParser:
     one("--repeats", action="store_true", help=repeats)
     one("--keep", action="store_true", help="write what tables need of finished NAMEs to results/")
     about = (
-        "of --table: what a memory wins back (default), its protocols or gains alone, or what "
-        "labels do"
+        "of --table: what a memory wins back (default), its protocols or gains alone, in which "
+        "parameters experiments differ, or what labels do"
     )
     add("--columns", choices=COLUMNS, help=about)
     add("--print", action="store_true", help="print the commands, and run none")

@@ -11,6 +11,8 @@ from typing import Any
 
 from infini_retrofit.params import read_params
 
+Settings = Mapping[str, Any]  # values of params.yaml by dotted name
+
 FOLDER = Path(__file__).parent
 BUDGET = "budget"  # applied before every overlay; no recipe itself
 # Words that need no quotes in DVC's (Hydra's) grammar, and those that are no text there.
@@ -60,6 +62,12 @@ def leaves(params: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, A
             yield from leaves(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
+
+
+def differing(settings: Sequence[Settings]) -> list[str]:
+    """Name the values that are not equal everywhere, in the order in which they come."""
+    keys = dict.fromkeys(key for own in settings for key in own)
+    return [key for key in keys if any(own.get(key) != settings[0].get(key) for own in settings)]
 
 
 def left_over(params: Mapping[str, Any], committed: Mapping[str, Any]) -> dict[str, Any]:

@@ -4,7 +4,7 @@ Knows where experiments are found and who can show them; not what is in them, no
 """
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from infini_retrofit.table import render
@@ -13,7 +13,7 @@ from recipes.experiments import all_experiments
 from recipes.finished import Finished, check_finished, choose, finished, sources_of
 from recipes.kept import keep, read_kept
 from recipes.overlays import recipe_names
-from recipes.table import Column, markdown
+from recipes.table import COLUMNS, choices, markdown, with_settings
 
 
 def known(names: Sequence[str]) -> dict[str, Finished]:
@@ -40,17 +40,32 @@ def keep_results(names: Sequence[str]) -> None:
         print(keep(name, experiments[name]))
 
 
-def print_table(names: Sequence[str], columns: Sequence[Column]) -> None:
+def print_table(names: Sequence[str], which: str) -> None:
     """Print the named experiments, or those of the recipes that have been run.
 
     Rows that do not compare, of other documents or another base, are in tables of their own.
+
+    Args:
+        names: of experiments.
+        which: columns, a key of `COLUMNS`.
     """
     experiments = known(names)
     parts = against.comparable(sources_of(experiments), choose("--table", names, experiments))
-    tables = [markdown(experiments, part, columns) for part in parts.values()]
+    tables = [layout(experiments, part, which) for part in parts.values()]
     if len(parts) > 1:
         tables = [f"{what}:\n\n{table}" for what, table in zip(parts, tables, strict=True)]
     print("\n\n".join(tables))
+
+
+def layout(experiments: Mapping[str, Finished], names: Sequence[str], which: str) -> str:
+    """Lay out one table; for `choices` with what the experiments were told differently."""
+    if which != "choices":
+        return markdown(experiments, names, COLUMNS[which])
+    from recipes.settings import read_settings  # brings torch, which takes seconds
+
+    run = [name for name in names if name in experiments]
+    settings = {name: read_settings(experiments[name].source) for name in run}
+    return markdown(with_settings(experiments, settings), names, choices(settings))
 
 
 def draw_picture(path: Path, names: Sequence[str]) -> None:

@@ -4,18 +4,16 @@ Knows the files that experiments leave; not how they are run.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from itertools import combinations, product
-from typing import Any
 
 import numpy as np
 
 from infini_retrofit.evaluation import DocumentNlls, read_document_rows
 from infini_retrofit.gains import gains
-from infini_retrofit.infini_params import InfiniParams
 from recipes.against import MODELS, read_rows, read_titles, scores_in, write_interval
-from recipes.experiments import Source, read_params_of
-from recipes.overlays import leaves
+from recipes.experiments import Source
+from recipes.overlays import Settings, differing
+from recipes.settings import read_settings
 
 # By the name that `gains` gives to what a model is compared with.
 OTHERS = {
@@ -47,7 +45,7 @@ def gains_of_repeats(sources: Mapping[str, Source], names: Sequence[str]) -> lis
         ValueError: if their parameters differ in more than seeds, or in none; or if they scored
             other documents. Whether they ran the same code is for the reader to know.
     """
-    check_repeats(names, [settings_of(read_params_of(sources[name])) for name in names])
+    check_repeats(names, [read_settings(sources[name]) for name in names])
     titles = read_titles(sources, names)
     rows = [read_rows(sources[name]) for name in names]
     for (name, own), scored in product(zip(names, rows, strict=True), MODELS):
@@ -63,20 +61,14 @@ def gains_of_repeats(sources: Mapping[str, Source], names: Sequence[str]) -> lis
     ]
 
 
-def settings_of(params: Mapping[str, Any]) -> dict[str, Any]:
-    """Flatten params.yaml; choices of form that an older one lacks have their defaults."""
-    form = asdict(InfiniParams()) | params.get("infini", {})
-    return dict(leaves({**params, "infini": form}))
-
-
-def check_repeats(names: Sequence[str], settings: Sequence[Mapping[str, Any]]) -> None:
+def check_repeats(names: Sequence[str], settings: Sequence[Settings]) -> None:
     """Refuse experiments that are not one configuration under several random seeds.
 
     Raises:
         ValueError: if so.
     """
     for name, own in zip(names, settings, strict=True):
-        differ = {k for k in own.keys() | settings[0].keys() if own.get(k) != settings[0].get(k)}
+        differ = differing([settings[0], own])
         if strange := sorted(key for key in differ if not key.endswith(".seed")):
             raise ValueError(
                 f"--repeats must come with experiments that differ in seeds alone, got {names[0]} "

@@ -8,15 +8,17 @@ from typing import Any, NamedTuple
 
 from infini_retrofit.table import render
 from recipes.finished import Finished, Metrics
+from recipes.overlays import Settings, differing
 
 MISSING = "-"
+PARAMS = "params"  # stands for an experiment's params.yaml where a metric's file does
 
 
 class Column(NamedTuple):
     """One column: the sum of its metrics that are there, or `-` if none is."""
 
     title: str
-    metrics: tuple[tuple[str, ...], ...]  # file under metrics/, then the keys down
+    metrics: tuple[tuple[str, ...], ...]  # file under metrics/, or PARAMS, then the keys down
     shown: Callable[[Any], str]
 
 
@@ -32,11 +34,15 @@ def _gain(title: str, over: str) -> Column:
     return Column(title, (("eval_sliding", "finetuned", f"gain_over_{over}"),), "{:+.4f}".format)
 
 
+SEGMENT = _ppl("segment", "segment")
+CONTROL = _ppl("its control", "segment", "control")
+GAP = Column("gap_recovered", (("eval_sliding", "finetuned", "gap_recovered"),), "{:.1%}".format)
+BYTES = Column("state_bytes", (("eval_sliding", "finetuned", "state_bytes"),), "{:,}".format)
 PROTOCOLS = (
     _ppl("sliding", "sliding"),
     _ppl("full", "full"),
-    _ppl("segment", "segment"),
-    _ppl("its control", "segment", "control"),
+    SEGMENT,
+    CONTROL,
     _ppl("memory off", "segment_off"),
     _ppl("memory of one segment", "segment_recent"),
     _ppl("memory swapped", "segment_swapped"),
@@ -45,13 +51,13 @@ PROTOCOLS = (
     _ppl("t2", "t2"),
 )
 GAINS = (
-    Column("gap_recovered", (("eval_sliding", "finetuned", "gap_recovered"),), "{:.1%}".format),
+    GAP,
     _gain("over its control", "control"),
     _gain("over memory off", "off"),
     _gain("over memory of one segment", "recent"),
     _gain("over memory swapped", "swapped"),
     _gain("over equal bytes", "kv"),
-    Column("state_bytes", (("eval_sliding", "finetuned", "state_bytes"),), "{:,}".format),
+    BYTES,
     Column("trainable parameters", (("finetune", "num_trainable_parameters"),), "{:,}".format),
     Column(
         "tokens seen",
@@ -71,8 +77,15 @@ LABELS = (
     Column("best epoch", (("finetune", "best_epoch"),), "{}".format),
     Column("epochs run", (("finetune", "epochs_run"),), "{}".format),
 )
-MEMORY = PROTOCOLS + GAINS  # what a memory wins back; LABELS: what labels do (the seeds)
-COLUMNS = {"memory": MEMORY, "protocols": PROTOCOLS, "gains": GAINS, "labels": LABELS}
+CHOSEN = (SEGMENT, CONTROL, GAP, _gain("over its control", "control"), BYTES)
+MEMORY = PROTOCOLS + GAINS
+COLUMNS = {
+    "memory": MEMORY,
+    "protocols": PROTOCOLS,
+    "gains": GAINS,
+    "choices": CHOSEN,  # beside the parameters in which the experiments differ
+    "labels": LABELS,
+}
 
 
 def markdown(
@@ -87,12 +100,37 @@ def markdown(
 def _cell(metrics: Metrics, column: Column) -> str:
     values = [find(metrics, *path) for path in column.metrics]
     there = [value for value in values if value is not None]
-    return column.shown(sum(there)) if there else MISSING
+    if not there:
+        return MISSING
+    return column.shown(sum(there) if len(there) > 1 else there[0])
+
+
+def choices(settings: Mapping[str, Settings]) -> tuple[Column, ...]:
+    """Return a column for each parameter in which some experiments differ, then `CHOSEN`."""
+    keys = differing(list(settings.values()))
+    return tuple(Column(key, ((PARAMS, key),), str) for key in keys) + CHOSEN
+
+
+def with_settings(
+    experiments: Mapping[str, Finished], settings: Mapping[str, Settings]
+) -> dict[str, Finished]:
+    """Put the parameters of some experiments beside their metrics, for the columns of `choices`."""
+    return {
+        name: experiments[name]._replace(
+            metrics={**experiments[name].metrics, _path(PARAMS): {"data": own}}
+        )
+        for name, own in settings.items()
+    }
 
 
 def find(metrics: Metrics, file: str, *keys: str) -> Any:
     """Walk down to a metric; what could not be read has no `data`."""
-    value: Any = metrics.get(f"metrics/{file}.json", {}).get("data")
+    value: Any = metrics.get(_path(file), {}).get("data")
     for key in keys:
         value = value.get(key) if isinstance(value, Mapping) else None
     return value
+
+
+def _path(file: str) -> str:
+    """Return under which name the metrics of an experiment hold a file."""
+    return f"metrics/{file}.json"

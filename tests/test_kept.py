@@ -1,6 +1,7 @@
 """Results kept in the repository: what is written, and that it reads as the experiment did."""
 
 import json
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -15,6 +16,7 @@ from recipes.experiments import is_in_history, read_file, read_params_of
 from recipes.finished import Finished
 from recipes.kept import keep, read_kept
 from recipes.overlays import leaves, read_overlay, recipe_names
+from recipes.table import CHOSEN
 from tests.test_recipe_table import METRICS, cells, experiment
 from tests.test_recipe_table import commit as shown_commit
 from tests.tiny_checkout import commit, head, make_checkout, write_scores
@@ -67,7 +69,7 @@ def run_experiment(seed: int = 0, stages: dict = STAGES, **edits: str) -> Finish
     write_scores(scores_of(seed), range(NUM_ARTICLES))
     text = Path("params.yaml").read_text(encoding="utf-8").replace("window: 64", "window: 32")
     text = text.replace("  seed: 0\n", f"  seed: {seed}\n")
-    revision = write(**LEFT, **{"params.yaml": text}, **edits)
+    revision = write(**{**LEFT, "params.yaml": text, **edits})
     back_to(code)
     metrics = {path: {"data": json.loads(text)} for path, text in LEFT.items() if "metr" in path}
     return Finished(revision, metrics, code)
@@ -127,6 +129,26 @@ def test_every_view_reads_kept_results_and_says_so(checkout, monkeypatch, capsys
     assert shown() == before
     assert notes[0] == ""
     assert notes[1] == "note: not run here, read from results/: mine, other\n" * len(views)
+
+
+def test_a_table_shows_in_which_parameters_experiments_differ(checkout, monkeypatch, capsys):
+    new = Path("params.yaml").read_text(encoding="utf-8")
+    older = re.sub(r"  state_dtype: float32.*\n", "", new)
+    assert older != new
+    wider = new.replace("window: 64", "window: 96").replace("gate: head", "gate: query")
+    texts = {"first": older, "second": new, "third": wider}
+    runs = {name: run_experiment(**{"params.yaml": text}) for name, text in texts.items()}
+    show(monkeypatch, **runs)
+    command_line.main(["--table", "first", "third", "second", "control", "--columns", "choices"])
+    assert capsys.readouterr().out.count("| recipe") == 2  # what has not run has no scores
+    command_line.main(["--table", "first", "third", "second", "--columns", "choices"])
+    header, _, *rows = map(cells, capsys.readouterr().out.splitlines())
+    chosen = [column.title for column in CHOSEN]
+    assert header == ["recipe", "infini.window", "infini.gate", *chosen]
+    assert [row[:3] for row in rows] == [
+        *(["first", "64", "head"], ["third", "96", "query"], ["second", "64", "head"])
+    ]
+    assert {tuple(row[3:]) for row in rows} == {("29.10", "29.80", "8.6%", "+0.0189", "1,497,600")}
 
 
 def test_what_was_run_here_wins(checkout, monkeypatch, capsys):
