@@ -32,6 +32,8 @@ from infini_retrofit.training import Trainee
 
 # Infini-attention as published, on the base's weights.
 PUBLISHED = InfiniParams(layers=[0])
+# LoLCATs: a softmax window, and linear sums over everything older.
+WINDOWED = InfiniParams(layers="all", local="window_linear", feature_map="hedgehog")
 # The form of the pipeline's default layer.
 DEFAULT_LAYER = replace(PUBLISHED, init="random_attention", local="linear", positions="none")
 SCHEDULE = {"batch_size": 1, "epochs": 1, "lr": 1e-3, "patience": 1, "min_delta": 0.0, "seed": 0}
@@ -114,6 +116,29 @@ def base_with_head(setting: Setting) -> Job:
         return next_token_nlls(model, ids[0], hidden_states[0]).mean().item()
 
     return Job(run, sizes.document, _head_operations(model, sizes.document, products=1))
+
+
+def _at_once(infini: InfiniParams | None = None) -> Callable[[Setting], Job]:
+    """Return a case in which a document is one segment, as under the protocol `full`.
+
+    Args:
+        infini: the form of all layers; None: the base as it is.
+    """
+
+    def make(setting: Setting) -> Job:
+        model, sizes = setting.load_base(setting.dtype), setting.sizes
+        if infini is not None:
+            insert_infini(model, replace(infini, segment_length=sizes.document))
+        ids = setting.draw_ids(model, 1, sizes.document)
+
+        @torch.inference_mode()
+        def run() -> float:
+            run_folded(model, ids, sizes.document)
+            return 0.0
+
+        return Job(run, sizes.document)
+
+    return make
 
 
 def sliding(setting: Setting) -> Job:
@@ -230,6 +255,11 @@ def _head_operations(model: PreTrainedModel, num_tokens: int, products: int) -> 
 # Cases of a group are measured in turns; the first is what the others are compared with.
 GROUPS: dict[str, dict[str, Callable[[Setting], Job]]] = {
     "forward": {"base forward, body": base_body, "base forward with head": base_with_head},
+    "whole": {
+        "document at once, base": _at_once(),
+        "document at once, published": _at_once(replace(PUBLISHED, layers="all")),
+        "document at once, windowed": _at_once(WINDOWED),
+    },
     "sliding": {"sliding evaluation": sliding, "reference loop": reference_sliding},
     "layer0": {
         "step, layer 0 plain": _training([0], memory=False),

@@ -67,6 +67,8 @@ def test_operations_equal_those_counted_by_hand(setting):
     tokens, scored = SIZES.document, SIZES.document - 1
     body = 2 * tokens * 3 * LAYER
     assert operations_of(cases.base_body, setting) == body
+    for name in GROUPS["whole"]:
+        assert operations_of(GROUPS["whole"][name], setting) == body
     assert operations_of(cases.base_with_head, setting) == body + 2 * scored * HEAD
     # Nothing below the first layer's projections of queries, keys and values needs a gradient.
     input_gradients = 2 * tokens * (3 * LAYER - QKV)
