@@ -45,6 +45,12 @@ def visible_keys(num_queries: int, num_keys: int, device: torch.device) -> Bool[
     return rows.tril(diagonal=num_keys - num_queries)
 
 
+def query_blocks(num_queries: int) -> list[slice]:
+    """Part queries into blocks, so that no block need meet keys that none of it sees."""
+    begins = range(0, num_queries, QUERIES_PER_BLOCK)
+    return [slice(begin, min(begin + QUERIES_PER_BLOCK, num_queries)) for begin in begins]
+
+
 def softmax_attention(
     query: Float[Tensor, "B H L K"],
     key: Float[Tensor, "B N C K"],
@@ -130,7 +136,7 @@ class _ExplicitSoftmaxAttention(torch.autograd.Function):
         key, value = key.contiguous() * scaling, value.contiguous()
         out = _empty_groups(query, value.shape[-1])
         weights = []
-        for rows in _blocks(query.shape[2]):
+        for rows in query_blocks(query.shape[2]):
             seen = key.shape[2] - query.shape[2] + rows.stop
             scores = _products(query, rows, key[:, :, :seen].transpose(2, 3))
             if slopes is not None:
@@ -152,7 +158,7 @@ class _ExplicitSoftmaxAttention(torch.autograd.Function):
         grad_out = _group(grad_out, key.shape[1])
         grad_query = _empty_groups(query, query.shape[-1])
         grad_key, grad_value = torch.zeros_like(key), torch.zeros_like(value)
-        for rows, weight in zip(_blocks(query.shape[2]), weights, strict=True):
+        for rows, weight in zip(query_blocks(query.shape[2]), weights, strict=True):
             seen = weight.shape[-1]
             grad_value[:, :, :seen].add_(_rows(weight).transpose(2, 3) @ _rows(grad_out, rows))
             grad = _products(grad_out, rows, value[:, :, :seen].transpose(2, 3))
@@ -173,11 +179,6 @@ def _hide_keys(scores: Float[Tensor, "B N L G C"], is_key: Bool[Tensor, "B *"] |
     mask = _mask(num_queries, num_keys, is_key, scores.device)
     bias = torch.zeros_like(mask, dtype=scores.dtype).masked_fill_(~mask, -torch.inf)
     scores.add_(bias.reshape(-1, 1, num_queries, 1, num_keys))
-
-
-def _blocks(num_queries: int) -> list[slice]:
-    begins = range(0, num_queries, QUERIES_PER_BLOCK)
-    return [slice(begin, min(begin + QUERIES_PER_BLOCK, num_queries)) for begin in begins]
 
 
 def _group(x: Float[Tensor, "B H L K"], num_kv_heads: int) -> Float[Tensor, "B N L G K"]:

@@ -2,7 +2,9 @@
 
 Together they make LoLCATs' attention: both parts share one denominator, so that each query
 decides by itself how much it hears of what is near and what is far. Knows nothing of memory
-that comes from other segments: its sums are to be added to those here.
+that comes from other segments: its sums are to be added to those here. Queries go in blocks, none
+of which meets keys that its windows have left: work grows with the length of a segment, not with
+its square.
 
 Source: Zhang et al. 2024, arXiv:2410.10254, equation 7.
 
@@ -23,7 +25,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from infini_retrofit.feature_maps import computing_dtype
-from infini_retrofit.local_attention import alibi_bias, masked_linear_sums, visible_keys
+from infini_retrofit.local_attention import masked_linear_sums, query_blocks
+from infini_retrofit.memory import MemoryState, Write, retrieve, write_segments
 
 
 def window_attention(
@@ -48,23 +51,42 @@ def window_attention(
         The output, and the logarithm of its denominator once the largest score is taken off
         every score, as in LoLCATs.
     """
-    num_heads, num_queries, num_keys = query.shape[1], query.shape[2], key.shape[2]
+    num_context = key.shape[2] - query.shape[2]
+    parts = []
+    for rows in query_blocks(query.shape[2]):
+        first = max(0, rows.start - window + 1)
+        own = torch.arange(num_context + first, num_context + rows.stop, device=query.device)
+        seen = torch.cat([torch.arange(num_context, device=query.device), own])
+        distance = num_context + _positions(rows, query.device)[:, None] - seen
+        near = (distance >= 0) & ((distance < window) | (seen < num_context))
+        if is_key is not None:
+            near = near & (is_key[:, seen] | (seen >= num_context))[:, None]
+            near = near[:, None]
+        bias = None if slopes is None else -slopes[:, None, None] * distance
+        parts.append(_attend(query[:, :, rows], key[:, :, seen], value[:, :, seen], near, bias))
+    outs, masses = zip(*parts, strict=True)
+    return torch.cat(outs, dim=2), torch.cat(masses, dim=2)
+
+
+def _attend(
+    query: Float[Tensor, "B H L K"],
+    key: Float[Tensor, "B N C K"],
+    value: Float[Tensor, "B N C V"],
+    near: Bool[Tensor, "*#B L C"],
+    bias: Float[Tensor, "H L C"] | None,
+) -> tuple[Float[Tensor, "B H L V"], Float[Tensor, "B H L 1"]]:
+    """Attend with softmax to the keys that are near."""
+    num_queries = query.shape[2]
     grouped = query.unflatten(1, (key.shape[1], -1)).flatten(2, 3)
     scores = (grouped @ key.transpose(2, 3)) * query.shape[-1] ** -0.5
     scores = scores.to(computing_dtype(scores.dtype)).unflatten(2, (-1, num_queries)).flatten(1, 2)
-    if slopes is not None:
-        scores = scores + alibi_bias(slopes, num_queries, num_keys)
-    near = visible_keys(num_queries, num_keys, query.device)
-    near = near & ~_older_own(num_queries, num_keys, window, query.device)
-    if is_key is not None:
-        near = near & (is_key[:, None] | _own(num_queries, num_keys, query.device))
-        near = near[:, None]
+    if bias is not None:
+        scores = scores + bias
     scores = scores.masked_fill(~near, -torch.inf)
     log_sum = scores.logsumexp(dim=-1, keepdim=True)
     weight = (scores - log_sum).exp().to(value.dtype)
     weight = weight.unflatten(1, (key.shape[1], -1)).flatten(2, 3)
     out = (weight @ value).unflatten(2, (-1, num_queries)).flatten(1, 2)
-    assert out.shape[1] == num_heads
     return out, log_sum - scores.amax(dim=-1, keepdim=True)
 
 
@@ -82,21 +104,32 @@ def older_sums(
         value: its values.
         window: tokens, the query's own included.
     """
-    num_tokens = query.shape[2]
-    return masked_linear_sums(
-        query, key, value, _older_own(num_tokens, num_tokens, window, query.device)
-    )
+    parts, state, num_summed = [], None, 0
+    for rows in query_blocks(query.shape[2]):
+        # Older than the window of every query of the block.
+        num_older = max(0, rows.start - window + 1)
+        if num_older > num_summed:
+            added = slice(num_summed, num_older)
+            state = _add(state, write_segments(Write(key[:, :, added], value[:, :, added])))
+            num_summed = num_older
+        beside = slice(num_summed, rows.stop)
+        keys = _positions(beside, query.device)
+        is_older = _positions(rows, query.device)[:, None] - keys >= window
+        block = query[:, :, rows]
+        sums = masked_linear_sums(block, key[:, :, beside], value[:, :, beside], is_older)
+        if state is not None:
+            sums = tuple(a + b for a, b in zip(sums, retrieve(block, state), strict=True))
+        parts.append(sums)
+    numerators, denominators = zip(*parts, strict=True)
+    return torch.cat(numerators, dim=2), torch.cat(denominators, dim=2)
 
 
-def _own(num_queries: int, num_keys: int, device: torch.device) -> Bool[Tensor, "C"]:
-    """Return True at keys of the segment's own tokens."""
-    return torch.arange(num_keys, device=device) >= num_keys - num_queries
+def _add(state: MemoryState | None, added: MemoryState) -> MemoryState:
+    if state is None:
+        return added
+    return MemoryState(state.matrix + added.matrix, state.normalizer + added.normalizer)
 
 
-def _older_own(
-    num_queries: int, num_keys: int, window: int, device: torch.device
-) -> Bool[Tensor, "L C"]:
-    """Return True where a key is of the segment's own tokens and has left a query's window."""
-    keys = torch.arange(num_keys, device=device)
-    distance = keys[num_keys - num_queries :, None] - keys
-    return (distance >= window) & _own(num_queries, num_keys, device)
+def _positions(tokens: slice, device: torch.device) -> Tensor:
+    """Return the indices of some tokens in their segment."""
+    return torch.arange(tokens.start, tokens.stop, device=device)

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from infini_retrofit import local_attention
 from infini_retrofit import window_attention as module
 from infini_retrofit.feature_maps import elu1
 from infini_retrofit.local_attention import alibi_slopes, softmax_attention
@@ -15,6 +16,12 @@ from tests.reference import largest, naive_feature
 BATCH, KV_HEADS, GROUP, TOKENS, CONTEXT, KEY, VALUE = 2, 2, 3, 5, 4, 7, 3
 HEADS = KV_HEADS * GROUP
 every_window = pytest.mark.parametrize("window", [1, 2, 4, TOKENS, 99])
+
+
+@pytest.fixture(params=[2, 128], ids=["blocks of 2", "one block"], autouse=True)
+def _block(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Part the queries of every test into blocks, the last one smaller, or leave them whole."""
+    monkeypatch.setattr(local_attention, "QUERIES_PER_BLOCK", request.param)
 
 
 def draw_qkv(context: int = 0, dtype: torch.dtype = torch.float64) -> list[Tensor]:
@@ -155,18 +162,40 @@ def test_the_parts_share_one_denominator_as_in_equation_7():
         assert largest(share[b, h, t] - linear.sum() / total) < 1e-9
 
 
-def window_one_off(num_queries: int, num_keys: int, window: int, device: torch.device) -> Tensor:
-    return OLDER(num_queries, num_keys, window + 1, device)
-
-
-OLDER = module._older_own
-
-
-def test_a_window_of_one_token_more_is_noticed(monkeypatch):
+def test_a_window_of_one_token_more_is_noticed():
     query, key, value = draw_qkv()
     want, _ = loop(query, key, value, None, 2, torch.zeros(HEADS))
-    monkeypatch.setattr(module, "_older_own", window_one_off)
-    assert largest(window_attention(query, key, value, None, 2)[0] - want) > 0.01
+    assert largest(window_attention(query, key, value, None, 2)[0] - want) < 1e-9
+    assert largest(window_attention(query, key, value, None, 3)[0] - want) > 0.01
+
+
+def test_a_block_that_forgets_what_its_windows_left_is_noticed(monkeypatch, request):
+    query, key, value = draw_qkv()
+    features = elu1(query), elu1(key), value
+    want = older_sums(*features, 2)[1]
+    monkeypatch.setattr(module, "_add", lambda state, added: added)
+    difference = largest(older_sums(*features, 2)[1] - want)
+    assert difference > 0.1 if "blocks of 2" in request.node.name else difference == 0
+
+
+def test_no_block_meets_more_keys_than_it_has_queries_and_window(monkeypatch):
+    num_keys, attend, sums = [], module._attend, module.masked_linear_sums
+
+    def count_near(query: Tensor, key: Tensor, *args: Tensor | None) -> tuple[Tensor, Tensor]:
+        num_keys.append((query.shape[2], key.shape[2]))
+        return attend(query, key, *args)
+
+    def count_older(query: Tensor, key: Tensor, *args: Tensor) -> tuple[Tensor, Tensor]:
+        num_keys.append((query.shape[2], key.shape[2]))
+        return sums(query, key, *args)
+
+    monkeypatch.setattr(module, "_attend", count_near)
+    monkeypatch.setattr(module, "masked_linear_sums", count_older)
+    query, key, value = draw_qkv()
+    window_attention(query, key, value, None, 2)
+    older_sums(elu1(query), elu1(key), value, 2)
+    assert all(seen < asking + 2 for asking, seen in num_keys)
+    assert sum(asking for asking, _ in num_keys) == 2 * TOKENS
 
 
 @pytest.mark.parametrize(("repeated", "same"), [("repeat_interleave", True), ("repeat", False)])
