@@ -20,10 +20,13 @@ from recipes.finished import Finished, sources_of
 from recipes.kept import read_kept
 from recipes.overlays import recipe_names
 from recipes.picture import draw, save
+from recipes.reading import layout
 from recipes.table import GAINS, LABELS, PROTOCOLS, find, markdown
 
 SEED_RECIPES = ("v1", "v1-fixed", "v2", "v2-fixed", "two-stage", "two-stage-fixed")  # docs/seeds.md
-BASE = "(the base, untrained)"
+# Of one control and one budget; each differs from another in what README speaks of.
+CHOICES = ("infini-all-delta", "infini-all", "infini-all-gamma", "memory-and-attention")
+BASE = "(the base as it was)"
 BASE_PROTOCOLS = ("sliding", "full", "segment", "t2")  # those that need no form
 MODELS = ("base", "control", "distilled", "finetuned")
 KEYS = (
@@ -88,6 +91,7 @@ def tables() -> dict[tuple[str, str], str]:
         ("README.md", "results"): table(default),
         ("README.md", "protocols"): markdown(protocols, [BASE, *recipes], PROTOCOLS),
         ("README.md", "gains"): markdown(experiments, recipes, GAINS),
+        ("README.md", "choices"): layout(experiments, CHOICES, "choices"),
         ("docs/seeds.md", "labels"): markdown(experiments, SEED_RECIPES, LABELS),
     }
 
