@@ -3,8 +3,8 @@
 Together they make LoLCATs' attention: both parts share one denominator, so that each query
 decides by itself how much it hears of what is near and what is far. Knows nothing of memory
 that comes from other segments: its sums are to be added to those here. Queries go in blocks, none
-of which meets keys that its windows have left: work grows with the length of a segment, not with
-its square.
+of which meets own keys that its windows have left: work grows with the length of a segment, not
+with its square.
 
 Source: Zhang et al. 2024, arXiv:2410.10254, equation 7.
 
@@ -21,7 +21,7 @@ Axes:
 """
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from infini_retrofit.feature_maps import computing_dtype
@@ -43,7 +43,7 @@ def window_attention(
         query: queries.
         key: keys.
         value: values.
-        is_key: False where a context key must not be seen; None: all count.
+        is_key: False where a context key must not be seen; None: all count. Own tokens do always.
         window: tokens, the query's own included.
         slopes: of ALiBi; None: no ALiBi.
 
@@ -55,15 +55,18 @@ def window_attention(
     parts = []
     for rows in query_blocks(query.shape[2]):
         first = max(0, rows.start - window + 1)
-        own = torch.arange(num_context + first, num_context + rows.stop, device=query.device)
-        seen = torch.cat([torch.arange(num_context, device=query.device), own])
+        seen = _positions(slice(0, num_context + rows.stop), query.device)
+        keys, values = (x[:, :, : len(seen)] for x in (key, value))
+        if first:
+            seen = seen[(seen < num_context) | (seen >= num_context + first)]
+            keys, values = keys[:, :, seen], values[:, :, seen]
         distance = num_context + _positions(rows, query.device)[:, None] - seen
-        near = (distance >= 0) & ((distance < window) | (seen < num_context))
+        is_own = seen >= num_context
+        near = (distance >= 0) & ((distance < window) | ~is_own)
         if is_key is not None:
-            near = near & (is_key[:, seen] | (seen >= num_context))[:, None]
-            near = near[:, None]
+            near = (near & (is_key[:, seen] | is_own)[:, None])[:, None]
         bias = None if slopes is None else -slopes[:, None, None] * distance
-        parts.append(_attend(query[:, :, rows], key[:, :, seen], value[:, :, seen], near, bias))
+        parts.append(_attend(query[:, :, rows], keys, values, near, bias))
     outs, masses = zip(*parts, strict=True)
     return torch.cat(outs, dim=2), torch.cat(masses, dim=2)
 
@@ -116,7 +119,8 @@ def older_sums(
         keys = _positions(beside, query.device)
         is_older = _positions(rows, query.device)[:, None] - keys >= window
         block = query[:, :, rows]
-        sums = masked_linear_sums(block, key[:, :, beside], value[:, :, beside], is_older)
+        with torch.autocast(query.device.type, enabled=False):
+            sums = masked_linear_sums(block, key[:, :, beside], value[:, :, beside], is_older)
         if state is not None:
             sums = tuple(a + b for a, b in zip(sums, retrieve(block, state), strict=True))
         parts.append(sums)
@@ -130,6 +134,6 @@ def _add(state: MemoryState | None, added: MemoryState) -> MemoryState:
     return MemoryState(state.matrix + added.matrix, state.normalizer + added.normalizer)
 
 
-def _positions(tokens: slice, device: torch.device) -> Tensor:
+def _positions(tokens: slice, device: torch.device) -> Int[Tensor, "L"]:
     """Return the indices of some tokens in their segment."""
     return torch.arange(tokens.start, tokens.stop, device=device)
