@@ -93,36 +93,60 @@ def read_titles(sources: Mapping[str, Source], names: Sequence[str]) -> list[str
     return list(articles(base).values())
 
 
-def comparable(sources: Mapping[str, Source], names: Sequence[str]) -> dict[str, list[str]]:
+def comparable(sources: Mapping[str, Source], names: Sequence[str]) -> list[tuple[str, list[str]]]:
     """Part experiments that compare with each other from those that do not.
 
+    Those of one part scored the same documents with the same base, in segments of the same length.
+    How much of the stream `sliding` scored is not looked at.
+
     Args:
-        sources: where the files of each experiment are; some may be missing.
+        sources: where the files of each experiment are. One that is missing has nothing that could
+            be compared, and stays with the first.
         names: of experiments, in the order that they keep.
 
     Returns:
-        By what was scored, in words, the names of those that scored the same documents and base.
+        What was scored, in words, and the names of those that scored it.
     """
-    parts: list[tuple[Scores, list[str]]] = []
-    for name in names:
-        try:
-            base = read_scores(name, sources[name], *_SAME_TEXTS) if name in sources else {}
-        except ValueError:
-            base = {}
-        part = next((part for scores, part in parts if are_alike(scores, base)), None)
-        if part is None:
-            parts.append((base, part := []))
-        part.append(name)
-    return {_what_was_scored(base): part for base, part in parts}
+    parts: list[tuple[dict[str, Scores], list[str]]] = []
+    for name in filter(sources.__contains__, names):
+        base = _base_scores(name, sources[name])
+        same = (found for other, found in parts if _are_same(base, other))
+        if found := next(same, None):
+            found.append(name)
+        else:
+            parts.append((base, [name]))
+    first, *others = parts or [({}, [])]
+    missing = set(names) - set(sources)
+    first = (first[0], [name for name in names if name in missing or name in first[1]])
+    return [(_what_was_scored(base), found) for base, found in (first, *others)]
 
 
-def _what_was_scored(base: Scores) -> str:
+def _are_same(base: Mapping[str, Scores], other: Mapping[str, Scores]) -> bool:
+    return base.keys() == other.keys() and all(are_alike(base[p], other[p]) for p in base)
+
+
+def _base_scores(name: str, source: Source) -> dict[str, Scores]:
+    """Read what the base scored, by protocol; nothing where articles are not told."""
+    rows = [row for row in read_rows(source) if row["model"] == "base" and "article" in row]
+    there = {row["protocol"] for row in rows}
+    return {
+        protocol: scores_in(rows, name, "base", protocol)
+        for protocol in (_SAME_TEXTS[1], PROTOCOL)
+        if protocol in there
+    }
+
+
+def _what_was_scored(base: Mapping[str, Scores]) -> str:
     if not base:
-        return "no scores by document"
-    ppl = exp(sum(nll for nll, _ in base.values()) / len(base))
+        return "no scores by article, so that these rows may not compare"
+    ppls = [
+        f"{exp(sum(nll for nll, _ in scores.values()) / len(scores)):.4g} under {protocol}"
+        for protocol, scores in base.items()
+    ]
+    scores = next(iter(base.values()))
     return (
-        f"{len(base)} documents of {len(set(articles(base).values()))} articles, on which the base "
-        f"has a perplexity of {ppl:.4g} with full attention"
+        f"{len(scores)} documents of {len(set(articles(scores).values()))} articles, on which the "
+        f"base has a perplexity of {' and '.join(ppls)}"
     )
 
 

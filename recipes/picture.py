@@ -45,18 +45,19 @@ MARKS = (
 )
 
 
-def draw(experiments: Mapping[str, Finished], parts: Mapping[str, Sequence[str]]) -> Figure:
+def draw(experiments: Mapping[str, Finished], parts: Sequence[tuple[str, Sequence[str]]]) -> Figure:
     """Draw a line for each name, in that order from the top; what is not there has no mark.
 
     Args:
         experiments: by name.
-        parts: names by what they scored; each part has an axis of its own.
+        parts: what was scored, in words, and the names of those that scored it, which have an
+            axis of their own.
     """
-    heights = [len(names) for names in parts.values()]
+    heights = [len(names) for _, names in parts]
     inches = 0.8 + 0.8 * len(parts) + INCHES_A_LINE * sum(heights)
     figure = Figure(figsize=(WIDTH_INCHES, inches), layout="constrained")
     grid = figure.subplots(len(parts), squeeze=False, gridspec_kw={"height_ratios": heights})
-    for axes, (what, names) in zip(grid[:, 0], parts.items(), strict=True):
+    for axes, (what, names) in zip(grid[:, 0], parts, strict=True):
         _mark(axes, experiments, names)
         _label(axes, names)
         if len(parts) > 1:

@@ -51,10 +51,9 @@ def print_table(names: Sequence[str], which: str) -> None:
     """
     experiments = known(names)
     parts = against.comparable(sources_of(experiments), choose("--table", names, experiments))
-    tables = [layout(experiments, part, which) for part in parts.values()]
-    if len(parts) > 1:
-        tables = [f"{what}:\n\n{table}" for what, table in zip(parts, tables, strict=True)]
-    print("\n\n".join(tables))
+    tables = [(what, layout(experiments, part, which)) for what, part in parts]
+    are_many = len(tables) > 1
+    print("\n\n".join(f"{what}:\n\n{table}" if are_many else table for what, table in tables))
 
 
 def layout(experiments: Mapping[str, Finished], names: Sequence[str], which: str) -> str:

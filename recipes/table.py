@@ -8,14 +8,14 @@ from typing import Any, NamedTuple
 
 from infini_retrofit.table import render
 from recipes.finished import Finished, Metrics
-from recipes.overlays import Settings, differing
+from recipes.overlays import Settings, differing, literal
 
 MISSING = "-"
 PARAMS = "params"  # stands for an experiment's params.yaml where a metric's file does
 
 
 class Column(NamedTuple):
-    """One column: the sum of its metrics that are there, or `-` if none is."""
+    """One column: its metric, or the sum of those that are there; `-` if none is."""
 
     title: str
     metrics: tuple[tuple[str, ...], ...]  # file under metrics/, or PARAMS, then the keys down
@@ -37,6 +37,7 @@ def _gain(title: str, over: str) -> Column:
 SEGMENT = _ppl("segment", "segment")
 CONTROL = _ppl("its control", "segment", "control")
 GAP = Column("gap_recovered", (("eval_sliding", "finetuned", "gap_recovered"),), "{:.1%}".format)
+OVER_CONTROL = _gain("over its control", "control")
 BYTES = Column("state_bytes", (("eval_sliding", "finetuned", "state_bytes"),), "{:,}".format)
 PROTOCOLS = (
     _ppl("sliding", "sliding"),
@@ -52,7 +53,7 @@ PROTOCOLS = (
 )
 GAINS = (
     GAP,
-    _gain("over its control", "control"),
+    OVER_CONTROL,
     _gain("over memory off", "off"),
     _gain("over memory of one segment", "recent"),
     _gain("over memory swapped", "swapped"),
@@ -77,7 +78,7 @@ LABELS = (
     Column("best epoch", (("finetune", "best_epoch"),), "{}".format),
     Column("epochs run", (("finetune", "epochs_run"),), "{}".format),
 )
-CHOSEN = (SEGMENT, CONTROL, GAP, _gain("over its control", "control"), BYTES)
+CHOSEN = (SEGMENT, CONTROL, GAP, OVER_CONTROL, BYTES)
 MEMORY = PROTOCOLS + GAINS
 COLUMNS = {
     "memory": MEMORY,
@@ -106,9 +107,12 @@ def _cell(metrics: Metrics, column: Column) -> str:
 
 
 def choices(settings: Mapping[str, Settings]) -> tuple[Column, ...]:
-    """Return a column for each parameter in which some experiments differ, then `CHOSEN`."""
+    """Return a column for each parameter in which some experiments differ, then `CHOSEN`.
+
+    Values are written as `-S` takes them.
+    """
     keys = differing(list(settings.values()))
-    return tuple(Column(key, ((PARAMS, key),), str) for key in keys) + CHOSEN
+    return tuple(Column(key, ((PARAMS, key),), literal) for key in keys) + CHOSEN
 
 
 def with_settings(

@@ -21,12 +21,26 @@ NLLS = {
 }
 
 
-def revision_of(name: str, articles: list[int] = ARTICLES, base: np.ndarray = DRAWN[4]) -> str:
-    """Commit an experiment's scores and return the commit."""
+def revision_of(
+    name: str,
+    articles: list[int] = ARTICLES,
+    base: np.ndarray = DRAWN[4],
+    confined: float = 0.0,
+) -> str:
+    """Commit an experiment's scores and return the commit.
+
+    Args:
+        name: whose.
+        articles: of the documents.
+        base: scores of the base under `full`.
+        confined: how much worse they are under `segment`.
+    """
     models = {"base": base}
     models |= {model: nlls for (owner, model), nlls in NLLS.items() if owner == name}
+    worse = {(True, "full"): 1, (True, "segment"): 0}
+    worse |= {(False, "full"): 0, (False, "segment"): confined}
     scores = {
-        (model, protocol): nlls + (protocol == "full" and model != "base")
+        (model, protocol): nlls + worse[model != "base", protocol]
         for protocol in ("full", "segment")
         for model, nlls in models.items()
     }
@@ -79,25 +93,32 @@ def test_experiments_that_do_not_compare_are_parted(revisions, monkeypatch, caps
     fewer = [min(article, 8) for article in ARTICLES]
     revisions |= {"other texts": revision_of("mine", fewer), "old": "HEAD~9"}
     revisions |= {"other base": revision_of("mine", base=DRAWN[4] + 0.1)}
-    names = ["mine", "other texts", "theirs", "control", "other base", "old"]
+    # As many documents and articles, and the same perplexity, of other numbers.
+    revisions |= {"rotated": revision_of("mine", base=np.roll(DRAWN[4], 1))}
+    revisions |= {"other segments": revision_of("mine", confined=0.1)}
+    names = ["mine", "rotated", "other texts", "theirs", "control", "other base", "old"]
+    names += ["other segments", "lolcats"]
     parts = against.comparable(revisions, names)
-    assert [*parts.values()] == [
-        *(["mine", "theirs"], ["other texts"], ["control", "old"], ["other base"])
+    assert [found for _, found in parts] == [
+        *(["mine", "theirs", "control", "lolcats"], ["rotated"], ["other texts"]),
+        *(["other base"], ["old"], ["other segments"]),
     ]
-    ppl = np.exp(DRAWN[4].mean())
-    assert [*parts][:3] == [
-        f"13 documents of 10 articles, on which the base has a perplexity of {ppl:.4g} with full "
-        "attention",
-        f"13 documents of 9 articles, on which the base has a perplexity of {ppl:.4g} with full "
-        "attention",
-        "no scores by document",
-    ]
+    ppl, confined = np.exp(DRAWN[4].mean()), np.exp(DRAWN[4].mean() + 0.1)
+    has = "on which the base has a perplexity of"
+    words = [what for what, _ in parts]
+    assert words[0] == words[1]
+    assert words[0] == f"13 documents of 10 articles, {has} {ppl:.4g} under full and " + (
+        f"{ppl:.4g} under segment"
+    )
+    assert words[2].startswith("13 documents of 9 articles, ")
+    assert words[4] == "no scores by article, so that these rows may not compare"
+    assert words[5].endswith(f"{ppl:.4g} under full and {confined:.4g} under segment")
     show(monkeypatch, revisions)
     command_line.main(["--table", *names])
     tables = capsys.readouterr().out.split("\n\n")
-    assert [line + ":" for line in parts] == tables[::2]
+    assert tables[::2] == [f"{what}:" for what in words]
     assert [[line.split()[1] for line in t.splitlines()[2:]] for t in tables[1::2]] == [
-        [name.split()[0] for name in part] for part in parts.values()
+        [name.split()[0] for name in found] for _, found in parts
     ]
 
 

@@ -5,6 +5,8 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from benchmarks import __main__ as command
 from benchmarks import cases
@@ -15,6 +17,7 @@ from benchmarks.reference_loop import score_by_reference_loop
 from benchmarks.table import HEADER, rows_of
 from infini_retrofit.carrier import Carrier
 from infini_retrofit.finetuning import Finetuning
+from infini_retrofit.infini_params import InfiniParams
 from infini_retrofit.perplexity import score_sliding
 from tests.tiny import FAMILIES, random_ids, tiny_base_folder, tiny_model
 
@@ -82,6 +85,26 @@ def test_operations_equal_those_counted_by_hand(setting):
     teacher_and_student = 2 * tokens * 2 * LAYER
     distilling = teacher_and_student + 2 * tokens * (OUTPUT + MLP + QKV + OUTPUT)
     assert operations_of(cases.distilling, setting) == distilling
+
+
+def test_a_document_at_once_is_one_segment_of_the_form_that_is_named(setting, monkeypatch):
+    forms, lengths = [], []
+    insert, run = cases.insert_infini, cases.run_folded
+
+    def note_form(model: PreTrainedModel, form: InfiniParams) -> None:
+        forms.append((form.layers, form.local, form.segment_length))
+        insert(model, form)
+
+    def note_length(model: PreTrainedModel, ids: Tensor, length: int) -> Tensor:
+        lengths.append(length)
+        return run(model, ids, length)
+
+    monkeypatch.setattr(cases, "insert_infini", note_form)
+    monkeypatch.setattr(cases, "run_folded", note_length)
+    for make in GROUPS["whole"].values():
+        make(setting).run()
+    assert lengths == [SIZES.document] * 3
+    assert forms == [("all", local, SIZES.document) for local in ("softmax", "window_linear")]
 
 
 def test_nothing_is_counted_outside_and_no_gradient_that_is_not_recorded():

@@ -135,20 +135,26 @@ def test_a_table_shows_in_which_parameters_experiments_differ(checkout, monkeypa
     new = Path("params.yaml").read_text(encoding="utf-8")
     older = re.sub(r"  state_dtype: float32.*\n", "", new)
     assert older != new
-    wider = new.replace("window: 64", "window: 96").replace("gate: head", "gate: query")
+    wider = new.replace("window: 64", "window: 96").replace("memory: on ", "memory: off ")
+    wider = wider.replace("seed_scaling: false", "seed_scaling: true")
+    wider = wider.replace("  layers:\n  - 0\n", "  layers: [0, -1]\n")
     texts = {"first": older, "second": new, "third": wider}
     runs = {name: run_experiment(**{"params.yaml": text}) for name, text in texts.items()}
     show(monkeypatch, **runs)
-    command_line.main(["--table", "first", "third", "second", "control", "--columns", "choices"])
-    assert capsys.readouterr().out.count("| recipe") == 2  # what has not run has no scores
-    command_line.main(["--table", "first", "third", "second", "--columns", "choices"])
+    names = ["first", "third", "second", "control"]
+    command_line.main(["--table", *names, "--columns", "choices"])
     header, _, *rows = map(cells, capsys.readouterr().out.splitlines())
     chosen = [column.title for column in CHOSEN]
-    assert header == ["recipe", "infini.window", "infini.gate", *chosen]
-    assert [row[:3] for row in rows] == [
-        *(["first", "64", "head"], ["third", "96", "query"], ["second", "64", "head"])
+    keys = [f"infini.{key}" for key in ("layers", "window", "memory", "seed_scaling")]
+    assert header == ["recipe", *keys, *chosen]
+    values = ["[0]", "64", "on", "false"]
+    numbers = ["29.10", "29.80", "8.6%", "+0.0189", "1,497,600"]
+    assert rows == [
+        ["first", *values, *numbers],
+        ["third", "[0,-1]", "96", "off", "true", *numbers],
+        ["second", *values, *numbers],
+        ["control", *["-"] * len(header[1:])],  # not run
     ]
-    assert {tuple(row[3:]) for row in rows} == {("29.10", "29.80", "8.6%", "+0.0189", "1,497,600")}
 
 
 def test_what_was_run_here_wins(checkout, monkeypatch, capsys):

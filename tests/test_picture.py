@@ -19,7 +19,7 @@ NAMES = ["parallel", "infini-all", "lolcats", "control"]
 
 
 def test_each_number_is_a_mark_on_the_line_of_its_experiment():
-    (axes,) = draw(finished([COMMIT]), {"ten documents": NAMES}).axes
+    (axes,) = draw(finished([COMMIT]), [("ten documents", NAMES)]).axes
     assert not axes.get_title(loc="left")
     assert [label.get_text() for label in axes.get_yticklabels()] == NAMES
     drawn = {line.get_label(): line.get_xydata().tolist() for line in axes.lines}
@@ -40,9 +40,9 @@ def test_each_number_is_a_mark_on_the_line_of_its_experiment():
 
 
 def test_what_does_not_compare_has_an_axis_of_its_own():
-    parts = {"ten documents": ["parallel", "infini-all"], "two documents": ["control"]}
+    parts = [("ten documents", ["parallel", "infini-all"]), ("two documents", ["control"])]
     above, below = draw(finished([COMMIT]), parts).axes
-    for axes, (what, names) in zip((above, below), parts.items(), strict=True):
+    for axes, (what, names) in zip((above, below), parts, strict=True):
         assert axes.get_title(loc="left") == what
         assert [label.get_text() for label in axes.get_yticklabels()] == names
     assert below.get_xlabel().startswith("test perplexity")
@@ -66,5 +66,5 @@ def test_the_command_writes_the_format_of_the_file_s_ending(
 
 def test_an_ending_that_is_no_picture_s_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"--picture must end in one of .*png.*, got .*\.txt"):
-        save(draw(finished([COMMIT]), {"ten documents": NAMES}), tmp_path / "recipes.txt")
+        save(draw(finished([COMMIT]), [("ten documents", NAMES)]), tmp_path / "recipes.txt")
     assert list(tmp_path.iterdir()) == []
