@@ -25,7 +25,8 @@ def main():
     code = [Path("code.py")]
     with training_run("train", [Path("data")], {"epochs": 3}, code, free_bytes=0) as run:
         (run.path / "epoch").write_text("1")
-        Path("started").write_text(str(run.path))
+        Path("starting").write_text(str(run.path))
+        Path("starting").rename("started")  # whole, or whoever waits for it might read nothing
         limit = time.monotonic() + 60
         while not Path("go").exists() and time.monotonic() < limit:
             time.sleep(0.01)
