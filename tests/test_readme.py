@@ -10,6 +10,7 @@ import pytest
 from recipes.against import read_titles
 from recipes.finished import sources_of
 from recipes.kept import read_kept
+from recipes.overlays import recipe_names
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -41,6 +42,13 @@ def test_a_metric_that_changes_changes_its_table(tmp_path, monkeypatch):
     after = fill_tables.tables()
     assert before.keys() == after.keys()
     assert all(before[key] != after[key] for key in before)
+
+
+def test_every_recipe_has_its_row(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    experiments = read_kept()
+    seeds = {name for name in fill_tables.SEED_RECIPES if name in experiments}
+    assert {*fill_tables.recipes_by_ppl(experiments), *seeds} == set(recipe_names())
 
 
 def test_the_picture_has_a_line_for_each_recipe_that_compares(monkeypatch):
