@@ -92,17 +92,32 @@ class Job:
         return found, count.total + self.head_operations
 
 
-def base_body(setting: Setting) -> Job:
-    """Run a document through the base's body, folded."""
-    model, sizes = setting.load_base(setting.dtype), setting.sizes
-    ids = setting.draw_ids(model, 1, sizes.document)
+def _body(at_once: bool, infini: InfiniParams | None = None) -> Callable[[Setting], Job]:
+    """Return a case in which a document runs through a model's body, without its head.
 
-    @torch.inference_mode()
-    def run() -> float:
-        run_folded(model, ids, sizes.segment)
-        return 0.0
+    Args:
+        at_once: as one segment, as under the protocol `full`; False: folded.
+        infini: the form of all layers; None: the base as it is.
+    """
 
-    return Job(run, sizes.document)
+    def make(setting: Setting) -> Job:
+        model, sizes = setting.load_base(setting.dtype), setting.sizes
+        segment_length = sizes.document if at_once else sizes.segment
+        if infini is not None:
+            insert_infini(model, replace(infini, segment_length=segment_length))
+        ids = setting.draw_ids(model, 1, sizes.document)
+
+        @torch.inference_mode()
+        def run() -> float:
+            run_folded(model, ids, segment_length)
+            return 0.0
+
+        return Job(run, sizes.document)
+
+    return make
+
+
+base_body = _body(at_once=False)
 
 
 def base_with_head(setting: Setting) -> Job:
@@ -116,29 +131,6 @@ def base_with_head(setting: Setting) -> Job:
         return next_token_nlls(model, ids[0], hidden_states[0]).mean().item()
 
     return Job(run, sizes.document, _head_operations(model, sizes.document, products=1))
-
-
-def _at_once(infini: InfiniParams | None = None) -> Callable[[Setting], Job]:
-    """Return a case in which a document is one segment, as under the protocol `full`.
-
-    Args:
-        infini: the form of all layers; None: the base as it is.
-    """
-
-    def make(setting: Setting) -> Job:
-        model, sizes = setting.load_base(setting.dtype), setting.sizes
-        if infini is not None:
-            insert_infini(model, replace(infini, segment_length=sizes.document))
-        ids = setting.draw_ids(model, 1, sizes.document)
-
-        @torch.inference_mode()
-        def run() -> float:
-            run_folded(model, ids, sizes.document)
-            return 0.0
-
-        return Job(run, sizes.document)
-
-    return make
 
 
 def sliding(setting: Setting) -> Job:
@@ -256,9 +248,9 @@ def _head_operations(model: PreTrainedModel, num_tokens: int, products: int) -> 
 GROUPS: dict[str, dict[str, Callable[[Setting], Job]]] = {
     "forward": {"base forward, body": base_body, "base forward with head": base_with_head},
     "whole": {
-        "document at once, base": _at_once(),
-        "document at once, published": _at_once(replace(PUBLISHED, layers="all")),
-        "document at once, windowed": _at_once(WINDOWED),
+        "document at once, base": _body(at_once=True),
+        "document at once, published": _body(True, replace(PUBLISHED, layers="all")),
+        "document at once, windowed": _body(True, WINDOWED),
     },
     "sliding": {"sliding evaluation": sliding, "reference loop": reference_sliding},
     "layer0": {
