@@ -111,10 +111,10 @@ def fill(text: str, marker: str, content: str) -> str:
 
 
 def draw_recipes() -> Figure:
-    """Draw the recipes that compare: `scratch` is another model."""
+    """Draw the recipes that compare with the best; others have another base."""
     experiments = read_kept()
-    names = [name for name in recipes_by_ppl(experiments) if name != "scratch"]
-    return draw(experiments, comparable(sources_of(experiments), names))
+    best, *_ = comparable(sources_of(experiments), recipes_by_ppl(experiments))
+    return draw(experiments, [best])
 
 
 def main() -> None:

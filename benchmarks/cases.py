@@ -249,8 +249,8 @@ GROUPS: dict[str, dict[str, Callable[[Setting], Job]]] = {
     "forward": {"base forward, body": base_body, "base forward with head": base_with_head},
     "whole": {
         "document at once, base": _body(at_once=True),
-        "document at once, published": _body(True, replace(PUBLISHED, layers="all")),
-        "document at once, windowed": _body(True, WINDOWED),
+        "document at once, published": _body(at_once=True, infini=replace(PUBLISHED, layers="all")),
+        "document at once, windowed": _body(at_once=True, infini=WINDOWED),
     },
     "sliding": {"sliding evaluation": sliding, "reference loop": reference_sliding},
     "layer0": {

@@ -43,7 +43,7 @@ def keep_results(names: Sequence[str]) -> None:
 def print_table(names: Sequence[str], which: str) -> None:
     """Print the named experiments, or those of the recipes that have been run.
 
-    Rows that do not compare, of other documents or another base, are in tables of their own.
+    Rows that do not compare (`against.comparable`) are in tables of their own.
 
     Args:
         names: of experiments.

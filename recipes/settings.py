@@ -3,7 +3,6 @@
 Knows section `infini` and its defaults; no other, and no metric.
 """
 
-from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -13,11 +12,10 @@ from recipes.overlays import leaves
 
 
 def read_settings(source: Source) -> dict[str, Any]:
-    """Read what an experiment ran with; raises as `read_params_of`."""
-    return settings_of(read_params_of(source))
+    """Read what an experiment ran with, by dotted name; raises as `read_params_of`.
 
-
-def settings_of(params: Mapping[str, Any]) -> dict[str, Any]:
-    """Flatten params.yaml; choices of form that an older one lacks have their defaults."""
+    Choices of form that an older params.yaml lacks have their defaults.
+    """
+    params = read_params_of(source)
     form = asdict(InfiniParams()) | params.get("infini", {})
     return dict(leaves({**params, "infini": form}))
