@@ -1,4 +1,4 @@
-"""lm-evaluation-harness gives this project's own numbers, on texts longer than a piece."""
+"""The lm-evaluation-harness gives this project's own numbers, on texts longer than a piece."""
 
 import importlib.util
 import json

@@ -1,5 +1,6 @@
 """The README and its pages tell no other story than the files beside them."""
 
+import ast
 import importlib.util
 import re
 import shutil
@@ -71,11 +72,19 @@ def test_a_shown_number_has_the_digits_that_two_machines_agree_on():
     assert [*map(fill_tables.shown, values)] == ["", "49,920", "22,895", "23.46", "-0.8102"]
 
 
-def test_the_map_names_every_source_file():
+def test_the_map_names_every_source_file_and_says_what_the_file_says_of_itself():
     folders = ("infini_retrofit", "stages", "recipes", "benchmarks", "tests", ".ci")
-    files = {p.relative_to(ROOT).as_posix() for f in folders for p in (ROOT / f).glob("*.py")}
-    mapped = set(re.findall(r"^\| `([^`]+\.py)` \|", README, re.MULTILINE))
-    assert mapped == files
+    files = [path for folder in folders for path in (ROOT / folder).glob("*.py")]
+    page = (ROOT / "docs" / "map.md").read_text()
+    remarks = dict(re.findall(r"^\| `([^`]+\.py)` \| (.+) \|$", page, re.MULTILINE))
+    assert remarks == {path.relative_to(ROOT).as_posix(): _first_sentence(path) for path in files}
+
+
+def _first_sentence(path: Path) -> str:
+    """Return what a module says of itself, without the name of its stage and the full stop."""
+    first = ast.get_docstring(ast.parse(path.read_text())).split("\n\n")[0].replace("\n", " ")
+    first = re.sub(r"^Stage `\w+`: ", "", first).removesuffix(".")
+    return first[0].upper() + first[1:]
 
 
 def test_the_steps_without_make_install_what_make_installs():
