@@ -26,8 +26,9 @@ from recipes.table import GAINS, LABELS, PROTOCOLS, find, markdown
 SEED_RECIPES = ("v1", "v1-fixed", "v2", "v2-fixed", "two-stage", "two-stage-fixed")  # docs/seeds.md
 # Of one control and one budget; each differs from another in what README speaks of.
 CHOICES = (
-    *("infini-all-delta", "infini-all", "infini-all-gamma"),
-    *("memory-and-attention-no-forgetting", "memory-and-attention"),
+    *("infini-all-delta", "infini-all", "infini-all-gamma", "infini-all-forgetting"),
+    *("memory-and-attention-no-forgetting", "memory-and-attention-gamma"),
+    *("memory-and-attention-head-gate", "memory-and-attention"),
 )
 BASE = "(the base as it was)"
 BASE_PROTOCOLS = ("sliding", "full", "segment", "t2")  # those that need no form

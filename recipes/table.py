@@ -109,10 +109,14 @@ def _cell(metrics: Metrics, column: Column) -> str:
 def choices(settings: Mapping[str, Settings]) -> tuple[Column, ...]:
     """Return a column for each parameter in which some experiments differ, then `CHOSEN`.
 
-    Values are written as `-S` takes them.
+    Values are written as `-S` takes them, a number in one way alone: 25, not 25.0.
     """
     keys = differing(list(settings.values()))
-    return tuple(Column(key, ((PARAMS, key),), literal) for key in keys) + CHOSEN
+    return tuple(Column(key, ((PARAMS, key),), _setting) for key in keys) + CHOSEN
+
+
+def _setting(value: Any) -> str:
+    return literal(int(value) if isinstance(value, float) and value.is_integer() else value)
 
 
 def with_settings(

@@ -138,6 +138,8 @@ def test_a_table_shows_in_which_parameters_experiments_differ(checkout, monkeypa
     wider = new.replace("window: 64", "window: 96").replace("memory: on ", "memory: off ")
     wider = wider.replace("seed_scaling: false", "seed_scaling: true")
     wider = wider.replace("  layers:\n  - 0\n", "  layers: [0, -1]\n")
+    wider = wider.replace("    rest: 1.0", "    rest: 25.0")
+    new = new.replace("    rest: 1.0", "    rest: 1")  # the same number
     texts = {"first": older, "second": new, "third": wider}
     runs = {name: run_experiment(**{"params.yaml": text}) for name, text in texts.items()}
     show(monkeypatch, **runs)
@@ -146,12 +148,12 @@ def test_a_table_shows_in_which_parameters_experiments_differ(checkout, monkeypa
     header, _, *rows = map(cells, capsys.readouterr().out.splitlines())
     chosen = [column.title for column in CHOSEN]
     keys = [f"infini.{key}" for key in ("layers", "window", "memory", "seed_scaling")]
-    assert header == ["recipe", *keys, *chosen]
-    values = ["[0]", "64", "on", "false"]
+    assert header == ["recipe", *keys, "finetune.lr_scale.rest", *chosen]
+    values = ["[0]", "64", "on", "false", "1"]
     numbers = ["29.10", "29.80", "8.6%", "+0.0189", "1,497,600"]
     assert rows == [
         ["first", *values, *numbers],
-        ["third", "[0,-1]", "96", "off", "true", *numbers],
+        ["third", "[0,-1]", "96", "off", "true", "25", *numbers],
         ["second", *values, *numbers],
         ["control", *["-"] * len(header[1:])],  # not run
     ]
