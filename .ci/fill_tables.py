@@ -10,12 +10,14 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from matplotlib.figure import Figure
+from table_rows import BEST, CHOICES, SEED_RECIPES, WITHOUT, WON, Shown
 
 from infini_retrofit.table import render
-from recipes.against import comparable
+from recipes.against import comparable, gain, read_scores
 from recipes.finished import Finished, sources_of
 from recipes.kept import read_kept
 from recipes.overlays import recipe_names
@@ -23,13 +25,6 @@ from recipes.picture import draw, save
 from recipes.reading import layout
 from recipes.table import GAINS, LABELS, PROTOCOLS, find, markdown
 
-SEED_RECIPES = ("v1", "v1-fixed", "v2", "v2-fixed", "two-stage", "two-stage-fixed")  # docs/seeds.md
-# Of one control and one budget; each differs from another in what README speaks of.
-CHOICES = (
-    *("infini-all-delta", "infini-all", "infini-all-gamma", "infini-all-forgetting"),
-    *("memory-and-attention-no-forgetting", "memory-and-attention-gamma"),
-    *("memory-and-attention-head-gate", "memory-and-attention"),
-)
 BASE = "(the base as it was)"
 BASE_PROTOCOLS = ("sliding", "full", "segment", "t2")  # those that need no form
 MODELS = ("base", "control", "distilled", "finetuned")
@@ -95,9 +90,36 @@ def tables() -> dict[tuple[str, str], str]:
         ("README.md", "results"): table(default),
         ("README.md", "protocols"): markdown(protocols, [BASE, *recipes], PROTOCOLS),
         ("README.md", "gains"): markdown(experiments, recipes, GAINS),
+        ("README.md", "won"): won(experiments),
         ("README.md", "choices"): layout(experiments, CHOICES, "choices"),
+        ("README.md", "earned"): earned(experiments),
         ("docs/seeds.md", "labels"): markdown(experiments, SEED_RECIPES, LABELS),
     }
+
+
+def won(experiments: Mapping[str, Finished]) -> str:
+    """Lay out `WON`, in perplexities."""
+
+    def cell(wanted: Shown) -> str:
+        if wanted is None:
+            return "not run"
+        name, model, protocol = wanted
+        key = f"{protocol}_test_ppl"
+        return f"{find(experiments[name].metrics, 'eval_sliding', model, key):.3f}"
+
+    header = ["test PPL", "base left as it is", "attention of all layers trained"]
+    return render(header, [[label, cell(base), cell(trained)] for label, base, trained in WON])
+
+
+def earned(experiments: Mapping[str, Finished]) -> str:
+    """Lay out what `BEST` wins over what lacks one of its choices, and what trained in that."""
+    rows = []
+    for choice, instead, name in WITHOUT:
+        own, other = (read_scores(n, experiments[n].source, MODELS[-1]) for n in (BEST, name))
+        trained = find(experiments[name].metrics, "finetune", "num_trainable_parameters")
+        rows.append([choice, instead, *gain(own, other), f"{trained:,}"])
+    header = ["choice", "in its place", "what it earns", "95% interval", "trained parameters"]
+    return render(header, rows)
 
 
 def fill(text: str, marker: str, content: str) -> str:

@@ -1,17 +1,19 @@
 """How far back a memory helps: perplexity by how many segments before the scored ones it has read.
 
 The last segments of each test document are scored as if the document had begun 0, 1, 2, ...
-segments before them, the same tokens each time. That a document begins is nothing a model has
-not met in training, as a memory of one segment alone may be; and it cuts off what older text
-told through the hidden states of lower layers, too. Beside the memory stands full attention of
-the same model over the same text: what there is to win. Prints a table and writes nothing.
+segments before them, the same tokens each time. This also cuts off what the hidden states of
+lower layers hold of older text, which the protocol `segment_recent` does not. What crosses a
+border beside the memory, carried keys and values, counts as read. Beside it stands what the same
+model wins from the same text as one segment: full attention, if its local attention is softmax.
+Prints a table and writes nothing.
 
-Reads: params.yaml (infini.segment_length), models, data/longdocs
+Reads: params.yaml (infini.segment_length, for the base), models, data/longdocs
 
 Axes:
     B  document
-    T  token of a document
-    Scored  token of a scored segment but the segment's first
+    R  row: a beginning of a document, up to the end of a scored segment
+    T  token
+    D  model width
 """
 
 import argparse
@@ -40,30 +42,30 @@ from infini_retrofit.texts import read_documents, read_titles
 BASE, DOCUMENTS = Path("models/base"), Path("data/longdocs/test.parquet")
 BEGINNINGS_PER_BATCH = 2  # they go through the model at once
 HEADER = ["segments read before", "PPL", "nats a token over the row above", "95% interval"]
-FULL = ["PPL, full attention", "nats over the row above", "95% interval"]
+FULL = ["PPL, as one segment", "nats over the row above", "95% interval"]
 
 # Rows of text in, the last hidden states of each out.
-RunModel = Callable[[Int[Tensor, "B T"]], Float[Tensor, "B T D"]]
+RunModel = Callable[[Int[Tensor, "R T"]], Float[Tensor, "R T D"]]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Score one model from ever earlier beginnings and print the table."""
     options = _options(arguments)
-    length = load_section(int, "infini.segment_length")
     verify_manifest(BASE, made_by="dvc repro prepare_base")
     documents = read_documents(DOCUMENTS, options.documents)
     titles = read_titles(DOCUMENTS, options.documents)
+    device, dtype = start_run()
+    if options.model == BASE:
+        model, length = load_base(BASE, dtype), load_section(int, "infini.segment_length")
+    else:
+        model, form = load_retrofit(BASE, options.model, dtype)
+        length = form.segment_length
     num_segments = documents.shape[1] // length
     if max(options.segments) + options.scored > num_segments:
         raise ValueError(
             f"--segments and --scored together must be at most the {num_segments} segments of a "
             f"document, got {max(options.segments)} and {options.scored}"
         )
-    device, dtype = start_run()
-    if options.model == BASE:
-        model = load_base(BASE, dtype)
-    else:
-        model = load_retrofit(BASE, options.model, dtype)[0]
     model, rows, before = model.to(device), [], None
     for reach in sorted(set(options.segments)):
         scored = score_reach(model, documents, length, reach, options.scored)
@@ -90,7 +92,7 @@ def score_reach(
         num_scored: how many segments of a document are scored.
 
     Returns:
-        Nats a token of each document: cut into segments, and with full attention.
+        Nats a token of each document: cut into segments, and as one segment.
     """
     num_segments = documents.shape[1] // length
     ends = range(num_segments - num_scored + 1, num_segments + 1)
@@ -108,8 +110,8 @@ def score_reach(
 
 @torch.inference_mode()
 def _score_last(
-    model: PreTrainedModel, rows: Int[Tensor, "B T"], length: int, run: RunModel
-) -> Float[Tensor, "B"]:
+    model: PreTrainedModel, rows: Int[Tensor, "R T"], length: int, run: RunModel
+) -> Float[Tensor, "R"]:
     """Return the mean score of each row's last segment, its first token apart."""
     found = []
     batches = rows.to(model.device).split(BEGINNINGS_PER_BATCH)
@@ -147,7 +149,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.memory_reach", description=about)
     add = parser.add_argument
     default = Path("models/finetuned")
-    add("model", nargs="?", type=Path, default=default, help="a retrofit (default: %(default)s)")
+    add("model", nargs="?", type=Path, default=default, help="a retrofit (%(default)s) or the base")
     add("--segments", type=int, nargs="+", default=[0, 1, 2, 4, 8], help="that are read before")
     add("--scored", type=int, default=4, help="last segments of each document that are scored")
     add("--documents", type=int, default=2, help="test documents to score")

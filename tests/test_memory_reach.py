@@ -48,6 +48,22 @@ def test_the_longest_reach_of_the_last_segment_is_the_whole_document(
     assert found["0"][1:3] == found["0"][4:] == ["", ""]
 
 
+def test_a_reach_of_one_segment_is_a_document_of_two(finished, monkeypatch):
+    monkeypatch.chdir(finished["published"])
+    model = load_retrofit(memory_reach.BASE, Path("models/finetuned"), torch.float32)[0]
+    documents = read_documents(memory_reach.DOCUMENTS, 2)
+    found, one, whole = (
+        memory_reach.score_reach(model, documents, SEGMENT, reach, 1)[0] for reach in (1, 0, LAST)
+    )
+    with torch.inference_mode():
+        states = run_folded(model, documents[:, -2 * SEGMENT :], SEGMENT)
+    for row, hidden, nll in zip(documents, states, found, strict=True):
+        expected = next_token_nlls(model, row[-SEGMENT:], hidden[-SEGMENT:]).mean()
+        assert nll.item() == pytest.approx(expected.item(), abs=1e-5)
+    assert (found - one).abs().min() > 1e-4
+    assert (found - whole).abs().min() > 1e-4
+
+
 def test_without_a_memory_nothing_is_won_by_reading_more(finished, monkeypatch):
     monkeypatch.chdir(finished["linear"])
     model = load_base(memory_reach.BASE, torch.float32)
