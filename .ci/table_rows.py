@@ -8,7 +8,7 @@ SEED_RECIPES = ("v1", "v1-fixed", "v2", "v2-fixed", "two-stage", "two-stage-fixe
 CHOICES = (
     *("infini-all-delta", "infini-all", "infini-all-gamma", "infini-all-forgetting"),
     *("memory-and-attention-no-forgetting", "memory-and-attention-gamma"),
-    *("memory-and-attention-head-gate", "memory-and-attention"),
+    *("memory-and-attention-one-rate", "memory-and-attention-head-gate", "memory-and-attention"),
 )
 # An experiment, one of its models, and the protocol under which it is shown; None: not run.
 Shown = tuple[str, str, str] | None
@@ -104,6 +104,11 @@ WITHOUT = (  # one choice of BEST, what stands in its place, and the experiment 
         "8 learned features a head (`feature_map: hedgehog`)",
         "64 fixed ones, eight times the bytes",
         "infini-all-forgetting",
+    ),
+    (
+        "they and the gate's queries learn at 25 times the attention's rate",
+        "at that rate",
+        "memory-and-attention-one-rate",
     ),
     (
         "the query moves the gate (`gate: query`)",
