@@ -146,11 +146,15 @@ def cells(
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     about = "Score a model's last segments from ever earlier beginnings of the document."
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.memory_reach", description=about)
-    add = parser.add_argument
-    default = Path("models/finetuned")
-    add("model", nargs="?", type=Path, default=default, help="a retrofit (%(default)s) or the base")
-    add("--segments", type=int, nargs="+", default=[0, 1, 2, 4, 8], help="that are read before")
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.memory_reach",
+        description=about,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add, default = parser.add_argument, Path("models/finetuned")
+    add("model", nargs="?", type=Path, default=default, help="a retrofit, or the base")
+    reaches = "how many segments are read before each scored one, a row of the table for each"
+    add("--segments", type=int, nargs="+", default=[0, 1, 2, 4, 8], help=reaches)
     add("--scored", type=int, default=4, help="last segments of each document that are scored")
     add("--documents", type=int, default=2, help="test documents to score")
     options = parser.parse_args(arguments)
