@@ -38,6 +38,7 @@ from infini_retrofit.runtime import start_run
 from infini_retrofit.segments import run_folded, run_in_layer
 from infini_retrofit.table import render
 from infini_retrofit.texts import read_documents, read_titles
+from recipes.against import write_interval
 
 BASE, DOCUMENTS = Path("models/base"), Path("data/longdocs/test.parquet")
 BEGINNINGS_PER_BATCH = 2  # they go through the model at once
@@ -140,7 +141,7 @@ def cells(
             gain = paired_bootstrap((before[way] - nlls).numpy(), titles)
             found[-2] = f"{gain.mean:+.4f}"
             if len(set(titles)) >= MIN_GROUPS_FOR_INTERVAL:
-                found[-1] = f"[{gain.low:+.4f}, {gain.high:+.4f}]"
+                found[-1] = write_interval(gain.low, gain.high)
     return found
 
 

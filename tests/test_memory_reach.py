@@ -12,15 +12,10 @@ from infini_retrofit.checkpoints import load_retrofit
 from infini_retrofit.labels import next_token_nlls
 from infini_retrofit.segments import run_folded, run_in_layer
 from infini_retrofit.texts import read_documents
+from tests.test_carried_context import table
 from tests.tiny_project import SEGMENT, TOKENS_PER_DOCUMENT
 
 LAST = TOKENS_PER_DOCUMENT // SEGMENT - 1  # as many segments stand before the last one
-
-
-def rows(said: str) -> dict[str, list[str]]:
-    """Return the rows of the table that was printed by their first cell."""
-    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in said.splitlines()[2:]]
-    return {row[0]: row[1:] for row in cells}
 
 
 @pytest.mark.parametrize("name", ["linear", "published"])
@@ -30,7 +25,7 @@ def test_the_longest_reach_of_the_last_segment_is_the_whole_document(
     monkeypatch.chdir(finished[name])
     words = ["--segments", "0", str(LAST), "--scored", "1", "--documents", "3"]
     memory_reach.main(words)
-    found = rows(capsys.readouterr().out)
+    found = table(capsys.readouterr().out)
     model = load_retrofit(memory_reach.BASE, Path("models/finetuned"), torch.bfloat16)[0]
     ids = read_documents(memory_reach.DOCUMENTS, 3)
     with torch.inference_mode():
