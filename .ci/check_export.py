@@ -46,7 +46,7 @@ def main() -> None:
     retrofit = sys.argv[1] if len(sys.argv) > 1 else "models/finetuned"
     with tempfile.TemporaryDirectory() as folder:
         exported = str(Path(folder, "model"))
-        run(sys.executable, "-m", "infini_retrofit.export", retrofit, exported)
+        run(sys.executable, "-m", "infini_retrofit.share.export", retrofit, exported)
         python = make_environment(Path(folder, "venv"))
         prompt = ",".join(map(str, first_tokens()))
         here = generate(sys.executable, OPEN_HERE, retrofit, prompt, Path.cwd())

@@ -11,10 +11,9 @@ from pathlib import Path
 from benchmarks.cases import GROUPS, Sizes
 from benchmarks.measuring import Measured, ProductRate, measure_group
 from benchmarks.table import HEADER, rows_of
-from infini_retrofit.pipeline import run_stage
-from infini_retrofit.report import verify_manifest
-from infini_retrofit.runtime import start_run
-from infini_retrofit.table import render
+from infini_retrofit.pipeline.device import start_run
+from infini_retrofit.pipeline.files import render, verify_manifest
+from infini_retrofit.pipeline.guard import run_stage
 
 BASE = Path("models/base")
 ROUNDS = 3

@@ -16,19 +16,20 @@ from transformers import PreTrainedModel
 
 from benchmarks.operations import count_operations
 from benchmarks.reference_loop import score_by_reference_loop
-from infini_retrofit.base import load_base
-from infini_retrofit.carrier import Carrier
-from infini_retrofit.cross_entropy import token_nlls
-from infini_retrofit.distillation import Distillation, DistillParams
-from infini_retrofit.finetuning import FinetuneParams, Finetuning, make_control
-from infini_retrofit.infini_params import InfiniParams
-from infini_retrofit.labels import next_token_nlls, next_tokens
-from infini_retrofit.lora import LoraParams
-from infini_retrofit.perplexity import score_sliding
-from infini_retrofit.retrofit import insert_infini
-from infini_retrofit.schedule import FullLrScale, LrScale
-from infini_retrofit.segments import run_folded
-from infini_retrofit.training import Trainee
+from infini_retrofit.evaluation.protocols import score_sliding
+from infini_retrofit.layer.form import InfiniParams
+from infini_retrofit.layer.state import Carrier
+from infini_retrofit.model.base import load_base
+from infini_retrofit.model.retrofit import insert_infini
+from infini_retrofit.model.running import run_folded
+from infini_retrofit.scoring.labels import next_token_nlls, next_tokens
+from infini_retrofit.scoring.losses import token_nlls
+from infini_retrofit.training.control import make_control
+from infini_retrofit.training.distillation import Distillation, DistillParams
+from infini_retrofit.training.finetuning import FinetuneParams, Finetuning
+from infini_retrofit.training.loop import Trainee
+from infini_retrofit.training.parameters import LoraParams
+from infini_retrofit.training.schedule import FullLrScale, LrScale
 
 # Infini-attention as published, on the base's weights.
 PUBLISHED = InfiniParams(layers=[0])

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.cases import GROUPS, Setting, Sizes
-from infini_retrofit.runtime import start_run
+from infini_retrofit.pipeline.device import start_run
 
 
 def seconds_of(run: Callable[[], object], device: torch.device) -> float:

@@ -12,7 +12,7 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from infini_retrofit.perplexity import Score
+from infini_retrofit.scoring.score import Score
 
 IGNORED = -100  # label of a token that the loss of `transformers` leaves out
 

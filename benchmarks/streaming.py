@@ -21,15 +21,15 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from infini_retrofit.base import load_base
-from infini_retrofit.cache import InfiniCache
-from infini_retrofit.checkpoints import load_retrofit
-from infini_retrofit.generation import enable_generation, read, segment_length
-from infini_retrofit.infini_params import InfiniParams
-from infini_retrofit.pipeline import run_stage
-from infini_retrofit.retrofit import insert_infini
-from infini_retrofit.runtime import return_freed_memory, start_run
-from infini_retrofit.table import render
+from infini_retrofit.generation.cache import InfiniCache
+from infini_retrofit.generation.generation import enable_generation, read, segment_length
+from infini_retrofit.layer.form import InfiniParams
+from infini_retrofit.model.base import load_base
+from infini_retrofit.model.checkpoints import load_retrofit
+from infini_retrofit.model.retrofit import insert_infini
+from infini_retrofit.pipeline.device import return_freed_memory, start_run
+from infini_retrofit.pipeline.files import render
+from infini_retrofit.pipeline.guard import run_stage
 
 BASE = Path("models/base")
 SEGMENTS_PER_CALL = 4

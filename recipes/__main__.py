@@ -6,11 +6,11 @@ Knows what can be asked for; the other modules of this folder know how it is don
 import argparse
 import sys
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-from infini_retrofit.params import read_params
+from infini_retrofit.pipeline.params import read_params
 from recipes.experiments import (
+    all_experiments,
     committed_params,
     diff_commands,
     existing_experiments,
@@ -18,6 +18,8 @@ from recipes.experiments import (
     run,
     run_command,
 )
+from recipes.finished import check_finished, finished
+from recipes.kept import keep
 from recipes.overlays import (
     check_recipe,
     describe,
@@ -27,27 +29,15 @@ from recipes.overlays import (
     read_overlay,
     recipe_names,
 )
-from recipes.reading import draw_picture, keep_results, print_gains, print_repeats, print_table
-from recipes.table import COLUMNS
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Do what the command line asks for; a user's mistake ends in one sentence."""
     parser = make_parser()
     args = parser.parse_intermixed_args(arguments)
-    if args.columns and not args.table:
-        parser.error(f"--columns {args.columns} must come with --table: it says which columns")
     try:
         if args.list:
             print_list()
-        elif args.table:
-            print_table(args.names, args.columns or "memory")
-        elif args.picture:
-            draw_picture(args.picture, args.names)
-        elif args.against:
-            print_gains(args.names)
-        elif args.repeats:
-            print_repeats(args.names)
         elif args.keep:
             keep_results(args.names)
         elif args.diff:
@@ -67,18 +57,8 @@ def make_parser() -> argparse.ArgumentParser:
     add("names", nargs="*", metavar="NAME", help="recipes, run one after another")
     one = parser.add_mutually_exclusive_group().add_argument
     one("--list", action="store_true", help="say what each recipe is, and run none")
-    one("--table", action="store_true", help="print finished experiments (all recipes or NAMEs)")
     one("--diff", action="store_true", help="run of two NAMEs what is missing, and compare them")
-    one("--picture", type=Path, metavar="FILE", help="draw finished experiments: recipes.png, .svg")
-    one("--against", action="store_true", help="what the first of finished NAMEs gains over others")
-    repeats = "what the memory gains in finished NAMEs that differ in seeds, and on average"
-    one("--repeats", action="store_true", help=repeats)
     one("--keep", action="store_true", help="write what tables need of finished NAMEs to results/")
-    about = (
-        "of --table: what a memory wins back (default), its protocols or gains alone, in which "
-        "parameters experiments differ, or what labels do"
-    )
-    add("--columns", choices=COLUMNS, help=about)
     add("--print", action="store_true", help="print the commands, and run none")
     own = "a parameter of your own; it wins over the recipe's"
     add("-S", "--set-param", action="append", default=[], metavar="key=value", help=own)
@@ -93,6 +73,18 @@ def print_list() -> None:
     width = max(map(len, recipe_names()))
     for name in recipe_names():
         print(f"{name:{width}}  {describe(name)}")
+
+
+def keep_results(names: Sequence[str]) -> None:
+    """Write the small files of finished experiments to results/.
+
+    Raises:
+        ValueError: if none is named, one has not been run here, or is not fit to be published.
+    """
+    experiments = finished(all_experiments())
+    check_finished("--keep", names, experiments)
+    for name in names:
+        print(keep(name, experiments[name]))
 
 
 def run_and_compare(args: argparse.Namespace) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 
 from ruamel.yaml import YAML
 
-from infini_retrofit.params import PARAMS_PATH, read_params
+from infini_retrofit.pipeline.params import PARAMS_PATH, read_params
 
 # What an experiment left: a commit, or a folder that holds its small files.
 Source = str | Path

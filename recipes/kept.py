@@ -11,8 +11,7 @@ from typing import Any
 
 from ruamel.yaml import YAML
 
-from infini_retrofit.params import PARAMS_PATH
-from recipes.against import SCORES
+from infini_retrofit.pipeline.params import PARAMS_PATH
 from recipes.experiments import changed_files, is_in_history, read_file
 from recipes.finished import Finished, Metrics
 
@@ -20,6 +19,7 @@ FOLDER = Path("results")  # a folder for each experiment
 CODE = "commit"  # a file: the commit whose code it ran; a folder without it holds no experiment
 LOCK = "dvc.lock"
 PIPELINE = "dvc.yaml"  # the commands of the stages
+SCORES = "plots/eval_documents.tsv"
 PLOTTED = (SCORES, "plots/eval_positions.tsv")
 
 

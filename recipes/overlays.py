@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from infini_retrofit.params import read_params
+from infini_retrofit.pipeline.params import read_params
 
 Settings = Mapping[str, Any]  # values of params.yaml by dotted name
 

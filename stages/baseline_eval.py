@@ -6,22 +6,21 @@ Writes: metrics/baseline_eval.json, plots/baseline_documents.tsv, plots/baseline
 
 from pathlib import Path
 
-from infini_retrofit.base import load_base
-from infini_retrofit.evaluation import (
+from infini_retrofit.evaluation.evaluation import (
     EvalParams,
-    Rival,
     evaluate,
     rows_of_documents,
     rows_of_positions,
     warn_of_length,
 )
-from infini_retrofit.imports import first_party_files
-from infini_retrofit.params import load_json, load_section
-from infini_retrofit.perplexity import score_unigram
-from infini_retrofit.pipeline import run_stage, unchanged
-from infini_retrofit.report import write_metrics, write_rows
-from infini_retrofit.runtime import start_run
-from infini_retrofit.texts import read_stream, read_test_text
+from infini_retrofit.evaluation.protocols import score_unigram
+from infini_retrofit.evaluation.rival import Rival
+from infini_retrofit.model.base import load_base
+from infini_retrofit.pipeline.device import start_run
+from infini_retrofit.pipeline.files import write_metrics, write_rows
+from infini_retrofit.pipeline.guard import run_stage, stage_code, unchanged
+from infini_retrofit.pipeline.params import load_json, load_section
+from infini_retrofit.pipeline.tokens import read_stream, read_test_text
 
 BASE, RIVAL = Path("models/base"), Path("data/rival.json")
 TRAIN_TEXT, TEST_TEXT = Path("data/wikitext/train.parquet"), Path("data/wikitext/test.parquet")
@@ -40,7 +39,7 @@ def main() -> None:
     model = load_base(BASE, dtype).to(device)
     warn_of_length(model, text)
     unigram = score_unigram(read_stream(TRAIN_TEXT), text.stream, model.config.vocab_size)
-    code = first_party_files(Path(__file__))
+    code = stage_code("baseline_eval")
     with unchanged("baseline_eval", {"eval": params}, [*code, RIVAL]):
         base = evaluate(model, rival, params, text)
     write_metrics(METRICS, base.metrics | {"unigram_test_ppl": unigram.ppl})

@@ -8,17 +8,18 @@ import json
 from pathlib import Path
 from typing import NamedTuple
 
-from infini_retrofit.base_sources import BASE_KINDS, LocalBase
-from infini_retrofit.checkpoints import check_layers
-from infini_retrofit.corpora import CORPORA, SAME, LongdocsParams
-from infini_retrofit.distillation import DistillParams
-from infini_retrofit.evaluation import EvalParams
-from infini_retrofit.finetuning import ControlParams, FinetuneParams, check_trainable
-from infini_retrofit.infini_params import InfiniParams
-from infini_retrofit.params import load_choice, load_presets, load_section, read_params
-from infini_retrofit.pipeline import run_stage
-from infini_retrofit.report import write_text
-from infini_retrofit.retrofit import resolve_layers
+from infini_retrofit.bases.sources import BASE_KINDS, LocalBase
+from infini_retrofit.evaluation.evaluation import EvalParams
+from infini_retrofit.layer.form import InfiniParams
+from infini_retrofit.model.checkpoints import check_layers
+from infini_retrofit.model.retrofit import resolve_layers
+from infini_retrofit.pipeline.files import write_text
+from infini_retrofit.pipeline.guard import run_stage
+from infini_retrofit.pipeline.params import load_choice, load_presets, load_section, read_params
+from infini_retrofit.texts.corpora import CORPORA, SAME, LongdocsParams
+from infini_retrofit.training.control import ControlParams
+from infini_retrofit.training.distillation import DistillParams
+from infini_retrofit.training.finetuning import FinetuneParams, check_trainable
 
 PARAMS_OK, BASE = Path("data/params_ok"), Path("models/base")
 PRESETS = {"model": ("models", BASE_KINDS), "corpus": ("corpora", CORPORA)}

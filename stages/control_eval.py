@@ -7,21 +7,20 @@ Writes: metrics/control_eval.json, plots/control_documents.tsv, plots/control_po
 
 from pathlib import Path
 
-from infini_retrofit.checkpoints import load_retrofit
-from infini_retrofit.evaluation import (
+from infini_retrofit.evaluation.evaluation import (
     EvalParams,
-    Rival,
     evaluate,
     rows_of_documents,
     rows_of_positions,
 )
-from infini_retrofit.gains import gap_test_nats
-from infini_retrofit.imports import first_party_files
-from infini_retrofit.params import load_json, load_section
-from infini_retrofit.pipeline import run_stage, unchanged
-from infini_retrofit.report import write_metrics, write_rows
-from infini_retrofit.runtime import start_run
-from infini_retrofit.texts import read_test_text
+from infini_retrofit.evaluation.gains import gap_test_nats
+from infini_retrofit.evaluation.rival import Rival
+from infini_retrofit.model.checkpoints import load_retrofit
+from infini_retrofit.pipeline.device import start_run
+from infini_retrofit.pipeline.files import write_metrics, write_rows
+from infini_retrofit.pipeline.guard import run_stage, stage_code, unchanged
+from infini_retrofit.pipeline.params import load_json, load_section
+from infini_retrofit.pipeline.tokens import read_test_text
 
 BASE, CONTROL = Path("models/base"), Path("models/control")
 RIVAL = Path("data/rival.json")
@@ -40,7 +39,7 @@ def main() -> None:
     text = read_test_text(TEST_TEXT, TEST_DOCUMENTS, params.sliding_tokens, params.documents)
     device, dtype = start_run()
     model, _ = load_retrofit(BASE, CONTROL, dtype, "dvc repro finetune_control")
-    code = first_party_files(Path(__file__))
+    code = stage_code("control_eval")
     with unchanged("control_eval", {"eval": params}, [*code, RIVAL]):
         control = evaluate(model.to(device), rival, params, text)
     write_metrics(METRICS, control.metrics | {"gap_test_nats": gap_test_nats(control.metrics)})

@@ -8,17 +8,16 @@ from pathlib import Path
 
 import torch
 
-from infini_retrofit.base import load_base
-from infini_retrofit.checkpoints import check_layers, save_retrofit
-from infini_retrofit.distillation import Distillation, DistillParams
-from infini_retrofit.imports import first_party_files
-from infini_retrofit.infini_params import InfiniParams
-from infini_retrofit.params import load_section
-from infini_retrofit.pipeline import run_stage, training_run
-from infini_retrofit.report import write_metrics
-from infini_retrofit.runtime import start_run
-from infini_retrofit.texts import read_samples
-from infini_retrofit.training import train
+from infini_retrofit.layer.form import InfiniParams
+from infini_retrofit.model.base import load_base
+from infini_retrofit.model.checkpoints import check_layers, save_retrofit
+from infini_retrofit.pipeline.device import start_run
+from infini_retrofit.pipeline.files import write_metrics
+from infini_retrofit.pipeline.guard import run_stage, stage_code, training_run
+from infini_retrofit.pipeline.params import load_section
+from infini_retrofit.pipeline.tokens import read_samples
+from infini_retrofit.training.distillation import Distillation, DistillParams
+from infini_retrofit.training.loop import train
 
 BASE, TEXT, DISTILLED = Path("models/base"), Path("data/wikitext"), Path("models/distilled")
 METRICS = Path("metrics/distill.json")
@@ -34,7 +33,7 @@ def main() -> None:
     train_samples = read_samples(TEXT / "train.parquet", length, params.samples)
     val_samples = read_samples(TEXT / "val.parquet", length, params.val_samples)
     device, dtype = start_run()
-    with training_run("distill", [BASE, TEXT], sections, first_party_files(Path(__file__))) as run:
+    with training_run("distill", [BASE, TEXT], sections, stage_code("distill")) as run:
         model = load_base(BASE, torch.float32).to(device)
         trainee = Distillation(model, infini, params, dtype)
         metrics = train(trainee, train_samples, val_samples, params, run.path, HISTORY, MEMORY)

@@ -1,6 +1,6 @@
 """Stage `eval_sliding`: distilled and finetuned under every protocol, beside base and control.
 
-Where nothing was distilled, the finetuned alone: `benchmarks.zero_cost` says what inserting cost.
+Where nothing was distilled, the finetuned alone: `analysis.zero_cost` says what inserting cost.
 
 Reads:  params.yaml (eval, infini, distill.epochs), models, data/wikitext, data/longdocs, and of
         base and control metrics/*_eval.json, plots/*_documents.tsv, plots/*_positions.tsv
@@ -13,32 +13,32 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from infini_retrofit.checkpoints import load_retrofit
-from infini_retrofit.diagnostics import read_memory, share_histogram
-from infini_retrofit.evaluation import (
+from infini_retrofit.evaluation.evaluation import (
     PROTOCOLS,
     EvalParams,
     Evaluation,
     evaluate,
     read_document_rows,
-    rival_of,
     rows_of_documents,
     rows_of_positions,
 )
-from infini_retrofit.gains import gains, gap_recovered, has_gap
-from infini_retrofit.imports import first_party_files
-from infini_retrofit.infini_params import InfiniParams
-from infini_retrofit.params import load_section
-from infini_retrofit.pipeline import run_stage, unchanged
-from infini_retrofit.report import (
+from infini_retrofit.evaluation.gains import gains, gap_recovered, has_gap
+from infini_retrofit.evaluation.protocols import share_histogram
+from infini_retrofit.evaluation.rival import rival_of
+from infini_retrofit.layer.form import InfiniParams
+from infini_retrofit.model.checkpoints import load_retrofit
+from infini_retrofit.pipeline.device import start_run
+from infini_retrofit.pipeline.files import (
     check_made,
     verify_manifest,
     write_metrics,
     write_rows,
     write_text,
 )
-from infini_retrofit.runtime import start_run
-from infini_retrofit.texts import read_test_text
+from infini_retrofit.pipeline.guard import run_stage, stage_code, unchanged
+from infini_retrofit.pipeline.params import load_section
+from infini_retrofit.pipeline.tokens import read_test_text
+from infini_retrofit.scoring.memory_use import read_memory
 
 BASE = Path("models/base")
 DISTILLED, FINETUNED = Path("models/distilled"), Path("models/finetuned")
@@ -74,7 +74,7 @@ def main() -> None:
     device, dtype = start_run()
     sections = {"eval": params, "infini": infini, "distill.epochs": epochs}
     length = infini.segment_length
-    with unchanged("eval_sliding", sections, first_party_files(Path(__file__))):
+    with unchanged("eval_sliding", sections, stage_code("eval_sliding")):
         found = {}
         for folder in retrofits:
             model = load_retrofit(BASE, folder, dtype)[0].to(device)

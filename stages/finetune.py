@@ -8,16 +8,15 @@ from pathlib import Path
 
 import torch
 
-from infini_retrofit.base import load_base
-from infini_retrofit.checkpoints import load_retrofit, save_retrofit
-from infini_retrofit.finetuning import FinetuneParams, Finetuning
-from infini_retrofit.imports import first_party_files
-from infini_retrofit.params import load_section
-from infini_retrofit.pipeline import run_stage, training_run
-from infini_retrofit.report import write_metrics
-from infini_retrofit.runtime import start_run
-from infini_retrofit.texts import read_documents
-from infini_retrofit.training import train
+from infini_retrofit.model.base import load_base
+from infini_retrofit.model.checkpoints import load_retrofit, save_retrofit
+from infini_retrofit.pipeline.device import start_run
+from infini_retrofit.pipeline.files import write_metrics
+from infini_retrofit.pipeline.guard import run_stage, stage_code, training_run
+from infini_retrofit.pipeline.params import load_section
+from infini_retrofit.pipeline.tokens import read_documents
+from infini_retrofit.training.finetuning import FinetuneParams, Finetuning
+from infini_retrofit.training.loop import train
 
 BASE, DISTILLED, FINETUNED = (Path("models") / n for n in ("base", "distilled", "finetuned"))
 DOCUMENTS = Path("data/longdocs")
@@ -31,7 +30,7 @@ def main() -> None:
     train_documents = read_documents(DOCUMENTS / "train.parquet", params.train_documents)
     val_documents = read_documents(DOCUMENTS / "val.parquet", params.val_documents)
     device, dtype = start_run()
-    inputs, code = [BASE, DISTILLED, DOCUMENTS], first_party_files(Path(__file__))
+    inputs, code = [BASE, DISTILLED, DOCUMENTS], stage_code("finetune")
     with training_run("finetune", inputs, {"finetune": params}, code) as run:
         model, infini = load_retrofit(BASE, DISTILLED, torch.float32, "dvc repro distill")
         base = load_base(BASE, dtype).to(device) if params.kl_weight else None

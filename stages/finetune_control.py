@@ -8,16 +8,16 @@ from pathlib import Path
 
 import torch
 
-from infini_retrofit.base import load_base
-from infini_retrofit.checkpoints import save_retrofit
-from infini_retrofit.finetuning import Control, Finetuning, make_control
-from infini_retrofit.imports import first_party_files
-from infini_retrofit.params import load_json
-from infini_retrofit.pipeline import run_stage, training_run
-from infini_retrofit.report import write_metrics
-from infini_retrofit.runtime import start_run
-from infini_retrofit.texts import read_documents
-from infini_retrofit.training import train
+from infini_retrofit.model.base import load_base
+from infini_retrofit.model.checkpoints import save_retrofit
+from infini_retrofit.pipeline.device import start_run
+from infini_retrofit.pipeline.files import write_metrics
+from infini_retrofit.pipeline.guard import run_stage, stage_code, training_run
+from infini_retrofit.pipeline.params import load_json
+from infini_retrofit.pipeline.tokens import read_documents
+from infini_retrofit.training.control import Control, make_control
+from infini_retrofit.training.finetuning import Finetuning
+from infini_retrofit.training.loop import train
 
 BASE, CONTROL, DOCUMENTS = Path("models/base"), Path("models/control"), Path("data/longdocs")
 PLAN = Path("data/control.json")
@@ -31,7 +31,7 @@ def main() -> None:
     train_documents = read_documents(DOCUMENTS / "train.parquet", params.train_documents)
     val_documents = read_documents(DOCUMENTS / "val.parquet", params.val_documents)
     device, dtype = start_run()
-    inputs, code = [BASE, DOCUMENTS], first_party_files(Path(__file__))
+    inputs, code = [BASE, DOCUMENTS], stage_code("finetune_control")
     with training_run("finetune_control", inputs, {}, [*code, PLAN]) as run:
         model = load_base(BASE, torch.float32).to(device)
         base = load_base(BASE, dtype).to(device) if params.kl_weight else None

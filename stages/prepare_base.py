@@ -6,11 +6,10 @@ Writes: models/base
 
 from pathlib import Path
 
-from infini_retrofit.base_sources import BASE_KINDS, bring_base
-from infini_retrofit.corpora import CORPORA
-from infini_retrofit.imports import first_party_files
-from infini_retrofit.params import load_choice, load_section, read_params
-from infini_retrofit.pipeline import run_stage, unchanged
+from infini_retrofit.bases.sources import BASE_KINDS, bring_base
+from infini_retrofit.pipeline.guard import run_stage, stage_code, unchanged
+from infini_retrofit.pipeline.params import load_choice, load_section, read_params
+from infini_retrofit.texts.corpora import CORPORA
 
 BASE = Path("models/base")
 
@@ -25,7 +24,7 @@ def main() -> None:
         f"models.{name}": table["models"][name],
         f"corpora.{corpus_name}": table["corpora"][corpus_name],
     }
-    with unchanged("prepare_base", presets, first_party_files(Path(__file__))):
+    with unchanged("prepare_base", presets, stage_code("prepare_base")):
         bring_base(params, name, BASE, corpus_name, corpus)
 
 

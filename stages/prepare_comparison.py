@@ -12,14 +12,15 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from infini_retrofit.base import load_weightless
-from infini_retrofit.evaluation import rival_of
-from infini_retrofit.finetuning import ControlParams, FinetuneParams, plan_control
-from infini_retrofit.infini_params import InfiniParams
-from infini_retrofit.params import load_section
-from infini_retrofit.pipeline import run_stage
-from infini_retrofit.report import write_text
-from infini_retrofit.retrofit import check_form
+from infini_retrofit.evaluation.rival import rival_of
+from infini_retrofit.layer.form import InfiniParams
+from infini_retrofit.model.base import load_weightless
+from infini_retrofit.model.retrofit import check_form
+from infini_retrofit.pipeline.files import write_text
+from infini_retrofit.pipeline.guard import run_stage
+from infini_retrofit.pipeline.params import load_section
+from infini_retrofit.training.control import ControlParams, plan_control
+from infini_retrofit.training.finetuning import FinetuneParams
 
 BASE = Path("models/base")
 CONTROL, RIVAL = Path("data/control.json"), Path("data/rival.json")

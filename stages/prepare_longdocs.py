@@ -10,21 +10,22 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from infini_retrofit.articles import read_corpus
-from infini_retrofit.corpora import CORPORA, SAME, LongdocsParams
-from infini_retrofit.corpus import (
+from infini_retrofit.pipeline.guard import run_stage
+from infini_retrofit.pipeline.params import load_choice, load_section
+from infini_retrofit.texts.articles import read_corpus
+from infini_retrofit.texts.corpora import CORPORA, SAME, LongdocsParams
+from infini_retrofit.texts.splits import (
     SPLITS,
     Article,
     Document,
     TokenizedArticle,
     cut_documents,
+    load_tokenizer,
     read_articles,
     split_articles,
+    tokenize,
     write_documents,
 )
-from infini_retrofit.params import load_choice, load_section
-from infini_retrofit.pipeline import run_stage
-from infini_retrofit.tokenization import load_tokenizer, tokenize
 
 TOKENIZER = Path("models/base/tokenizer.json")
 WIKITEXT = Path("data/wikitext")

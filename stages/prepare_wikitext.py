@@ -8,12 +8,11 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from infini_retrofit.articles import read_corpus
-from infini_retrofit.corpora import CORPORA
-from infini_retrofit.corpus import split_articles, write_articles
-from infini_retrofit.params import load_choice
-from infini_retrofit.pipeline import run_stage
-from infini_retrofit.tokenization import load_tokenizer, tokenize
+from infini_retrofit.pipeline.guard import run_stage
+from infini_retrofit.pipeline.params import load_choice
+from infini_retrofit.texts.articles import read_corpus
+from infini_retrofit.texts.corpora import CORPORA
+from infini_retrofit.texts.splits import load_tokenizer, split_articles, tokenize, write_articles
 
 TOKENIZER = Path("models/base/tokenizer.json")
 WIKITEXT = Path("data/wikitext")

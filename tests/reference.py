@@ -1,6 +1,6 @@
 """The parameters that tests start from, attention by hand, and whole models segment by segment.
 
-What an Infini layer computes, token by token, is put together in tests/naive.py.
+What an Infini layer computes, token by token, is put together in infini_retrofit/layer/naive.py.
 
 Axes:
     T  token of a document
@@ -12,16 +12,14 @@ Axes:
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from infini_retrofit.carrier import Carried, Carrier
-from infini_retrofit.families import FAMILIES, decoder_layers
-from infini_retrofit.infini_params import InfiniParams
-from infini_retrofit.memory import MemoryState, quotient, retrieve
-
-Tables = tuple[Tensor, Tensor]
+from infini_retrofit.layer.form import InfiniParams
+from infini_retrofit.layer.memory import MemoryState, quotient, retrieve
+from infini_retrofit.layer.naive import naive_average, naive_feature
+from infini_retrofit.layer.state import Carried, Carrier
+from infini_retrofit.model.families import FAMILIES, decoder_layers
 
 
 def infini_params(**over: object) -> InfiniParams:
@@ -69,22 +67,6 @@ def largest(x: Tensor) -> float:
     return x.detach().abs().max().item()
 
 
-def naive_feature(x: Tensor, name: str = "elu1", weight: Tensor | None = None) -> Tensor:
-    """Map one query or key (K) to features as the papers print it."""
-    if name == "elu1":
-        return F.elu(x) + 1
-    if name == "hedgehog":
-        projected = sum(x[k] * weight[k] for k in range(len(x)))
-        return torch.cat([projected.exp(), (-projected).exp()])
-    rectified = [c.clamp_min(0) for c in (*x, *-x)]
-    return torch.stack([rectified[i] * rectified[i - 1] for i in range(len(rectified))])
-
-
-def naive_average(weights: Tensor, value: Tensor) -> Tensor:
-    """Average values (T V); zero where no weight is."""
-    return weights @ value / weights.sum() if weights.sum() > 0 else 0 * weights @ value
-
-
 def recall(feature: Tensor, state: MemoryState) -> Tensor:
     """Read a memory once for each query; an empty one reads as zeros."""
     return quotient(*retrieve(feature, state))
@@ -103,25 +85,6 @@ def naive_attend(
     if kind == "linear":
         return naive_recall(query, key, value)
     return naive_average(((query * key).sum(-1) / len(query) ** 0.5 + bias).exp(), value)
-
-
-def naive_rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn channels (c, c + P/2) as a point of the plane; channels from P on stay."""
-    half = cos.shape[-1] // 2
-    channels = list(x.unbind(-1))
-    for c in range(half):
-        a, b = x[..., c], x[..., c + half]
-        channels[c] = a * cos[:, c] - b * sin[:, c]
-        channels[c + half] = b * cos[:, c] + a * sin[:, c]
-    return torch.stack(channels, dim=-1)
-
-
-def place_at(x: Tensor, position: int, tables: Tables | None) -> Tensor:
-    """Give one vector (K) the position of a token of the document, if there are positions."""
-    if tables is None:
-        return x
-    cos, sin = tables
-    return naive_rotate(x[None], cos[position, None], sin[position, None])[0]
 
 
 def segment_loop(

@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 
-from infini_retrofit.bootstrap import paired_bootstrap
-from recipes import __main__ as command_line
-from recipes import against, reading
-from recipes.against import gains
+from analysis import __main__ as command_line
+from analysis import against, reading
+from analysis.against import gains
+from infini_retrofit.evaluation.gains import paired_bootstrap
 from tests.test_recipe_table import commit as shown_commit
 from tests.test_recipe_table import experiment
 from tests.tiny_checkout import commit, make_checkout, write_scores

@@ -6,11 +6,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from infini_retrofit import hub
-from infini_retrofit.articles import check_sha256, read_corpus, read_dump, read_files
-from infini_retrofit.corpora import FilesCorpus, HubCorpus
-from infini_retrofit.corpus import Article
-from infini_retrofit.wikitext import join_tokens, split_wikitext
+from infini_retrofit.texts import hub
+from infini_retrofit.texts.articles import check_sha256, read_corpus, read_dump, read_files
+from infini_retrofit.texts.corpora import FilesCorpus, HubCorpus
+from infini_retrofit.texts.splits import Article
+from infini_retrofit.texts.wikitext import join_tokens, split_wikitext
 
 SHARES = {"val_share": 0.2, "test_share": 0.3}
 COMMIT = "b08601e04326c79dfdd32d625aee71d232d685c3"

@@ -4,13 +4,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from infini_retrofit import attention
-from infini_retrofit.attention import InfiniAttention
-from infini_retrofit.carrier import Carried, Carrier
-from infini_retrofit.compressive_memory import CompressiveMemory
-from infini_retrofit.infini_params import AttentionShape
-from infini_retrofit.positions import rotate
-from tests.naive import NaiveLayer
+from infini_retrofit.layer import attention
+from infini_retrofit.layer.attention import InfiniAttention
+from infini_retrofit.layer.compressive_memory import CompressiveMemory
+from infini_retrofit.layer.cut import rotate
+from infini_retrofit.layer.form import AttentionShape
+from infini_retrofit.layer.naive import NaiveLayer
+from infini_retrofit.layer.state import Carried, Carrier
 from tests.reference import infini_params, largest
 
 SEGMENT, WIDTH, ROTATED = 5, 22, 4

@@ -10,11 +10,11 @@ import torch
 from huggingface_hub import constants
 from tokenizers import Tokenizer
 
-from infini_retrofit import base_sources
-from infini_retrofit.base import load_base, load_tokenizer
-from infini_retrofit.base_sources import HubBase, LocalBase
-from infini_retrofit.corpora import FilesCorpus
-from infini_retrofit.pipeline import ChangedWhileRunningError
+from infini_retrofit.bases import sources as base_sources
+from infini_retrofit.bases.sources import HubBase, LocalBase
+from infini_retrofit.model.base import load_base, load_tokenizer
+from infini_retrofit.pipeline.guard import ChangedWhileRunningError
+from infini_retrofit.texts.corpora import FilesCorpus
 from stages import prepare_base
 from tests.tiny import FAMILIES, assert_same_model, tiny_base_folder, tiny_llama
 
@@ -169,7 +169,7 @@ def test_a_preset_edited_meanwhile_is_noticed(stage_folder, monkeypatch, edit, c
 
 
 def test_a_source_that_needs_no_training_does_not_wait_for_its_imports():
-    slow = ["infini_retrofit.pretraining", "infini_retrofit.articles", "gensim"]
+    slow = ["infini_retrofit.bases.pretraining", "infini_retrofit.texts.articles", "gensim"]
     code = f"import sys, stages.prepare_base; print([m for m in {slow} if m in sys.modules])"
     run = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True

@@ -5,7 +5,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from infini_retrofit import base_attention, local_attention
+from infini_retrofit.layer import local_attention
+from infini_retrofit.model import base_attention
 from tests.reference import largest
 from tests.tiny import FAMILIES, random_ids, tiny_model
 

@@ -6,11 +6,11 @@ import gguf
 import pytest
 import torch
 
-from infini_retrofit.base import write_base
-from infini_retrofit.base_sources import BASE_KINDS, WheelBase, find_in_package
-from infini_retrofit.gguf_file import GgufFile
-from infini_retrofit.params import load_choice
-from infini_retrofit.report import sha256
+from infini_retrofit.bases.folder import write_base
+from infini_retrofit.bases.gguf import GgufFile
+from infini_retrofit.bases.sources import BASE_KINDS, WheelBase, find_in_package
+from infini_retrofit.pipeline.files import sha256
+from infini_retrofit.pipeline.params import load_choice
 from tests.tiny import assert_same_model, tiny_llama, tiny_tokenizer
 from tests.tiny_gguf import write_gguf
 from tests.tiny_project import ROOT

@@ -15,10 +15,10 @@ from benchmarks.measuring import Measured, ProductRate, measure_group
 from benchmarks.operations import count_operations
 from benchmarks.reference_loop import score_by_reference_loop
 from benchmarks.table import HEADER, rows_of
-from infini_retrofit.carrier import Carrier
-from infini_retrofit.finetuning import Finetuning
-from infini_retrofit.infini_params import InfiniParams
-from infini_retrofit.perplexity import score_sliding
+from infini_retrofit.evaluation.protocols import score_sliding
+from infini_retrofit.layer.form import InfiniParams
+from infini_retrofit.layer.state import Carrier
+from infini_retrofit.training.finetuning import Finetuning
 from tests.tiny import FAMILIES, random_ids, tiny_base_folder, tiny_model
 
 SIZES = Sizes(document=20, stream=43, window=11, stride=7, segment=5, sample=10)

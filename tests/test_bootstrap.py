@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from infini_retrofit.bootstrap import Interval, paired_bootstrap
+from infini_retrofit.evaluation.gains import Interval, paired_bootstrap
 
 DIFFERENCES = [0.3, -0.1, 0.7, 0.2, 0.05, -0.4, 0.11]
 APART = list("abcdefg")

@@ -8,9 +8,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from infini_retrofit import cache_file
-from infini_retrofit.cache import InfiniCache
-from infini_retrofit.generation import read
+from infini_retrofit.generation import cache_file
+from infini_retrofit.generation.cache import InfiniCache
+from infini_retrofit.generation.generation import read
 from tests.reference import largest
 from tests.tiny import FAMILIES
 from tests.tiny_generation import SEGMENT, draw_ids, generating_model

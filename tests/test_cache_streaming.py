@@ -9,10 +9,10 @@ import torch
 
 from benchmarks import streaming
 from benchmarks.streaming import Stream, late_over_early, measure_stream, resident_bytes
-from infini_retrofit import runtime
-from infini_retrofit.base import load_base
-from infini_retrofit.checkpoints import save_retrofit
-from infini_retrofit.retrofit import insert_infini
+from infini_retrofit.model.base import load_base
+from infini_retrofit.model.checkpoints import save_retrofit
+from infini_retrofit.model.retrofit import insert_infini
+from infini_retrofit.pipeline import device as runtime
 from tests.reference import infini_params
 from tests.tiny import tiny_base_folder
 from tests.tiny_generation import SEGMENT, generating_model

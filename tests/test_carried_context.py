@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import carried_context
-from infini_retrofit.perplexity import Score
+from analysis import carried_context
+from infini_retrofit.scoring.score import Score
 from tests.tiny_project import SEGMENT
 
 

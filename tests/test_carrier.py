@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from infini_retrofit.carrier import Carrier, SegmentCut
+from infini_retrofit.layer.cut import SegmentCut
+from infini_retrofit.layer.state import Carrier
 
 ROWS, TOKENS, HEADS, SIZE = 2, 11, 3, 5
 WIDTH = HEADS * SIZE

@@ -7,13 +7,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from infini_retrofit import compressive_memory, local_attention, window_attention
-from infini_retrofit.attention import InfiniAttention
-from infini_retrofit.carrier import Carrier, SegmentCut
-from infini_retrofit.infini_params import AttentionShape
-from infini_retrofit.memory import MemoryState, Write, prefix_states, scan_states
-from infini_retrofit.retrofit import insert_infini
-from infini_retrofit.segments import run_folded, run_in_layer
+from infini_retrofit.layer import compressive_memory, local_attention, window_attention
+from infini_retrofit.layer.attention import InfiniAttention
+from infini_retrofit.layer.cut import SegmentCut
+from infini_retrofit.layer.form import AttentionShape
+from infini_retrofit.layer.memory import MemoryState, Write, prefix_states, scan_states
+from infini_retrofit.layer.state import Carrier
+from infini_retrofit.model.retrofit import insert_infini
+from infini_retrofit.model.running import run_folded, run_in_layer
 from tests.reference import infini_params, largest
 from tests.tiny import FAMILIES, random_ids, tiny_model
 

@@ -11,14 +11,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from infini_retrofit import chat, checkpoints, runtime
-from infini_retrofit.base import load_base, load_tokenizer
-from infini_retrofit.cache import InfiniCache
-from infini_retrofit.checkpoints import load_retrofit, save_retrofit
-from infini_retrofit.conversation import Reader, converse
-from infini_retrofit.generation import enable_generation
-from infini_retrofit.pipeline import run_stage
-from infini_retrofit.retrofit import infini_modules, insert_infini
+from infini_retrofit.generation import chat
+from infini_retrofit.generation.cache import InfiniCache
+from infini_retrofit.generation.conversation import Reader, converse
+from infini_retrofit.generation.generation import enable_generation
+from infini_retrofit.model import checkpoints
+from infini_retrofit.model.base import load_base, load_tokenizer
+from infini_retrofit.model.checkpoints import load_retrofit, save_retrofit
+from infini_retrofit.model.retrofit import infini_modules, insert_infini
+from infini_retrofit.pipeline import device as runtime
+from infini_retrofit.pipeline.guard import run_stage
 from tests.reference import infini_params
 from tests.tiny import tiny_base_folder
 
@@ -173,7 +175,14 @@ def test_ctrl_c_leaves_without_a_traceback(folders, tmp_path):
     document = tmp_path / "book.txt"
     document.write_text(TEXT)
     base, retrofit = folders
-    command = [sys.executable, "-m", "infini_retrofit.chat", str(retrofit), "--base", str(base)]
+    command = [
+        sys.executable,
+        "-m",
+        "infini_retrofit.generation.chat",
+        str(retrofit),
+        "--base",
+        str(base),
+    ]
     run = subprocess.Popen(
         [*command, "--document", str(document)],
         cwd=ROOT,

@@ -12,7 +12,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from infini_retrofit import chat, checkpoints
+from infini_retrofit.generation import chat
+from infini_retrofit.model import checkpoints
 from tests.tiny_project import ROOT
 
 
@@ -93,7 +94,7 @@ def test_options_that_make_no_sense_are_refused(monkeypatch, capsys, options, me
 
 def run_and_list_imports(folder: Path, *words: str) -> tuple[int, set[str]]:
     """Run the command in a process of its own; return its exit code and what it imported."""
-    command = [sys.executable, "-X", "importtime", "-m", "infini_retrofit.chat", *words]
+    command = [sys.executable, "-X", "importtime", "-m", "infini_retrofit.generation.chat", *words]
     env = {"PYTHONPATH": str(ROOT)}
     run = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
     return run.returncode, set(re.findall(r"\| +(\w+)$", run.stderr, re.MULTILINE))

@@ -8,14 +8,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from infini_retrofit.base import load_base
-from infini_retrofit.checkpoints import CONFIG, FORMAT, WEIGHTS, load_retrofit, save_retrofit
-from infini_retrofit.families import FAMILIES
-from infini_retrofit.generation import enable_generation
-from infini_retrofit.report import write_manifest
-from infini_retrofit.retrofit import infini_modules, insert_infini
-from infini_retrofit.segments import run_folded
-from infini_retrofit.trainable import set_trainable
+from infini_retrofit.generation.generation import enable_generation
+from infini_retrofit.model.base import load_base
+from infini_retrofit.model.checkpoints import CONFIG, FORMAT, WEIGHTS, load_retrofit, save_retrofit
+from infini_retrofit.model.families import FAMILIES
+from infini_retrofit.model.retrofit import infini_modules, insert_infini
+from infini_retrofit.model.running import run_folded
+from infini_retrofit.pipeline.files import write_manifest
+from infini_retrofit.training.parameters import set_trainable
 from tests.reference import infini_params
 from tests.tiny import random_ids, tiny_base_folder
 

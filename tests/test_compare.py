@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from infini_retrofit.evaluation import PROTOCOLS, Evaluation, rows_of_documents
+from infini_retrofit.evaluation.evaluation import PROTOCOLS, Evaluation, rows_of_documents
 from stages.eval_sliding import DISTILLED_PROTOCOLS, Scored, compare
 
 GAINS = {f"gain_over_{other}" for other in ("off", "recent", "swapped", "control", "kv")}

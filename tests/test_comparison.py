@@ -6,20 +6,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from infini_retrofit import texts
-from infini_retrofit.base import load_weightless
-from infini_retrofit.evaluation import EvalParams, Rival, evaluate, rival_of
-from infini_retrofit.finetuning import (
-    Control,
-    ControlParams,
-    Finetuning,
-    make_control,
-    plan_control,
-)
-from infini_retrofit.params import load_json
-from infini_retrofit.report import write_manifest
-from infini_retrofit.retrofit import carried_tokens
-from infini_retrofit.schedule import FullLrScale
+from infini_retrofit.evaluation.evaluation import EvalParams, evaluate
+from infini_retrofit.evaluation.rival import Rival, carried_tokens, rival_of
+from infini_retrofit.model.base import load_weightless
+from infini_retrofit.pipeline import tokens as texts
+from infini_retrofit.pipeline.files import write_manifest
+from infini_retrofit.pipeline.params import load_json
+from infini_retrofit.training.control import Control, ControlParams, make_control, plan_control
+from infini_retrofit.training.finetuning import Finetuning
+from infini_retrofit.training.schedule import FullLrScale
 from stages.prepare_comparison import write
 from tests.reference import infini_params
 from tests.tiny import FAMILIES, random_ids, tiny_model

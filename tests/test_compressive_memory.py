@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from infini_retrofit.compressive_memory import INITIAL_STATE_TOKENS, CompressiveMemory
-from infini_retrofit.feature_maps import elu1
-from infini_retrofit.forgetting import LONGEST_HALF_LIFE, SHORTEST_HALF_LIFE
-from infini_retrofit.infini_params import AttentionShape
-from infini_retrofit.memory import MemoryState, Write, scan_states
+from infini_retrofit.layer.compressive_memory import INITIAL_STATE_TOKENS, CompressiveMemory
+from infini_retrofit.layer.decay import LONGEST_HALF_LIFE, SHORTEST_HALF_LIFE
+from infini_retrofit.layer.feature_maps import elu1
+from infini_retrofit.layer.form import AttentionShape
+from infini_retrofit.layer.memory import MemoryState, Write, scan_states
 from tests.reference import infini_params, largest, recall, without_conflicts
 
 BATCH, SEGMENTS, KV_HEADS, GROUP, TOKENS, SIZE, WIDTH = 2, 3, 2, 3, 5, 7, 11

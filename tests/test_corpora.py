@@ -2,14 +2,14 @@
 
 import pytest
 
-from infini_retrofit.corpora import (
+from infini_retrofit.pipeline.params import load_presets
+from infini_retrofit.texts.corpora import (
     CORPORA,
     FilesCorpus,
     GensimCorpus,
     HubCorpus,
     LongdocsParams,
 )
-from infini_retrofit.params import load_presets
 from tests.tiny_project import ROOT
 
 SHARES = {"val_share": 0.2, "test_share": 0.3}

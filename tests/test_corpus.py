@@ -4,13 +4,13 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from infini_retrofit.corpus import (
+from infini_retrofit.pipeline.files import read_token_rows
+from infini_retrofit.texts.splits import (
     SPLITS,
     Article,
     TokenizedArticle,
     cut_documents,
     read_articles,
-    read_token_rows,
     split_articles,
     write_articles,
     write_documents,

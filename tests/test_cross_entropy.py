@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from infini_retrofit import cross_entropy
-from infini_retrofit.cross_entropy import (
+from infini_retrofit.scoring import losses as cross_entropy
+from infini_retrofit.scoring.losses import (
     CHUNK_TOKENS,
     Prediction,
     token_kls,

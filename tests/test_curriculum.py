@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from infini_retrofit.curriculum import WHOLE_FROM, choose_length, piece_lengths, recut
+from infini_retrofit.training.curriculum import WHOLE_FROM, choose_length, piece_lengths, recut
 
 NUM_STEPS = 90
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from infini_retrofit.finetuning import FinetuneParams
+from infini_retrofit.training.finetuning import FinetuneParams
 from tests.tiny_training import INFINI, finetuning, run
 
 

@@ -7,21 +7,17 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from infini_retrofit import diagnostics, perplexity
-from infini_retrofit.carrier import MemoryReading
-from infini_retrofit.diagnostics import memory_use, read_memory, share_histogram
-from infini_retrofit.families import FAMILIES
-from infini_retrofit.perplexity import score_segments, total
-from infini_retrofit.retrofit import infini_modules, insert_infini
-from infini_retrofit.segments import run_folded
-from tests.naive import naive_heads
-from tests.reference import (
-    infini_params,
-    naive_attend,
-    naive_recall,
-    place_at,
-    record_layers,
-)
+from infini_retrofit.evaluation.protocols import share_histogram
+from infini_retrofit.layer.naive import naive_heads, place_at
+from infini_retrofit.layer.state import MemoryReading
+from infini_retrofit.model.families import FAMILIES
+from infini_retrofit.model.retrofit import infini_modules, insert_infini
+from infini_retrofit.model.running import run_folded
+from infini_retrofit.scoring import memory_use as diagnostics
+from infini_retrofit.scoring import score as perplexity
+from infini_retrofit.scoring.memory_use import memory_use, read_memory
+from infini_retrofit.scoring.score import score_segments, total
+from tests.reference import infini_params, naive_attend, naive_recall, record_layers
 from tests.tiny import random_ids, tiny_model
 
 SEGMENT, DOCUMENT = 5, 15

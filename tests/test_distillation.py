@@ -6,14 +6,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from infini_retrofit.base import load_base
-from infini_retrofit.checkpoints import WEIGHTS, check_layers, load_retrofit, save_retrofit
-from infini_retrofit.distillation import Distillation
-from infini_retrofit.families import decoder_layers
-from infini_retrofit.perplexity import score_rows, total
-from infini_retrofit.retrofit import infini_modules
-from infini_retrofit.segments import run_in_layer
-from infini_retrofit.training import train
+from infini_retrofit.model.base import load_base
+from infini_retrofit.model.checkpoints import WEIGHTS, check_layers, load_retrofit, save_retrofit
+from infini_retrofit.model.families import decoder_layers
+from infini_retrofit.model.retrofit import infini_modules
+from infini_retrofit.model.running import run_in_layer
+from infini_retrofit.scoring.score import score_rows, total
+from infini_retrofit.training.distillation import Distillation
+from infini_retrofit.training.loop import train
 from tests.reference import infini_params, largest, record_layers
 from tests.tiny import FAMILIES, random_ids, tiny_base_folder, tiny_llama, tiny_model
 from tests.tiny_training import INFINI, TOKENS, distill_params

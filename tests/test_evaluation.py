@@ -6,29 +6,24 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from infini_retrofit import evaluation, perplexity, texts
-from infini_retrofit.evaluation import (
+from infini_retrofit.evaluation import evaluation
+from infini_retrofit.evaluation.evaluation import (
     PROTOCOLS,
     EvalParams,
-    Rival,
     evaluate,
     read_document_rows,
-    rival_of,
     rows_of_documents,
     rows_of_positions,
 )
-from infini_retrofit.families import FAMILIES
-from infini_retrofit.gains import gains
-from infini_retrofit.labels import t2_nlls
-from infini_retrofit.perplexity import (
-    Score,
-    score_full,
-    score_segments,
-    score_sliding,
-    segment_runs,
-    total,
-)
-from infini_retrofit.retrofit import carried_tokens, insert_infini, make_rival
+from infini_retrofit.evaluation.gains import gains
+from infini_retrofit.evaluation.protocols import score_full, score_sliding
+from infini_retrofit.evaluation.rival import Rival, carried_tokens, make_rival, rival_of
+from infini_retrofit.model.families import FAMILIES
+from infini_retrofit.model.retrofit import insert_infini
+from infini_retrofit.pipeline import tokens as texts
+from infini_retrofit.scoring import score as perplexity
+from infini_retrofit.scoring.labels import t2_nlls
+from infini_retrofit.scoring.score import Score, score_segments, segment_runs, total
 from tests.reference import infini_params
 from tests.tiny import random_ids, tiny_model
 

@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
-from infini_retrofit.checkpoints import load_retrofit
-from infini_retrofit.generation import enable_generation
+from infini_retrofit.generation.generation import enable_generation
+from infini_retrofit.model.checkpoints import load_retrofit
 from tests.reference import infini_params
 from tests.test_record import write_record
 from tests.tiny import FAMILIES, random_ids, tiny_base_folder
@@ -135,7 +135,7 @@ def test_what_is_named_must_be_there(exported, option):
 def test_a_folder_below_a_file_is_refused_before_anything_is_loaded(exported, monkeypatch):
     top, _ = exported
     (top / "file").write_text("")
-    monkeypatch.setattr("infini_retrofit.export.load_retrofit", pytest.fail)
+    monkeypatch.setattr("infini_retrofit.share.export.load_retrofit", pytest.fail)
     with pytest.raises(SystemExit, match=r"error: .*a/b must be a new folder, but .*file is a f"):
         export(top, top / "llama-published" / "models", "file/a/b")
 

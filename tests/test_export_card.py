@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from infini_retrofit.report import write_manifest
+from infini_retrofit.pipeline.files import write_manifest
 from tests.test_record import RESULTS, write_record
 from tests.tiny_export import export, make_retrofit
 

@@ -8,8 +8,8 @@ import jaxtyping
 import pytest
 from torch import Tensor
 
-from infini_retrofit import export, shapes
-from infini_retrofit.export import write_code
+from infini_retrofit.share import export, shapes
+from infini_retrofit.share.export import write_code
 
 
 def test_the_code_imports_only_what_stands_beside_it_or_torch_and_transformers(tmp_path):
@@ -41,7 +41,9 @@ def test_every_name_that_the_code_takes_of_jaxtyping_has_its_stand_in(tmp_path):
         assert hasattr(jaxtyping, name)
 
 
-@pytest.mark.parametrize("line", ["import infini_retrofit.memory", "from infini_retrofit import x"])
+@pytest.mark.parametrize(
+    "line", ["import infini_retrofit.layer.memory", "from infini_retrofit import x"]
+)
 def test_an_import_that_would_reach_outside_is_noticed(line, tmp_path, monkeypatch):
     source = tmp_path / "modeling.py"
     source.write_text(f"{line}\n")

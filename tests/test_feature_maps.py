@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from infini_retrofit import feature_maps
-from infini_retrofit.feature_maps import (
+from infini_retrofit.layer import feature_maps
+from infini_retrofit.layer.feature_maps import (
     FEATURES_PER_CHANNEL,
     LARGEST_EXPONENT,
     FeatureMapName,
@@ -19,8 +19,9 @@ from infini_retrofit.feature_maps import (
     hedgehog,
     rms_norm,
 )
-from infini_retrofit.memory import Write, write_segments
-from tests.reference import largest, naive_feature, recall
+from infini_retrofit.layer.memory import Write, write_segments
+from infini_retrofit.layer.naive import naive_feature
+from tests.reference import largest, recall
 
 HEADS, KV_HEADS, TOKENS, KEY = 6, 2, 5, 7
 every_map = pytest.mark.parametrize("name", sorted(FEATURES_PER_CHANNEL))

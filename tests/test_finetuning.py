@@ -7,10 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from infini_retrofit.finetuning import ControlParams, Finetuning, check_trainable, make_control
-from infini_retrofit.perplexity import score_segments, total
-from infini_retrofit.retrofit import insert_infini
-from infini_retrofit.segments import run_folded, run_in_layer
+from infini_retrofit.model.retrofit import insert_infini
+from infini_retrofit.model.running import run_folded, run_in_layer
+from infini_retrofit.scoring.score import score_segments, total
+from infini_retrofit.training.control import ControlParams, make_control
+from infini_retrofit.training.finetuning import Finetuning, check_trainable
 from tests.reference import largest
 from tests.tiny import FAMILIES, random_ids, tiny_llama, tiny_model
 from tests.tiny_training import (

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import fixed_share
-from infini_retrofit.checkpoints import load_retrofit
-from infini_retrofit.infini_params import InfiniParams
-from infini_retrofit.params import load_section
-from infini_retrofit.retrofit import infini_modules
+from analysis import fixed_share
+from infini_retrofit.layer.form import InfiniParams
+from infini_retrofit.model.checkpoints import load_retrofit
+from infini_retrofit.model.retrofit import infini_modules
+from infini_retrofit.pipeline.params import load_section
 from tests.test_carried_context import table
 
 

@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from infini_retrofit.folder_lock import locked
+from infini_retrofit.pipeline.folder_lock import locked
 
 ROOT = Path(__file__).parent.parent
 # Fails if another is in the folder, and leaves nothing of it.
 HOLDER = """
 import shutil, sys, time
 from pathlib import Path
-from infini_retrofit.folder_lock import locked
+from infini_retrofit.pipeline.folder_lock import locked
 folder = Path("folder")
 with locked(folder, "the same work", waits=True):
     (folder / "inside").open("x").close()

@@ -4,8 +4,8 @@ from dataclasses import fields, make_dataclass
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
-from infini_retrofit.checkpoints import FORMAT
-from infini_retrofit.infini_params import InfiniParams
+from infini_retrofit.layer.form import InfiniParams
+from infini_retrofit.model.checkpoints import FORMAT
 
 # What `InfiniParams` was when files of each format were written.
 FIELDS = {

@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from infini_retrofit.attention import InfiniAttention
-from infini_retrofit.carrier import Carrier
-from infini_retrofit.infini_params import AttentionShape
-from tests.naive import NaiveLayer
+from infini_retrofit.layer.attention import InfiniAttention
+from infini_retrofit.layer.form import AttentionShape
+from infini_retrofit.layer.naive import NaiveLayer
+from infini_retrofit.layer.state import Carrier
 from tests.reference import infini_params, largest, without_conflicts
 
 SEGMENT, WIDTH, LAYER, DOCUMENTS = 3, 11, 2, 2
@@ -85,7 +85,7 @@ def tables(num_tokens: int) -> tuple[Tensor, Tensor]:
 
 def run_naive(layer: InfiniAttention, form: dict, x: Tensor) -> Tensor:
     """Compute each document token by token."""
-    placed = [t[0] for t in tables(x.shape[1])] if form["positions"] == "rope" else None
+    placed = tuple(t[0] for t in tables(x.shape[1])) if form["positions"] == "rope" else None
     naive = NaiveLayer(layer, infini_params(**form))
     return torch.stack([naive(document, placed) for document in x])
 

@@ -5,9 +5,14 @@ import math
 import numpy as np
 import pytest
 
-from infini_retrofit.bootstrap import paired_bootstrap
-from infini_retrofit.evaluation import MEMORY_PROTOCOLS, DocumentNlls
-from infini_retrofit.gains import gains, gap_recovered, gap_test_nats, has_gap
+from infini_retrofit.evaluation.evaluation import MEMORY_PROTOCOLS, DocumentNlls
+from infini_retrofit.evaluation.gains import (
+    gains,
+    gap_recovered,
+    gap_test_nats,
+    has_gap,
+    paired_bootstrap,
+)
 
 TITLES = ["a", "b", "a"]
 

@@ -7,11 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from infini_retrofit.attention import InfiniAttention
-from infini_retrofit.carrier import Carrier
-from infini_retrofit.infini_params import AttentionShape
-from infini_retrofit.retrofit import infini_modules, insert_infini
-from infini_retrofit.segments import run_folded
+from infini_retrofit.layer.attention import InfiniAttention
+from infini_retrofit.layer.form import AttentionShape
+from infini_retrofit.layer.state import Carrier
+from infini_retrofit.model.retrofit import infini_modules, insert_infini
+from infini_retrofit.model.running import run_folded
 from tests.reference import infini_params, largest, without_conflicts
 from tests.tiny import FAMILIES, random_ids, tiny_model
 

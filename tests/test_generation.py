@@ -7,13 +7,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from infini_retrofit import stepping
-from infini_retrofit.cache import InfiniCache
-from infini_retrofit.carrier import Carried, Carrier
-from infini_retrofit.compressive_memory import CompressiveMemory
-from infini_retrofit.generation import enable_generation, read
-from infini_retrofit.retrofit import infini_modules, insert_infini
-from infini_retrofit.segments import run_folded
+from infini_retrofit.generation.cache import InfiniCache
+from infini_retrofit.generation.generation import enable_generation, read
+from infini_retrofit.layer import streaming as stepping
+from infini_retrofit.layer.compressive_memory import CompressiveMemory
+from infini_retrofit.layer.state import Carried, Carrier
+from infini_retrofit.model.retrofit import infini_modules, insert_infini
+from infini_retrofit.model.running import run_folded
 from tests.reference import infini_params, largest
 from tests.tiny import FAMILIES, tiny_model
 from tests.tiny_generation import (

@@ -4,8 +4,8 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from infini_retrofit.cache import InfiniCache
-from infini_retrofit.generation import enable_generation, read, segment_length
+from infini_retrofit.generation.cache import InfiniCache
+from infini_retrofit.generation.generation import enable_generation, read, segment_length
 from tests.reference import largest
 from tests.tiny import tiny_model
 from tests.tiny_generation import draw_ids, generate, generating_model, retrofitted_model

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from infini_retrofit import generation
-from infini_retrofit.cache import InfiniCache
+from infini_retrofit.generation import generation
+from infini_retrofit.generation.cache import InfiniCache
 from tests.reference import largest
 from tests.tiny import FAMILIES
 from tests.tiny_generation import (

@@ -12,14 +12,14 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from infini_retrofit.carrier import Carrier
-from infini_retrofit.checkpoints import save_retrofit
-from infini_retrofit.export import About, export_model
-from infini_retrofit.labels import next_token_nlls
-from infini_retrofit.perplexity import score_segments, total
-from infini_retrofit.pipeline import run_stage
-from infini_retrofit.retrofit import insert_infini
-from infini_retrofit.segments import run_folded
+from infini_retrofit.layer.state import Carrier
+from infini_retrofit.model.checkpoints import save_retrofit
+from infini_retrofit.model.retrofit import insert_infini
+from infini_retrofit.model.running import run_folded
+from infini_retrofit.pipeline.guard import run_stage
+from infini_retrofit.scoring.labels import next_token_nlls
+from infini_retrofit.scoring.score import score_segments, total
+from infini_retrofit.share.export import About, export_model
 from tests.reference import infini_params
 from tests.tiny import FAMILIES, tiny_base_folder, tiny_model, tiny_tokenizer
 
@@ -33,8 +33,8 @@ from lm_eval.evaluator import simple_evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
-from infini_retrofit import harness
-from infini_retrofit.harness import InfiniLM
+from infini_retrofit.share import lm_eval as harness
+from infini_retrofit.share.lm_eval import InfiniLM
 
 TASKS = Path(__file__).parent.parent / "eval_tasks"
 SEGMENT = 16

@@ -11,12 +11,13 @@ import pytest
 import torch
 from huggingface_hub import constants
 
-from infini_retrofit.articles import read_hub
-from infini_retrofit.base import load_base, write_base
-from infini_retrofit.base_sources import BASE_KINDS, HubBase
-from infini_retrofit.corpora import CORPORA
-from infini_retrofit.params import load_presets
-from infini_retrofit.pipeline import run_stage
+from infini_retrofit.bases.folder import write_base
+from infini_retrofit.bases.sources import BASE_KINDS, HubBase
+from infini_retrofit.model.base import load_base
+from infini_retrofit.pipeline.guard import run_stage
+from infini_retrofit.pipeline.params import load_presets
+from infini_retrofit.texts.articles import read_hub
+from infini_retrofit.texts.corpora import CORPORA
 from tests.tiny import FAMILIES, assert_same_model, tiny_base_folder, tiny_tokenizer
 from tests.tiny_hub import Repository, pythia, repositories
 from tests.tiny_hub_server import serve
@@ -186,7 +187,7 @@ def test_what_comes_from_elsewhere_is_told_as_what_it_is(readers, monkeypatch, e
     def download(*_: object, **__: object) -> str:
         raise error
 
-    monkeypatch.setattr("infini_retrofit.hub.snapshot_download", download)
+    monkeypatch.setattr("infini_retrofit.texts.hub.snapshot_download", download)
     with pytest.raises(OSError, match=sentence):
         readers["base"]()
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 from tokenizers import Tokenizer
 
-from infini_retrofit.base import load_base
-from infini_retrofit.corpus import SPLITS, read_articles
+from infini_retrofit.model.base import load_base
+from infini_retrofit.texts.splits import SPLITS, read_articles
 from tests.tiny import random_ids
 from tests.tiny_hub import (
     NUM_ARTICLES,

@@ -4,8 +4,8 @@ import math
 
 import pytest
 
-from infini_retrofit.feature_maps import FEATURES_PER_CHANNEL
-from infini_retrofit.infini_params import AttentionShape
+from infini_retrofit.layer.feature_maps import FEATURES_PER_CHANNEL
+from infini_retrofit.layer.form import AttentionShape
 from tests.reference import infini_params
 
 HEDGEHOG = {"feature_map": "hedgehog"}

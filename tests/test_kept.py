@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 from ruamel.yaml import YAML
 
-from recipes import __main__ as command_line
-from recipes import reading
+from analysis import __main__ as command_line
+from analysis import reading
+from analysis.table import CHOSEN
+from recipes import __main__ as recipes_command
 from recipes.experiments import is_in_history, read_file, read_params_of
 from recipes.finished import Finished
 from recipes.kept import keep, read_kept
 from recipes.overlays import leaves, read_overlay, recipe_names
-from recipes.table import CHOSEN
 from tests.test_recipe_table import METRICS, cells, experiment
 from tests.test_recipe_table import commit as shown_commit
 from tests.tiny_checkout import commit, head, make_checkout, write_scores
@@ -82,7 +83,8 @@ def show(monkeypatch: pytest.MonkeyPatch, **experiments: Finished) -> None:
         entry = experiment(name, METRICS)
         entry["revs"][0]["rev"] = found.source
         commits.append(shown_commit(entry) | {"rev": found.code})
-    monkeypatch.setattr(reading, "all_experiments", lambda: commits)
+    for module in (reading, recipes_command):
+        monkeypatch.setattr(module, "all_experiments", lambda: commits)
 
 
 @pytest.fixture
@@ -98,7 +100,7 @@ def checkout(tmp_path, monkeypatch) -> None:
 def test_what_is_kept_reads_as_the_experiment_does(checkout, monkeypatch, capsys):
     run = run_experiment()
     show(monkeypatch, mine=run)
-    command_line.main(["--keep", "mine"])
+    recipes_command.main(["--keep", "mine"])
     assert capsys.readouterr().out == "results/mine\n"
     folder = Path("results/mine")
     found = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
@@ -123,7 +125,7 @@ def test_every_view_reads_kept_results_and_says_so(checkout, monkeypatch, capsys
 
     notes: list[str] = []
     before = shown()
-    command_line.main(["--keep", "mine", "other"])
+    recipes_command.main(["--keep", "mine", "other"])
     assert capsys.readouterr().out == "results/mine\nresults/other\n"
     show(monkeypatch)
     assert shown() == before
@@ -221,7 +223,7 @@ def test_names_that_were_not_run_here_are_refused(checkout, monkeypatch):
     show(monkeypatch)
     for names, got in (([], "none"), (["control"], "some that have not been run: control")):
         with pytest.raises(SystemExit, match=f"--keep needs names of finished .*, got {got}$"):
-            command_line.main(["--keep", *names])
+            recipes_command.main(["--keep", *names])
 
 
 def test_a_folder_by_halves_is_none_and_a_broken_file_is_named(checkout):

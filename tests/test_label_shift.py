@@ -8,10 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from infini_retrofit.finetuning import ControlParams, Finetuning, make_control
-from infini_retrofit.labels import t2_nlls
-from infini_retrofit.perplexity import Score, score_segments, segment_runs, total
-from infini_retrofit.segments import run_folded
+from infini_retrofit.model.running import run_folded
+from infini_retrofit.scoring.labels import t2_nlls
+from infini_retrofit.scoring.score import Score, score_segments, segment_runs, total
+from infini_retrofit.training.control import ControlParams, make_control
+from infini_retrofit.training.finetuning import Finetuning
 from tests.reference import largest
 from tests.tiny import FAMILIES, Family, random_ids, tiny_model
 from tests.tiny_training import INFINI, SEGMENT, TOKENS, finetune_params, finetuning, run

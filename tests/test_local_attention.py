@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from infini_retrofit import local_attention
-from infini_retrofit.feature_maps import FeatureMaps
-from infini_retrofit.local_attention import alibi_slopes, linear_attention, softmax_attention
+from infini_retrofit.layer import local_attention
+from infini_retrofit.layer.feature_maps import FeatureMaps
+from infini_retrofit.layer.local_attention import alibi_slopes, linear_attention, softmax_attention
 from tests.reference import largest, naive_attend
 
 BATCH, KV_HEADS, GROUP, TOKENS, CONTEXT, KEY, VALUE = 2, 2, 3, 5, 4, 7, 3

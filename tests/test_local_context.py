@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from infini_retrofit import attention
-from infini_retrofit.attention import InfiniAttention
-from infini_retrofit.carrier import Carrier
-from infini_retrofit.infini_params import AttentionShape, InfiniParams
-from infini_retrofit.local_context import Keys, LocalContext, carry_context
-from tests.naive import NaiveLayer
+from infini_retrofit.layer import attention
+from infini_retrofit.layer.attention import InfiniAttention
+from infini_retrofit.layer.form import AttentionShape, InfiniParams
+from infini_retrofit.layer.local_context import Keys, LocalContext, carry_context
+from infini_retrofit.layer.naive import NaiveLayer
+from infini_retrofit.layer.state import Carrier
 from tests.reference import infini_params, largest
 
 BATCH, SEGMENTS, HEADS, LENGTH, KEY, VALUE = 2, 4, 3, 5, 6, 7

@@ -5,8 +5,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from infini_retrofit.corpus import SPLITS
-from infini_retrofit.tokenization import tokenize
+from infini_retrofit.texts.splits import SPLITS, tokenize
 from stages import prepare_longdocs, prepare_wikitext
 from tests.tiny import tiny_tokenizer
 

@@ -3,12 +3,12 @@
 import pytest
 import torch
 
-from infini_retrofit.base import load_base
-from infini_retrofit.checkpoints import load_retrofit, save_retrofit
-from infini_retrofit.finetuning import make_control
-from infini_retrofit.lora import Adapters, LoraParams, add_lora
-from infini_retrofit.retrofit import attention_modules, infini_modules, insert_infini
-from infini_retrofit.segments import run_folded
+from infini_retrofit.model.base import load_base
+from infini_retrofit.model.checkpoints import load_retrofit, save_retrofit
+from infini_retrofit.model.retrofit import attention_modules, infini_modules, insert_infini
+from infini_retrofit.model.running import run_folded
+from infini_retrofit.training.control import make_control
+from infini_retrofit.training.parameters import Adapters, LoraParams, add_lora
 from tests.reference import infini_params, largest
 from tests.tiny import FAMILIES, Family, random_ids, tiny_base_folder, tiny_model
 from tests.tiny_training import (

@@ -5,8 +5,9 @@ import torch
 from jaxtyping import TypeCheckError
 from torch import Tensor
 
-from infini_retrofit.feature_maps import elu1
-from infini_retrofit.memory import (
+from infini_retrofit.layer.feature_maps import elu1
+from infini_retrofit.layer.gate import memory_share, mix
+from infini_retrofit.layer.memory import (
     MemoryState,
     Write,
     count_state_values,
@@ -15,7 +16,6 @@ from infini_retrofit.memory import (
     retrieve,
     write_segments,
 )
-from infini_retrofit.mixing import memory_share, mix
 from tests.reference import largest, naive_recall, recall
 
 BATCH, SEGMENTS, KV_HEADS, GROUP, TOKENS, KEY, VALUE = 2, 3, 2, 3, 5, 7, 4

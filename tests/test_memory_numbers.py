@@ -8,14 +8,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from infini_retrofit import memory
-from infini_retrofit.feature_maps import (
+from infini_retrofit.layer import memory
+from infini_retrofit.layer.feature_maps import (
     FEATURES_PER_CHANNEL,
     FeatureMapName,
     FeatureMaps,
     elu1,
 )
-from infini_retrofit.memory import (
+from infini_retrofit.layer.gate import memory_share, mix
+from infini_retrofit.layer.memory import (
     MemoryState,
     UpdateRule,
     Write,
@@ -24,7 +25,6 @@ from infini_retrofit.memory import (
     scan_states,
     write_segments,
 )
-from infini_retrofit.mixing import memory_share, mix
 from tests.reference import largest, recall
 
 BATCH, SEGMENTS, KV_HEADS, GROUP, TOKENS, KEY, VALUE = 2, 3, 2, 3, 5, 7, 4

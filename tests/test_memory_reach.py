@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import memory_reach
-from infini_retrofit.base import load_base
-from infini_retrofit.checkpoints import load_retrofit
-from infini_retrofit.labels import next_token_nlls
-from infini_retrofit.segments import run_folded, run_in_layer
-from infini_retrofit.texts import read_documents
+from analysis import memory_reach
+from infini_retrofit.model.base import load_base
+from infini_retrofit.model.checkpoints import load_retrofit
+from infini_retrofit.model.running import run_folded, run_in_layer
+from infini_retrofit.pipeline.tokens import read_documents
+from infini_retrofit.scoring.labels import next_token_nlls
 from tests.test_carried_context import table
 from tests.tiny_project import SEGMENT, TOKENS_PER_DOCUMENT
 

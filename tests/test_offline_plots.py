@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from infini_retrofit import offline_plots
+from infini_retrofit.share import offline_plots
 
 ROOT = Path(__file__).parent.parent
 DVC = [sys.executable, "-m", "dvc"]

@@ -4,11 +4,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from infini_retrofit import compressive_memory
-from infini_retrofit.attention import InfiniAttention
-from infini_retrofit.carrier import Carrier
-from infini_retrofit.infini_params import AttentionShape
-from infini_retrofit.memory import MemoryState
+from infini_retrofit.layer import compressive_memory
+from infini_retrofit.layer.attention import InfiniAttention
+from infini_retrofit.layer.form import AttentionShape
+from infini_retrofit.layer.memory import MemoryState
+from infini_retrofit.layer.state import Carrier
 from tests.reference import infini_params, largest
 
 SEGMENT, TOKENS, WIDTH, LAYER = 5, 15, 26, 1

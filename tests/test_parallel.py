@@ -8,11 +8,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from infini_retrofit import retrofit
-from infini_retrofit.carrier import Carrier, Read
-from infini_retrofit.families import FAMILIES, decoder_layers
-from infini_retrofit.retrofit import attention_modules, infini_modules, insert_infini
-from infini_retrofit.segments import run_folded, run_in_layer
+from infini_retrofit.layer.state import Carrier, Read
+from infini_retrofit.model import retrofit
+from infini_retrofit.model.families import FAMILIES, decoder_layers
+from infini_retrofit.model.retrofit import attention_modules, infini_modules, insert_infini
+from infini_retrofit.model.running import run_folded, run_in_layer
 from tests.reference import infini_params, largest
 from tests.tiny import random_ids, tiny_model
 

@@ -6,7 +6,7 @@ from typing import Literal
 
 import pytest
 
-from infini_retrofit.params import load_choice, load_presets, load_section, read_params
+from infini_retrofit.pipeline.params import load_choice, load_presets, load_section, read_params
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,24 +8,28 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import LlamaForCausalLM, PreTrainedModel
 
-from infini_retrofit import labels, perplexity
-from infini_retrofit.carrier import Carrier
-from infini_retrofit.families import FAMILIES
-from infini_retrofit.labels import t2_nlls
-from infini_retrofit.perplexity import (
-    Score,
-    Whose,
+from infini_retrofit.evaluation import protocols
+from infini_retrofit.evaluation.protocols import (
     score_full,
-    score_rows,
-    score_segments,
     score_sliding,
     score_unigram,
-    segment_runs,
     sliding_spans,
+)
+from infini_retrofit.layer.state import Carrier
+from infini_retrofit.model.families import FAMILIES
+from infini_retrofit.model.retrofit import insert_infini
+from infini_retrofit.model.running import run_in_layer
+from infini_retrofit.scoring import labels
+from infini_retrofit.scoring import score as perplexity
+from infini_retrofit.scoring.labels import t2_nlls
+from infini_retrofit.scoring.score import (
+    Score,
+    Whose,
+    score_rows,
+    score_segments,
+    segment_runs,
     total,
 )
-from infini_retrofit.retrofit import insert_infini
-from infini_retrofit.segments import run_in_layer
 from tests.reference import infini_params, segment_loop
 from tests.tiny import random_ids, tiny_llama, tiny_model
 
@@ -136,7 +140,7 @@ def test_a_memory_that_lives_on_between_windows_lets_future_tokens_in(monkeypatc
         before.update(carrier.after)
         return hidden.last_hidden_state
 
-    monkeypatch.setattr(perplexity, "WINDOWS_PER_BATCH", 1)
+    monkeypatch.setattr(protocols, "WINDOWS_PER_BATCH", 1)
     monkeypatch.setattr(perplexity, "run_in_layer", run_with_living_memory)
     ids = ids_for(model, STREAM)
     other = ids.clone()

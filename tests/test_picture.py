@@ -2,10 +2,10 @@
 
 import pytest
 
-from recipes import __main__ as command_line
-from recipes import reading
+from analysis import __main__ as command_line
+from analysis import reading
+from analysis.picture import MARKS, draw, save
 from recipes.finished import finished
-from recipes.picture import MARKS, draw, save
 from tests.test_recipe_table import METRICS, commit, experiment
 
 CONTROL = {"segment_test_ppl": 29.8, "segment_kv_test_ppl": 28.1}

@@ -13,13 +13,13 @@ from pathlib import Path
 
 import pytest
 
-from infini_retrofit.pipeline import ChangedWhileRunningError, training_run
+from infini_retrofit.pipeline.guard import ChangedWhileRunningError, training_run
 
 ROOT = Path(__file__).parent.parent
 STAGE = """
 import sys, time
 from pathlib import Path
-from infini_retrofit.pipeline import run_stage, training_run
+from infini_retrofit.pipeline.guard import run_stage, training_run
 
 def main():
     code = [Path("code.py")]

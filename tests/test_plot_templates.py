@@ -10,9 +10,9 @@ import vl_convert
 import yaml
 from dvc_render.vega import VegaRenderer
 
-from infini_retrofit.evaluation import MEMORY_PROTOCOLS, PROTOCOLS
-from infini_retrofit.gains import gains
-from infini_retrofit.offline_plots import VEGA_LITE
+from infini_retrofit.evaluation.evaluation import MEMORY_PROTOCOLS, PROTOCOLS
+from infini_retrofit.evaluation.gains import gains
+from infini_retrofit.share.offline_plots import VEGA_LITE
 from tests.tiny_plots import MODELS, NUM_BINS, NUM_DOCUMENTS, ROWS, TITLES, Row
 
 ROOT = Path(__file__).parent.parent

@@ -6,15 +6,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from infini_retrofit.labels import next_token_nlls
-from infini_retrofit.perplexity import (
-    full_runs,
-    score_positions,
-    score_segments,
-    segment_runs,
-    total,
-)
-from infini_retrofit.retrofit import insert_infini
+from infini_retrofit.evaluation.protocols import full_runs, score_positions
+from infini_retrofit.model.retrofit import insert_infini
+from infini_retrofit.scoring.labels import next_token_nlls
+from infini_retrofit.scoring.score import score_segments, segment_runs, total
 from tests.reference import infini_params
 from tests.tiny import random_ids, tiny_llama
 

@@ -8,7 +8,8 @@ import pyarrow.parquet as pq
 import pytest
 from tokenizers import processors
 
-from infini_retrofit.corpus import SPLITS, read_articles, read_token_rows
+from infini_retrofit.pipeline.files import read_token_rows
+from infini_retrofit.texts.splits import SPLITS, read_articles
 from stages import prepare_longdocs, prepare_wikitext
 from tests.tiny import tiny_tokenizer
 

@@ -1,23 +1,19 @@
 """The README and its pages tell no other story than the files beside them."""
 
-import ast
-import importlib.util
 import re
 import shutil
 from pathlib import Path
 
 import pytest
 
-from recipes.against import read_titles
+from analysis import fill_tables
+from analysis.against import read_titles
 from recipes.finished import sources_of
 from recipes.kept import read_kept
 from recipes.overlays import recipe_names
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
-SPEC = importlib.util.spec_from_file_location("fill_tables", ROOT / ".ci" / "fill_tables.py")
-fill_tables = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(fill_tables)
 
 
 def test_the_tables_hold_what_the_metrics_say(monkeypatch):
@@ -72,21 +68,6 @@ def test_rows_that_compare_are_of_the_same_documents_and_base(monkeypatch):
 def test_a_shown_number_has_the_digits_that_two_machines_agree_on():
     values = [None, 49920, 22895.04, 23.456, -0.81021]
     assert [*map(fill_tables.shown, values)] == ["", "49,920", "22,895", "23.46", "-0.8102"]
-
-
-def test_the_map_names_every_source_file_and_says_what_the_file_says_of_itself():
-    folders = ("infini_retrofit", "stages", "recipes", "benchmarks", "tests", ".ci")
-    files = [path for folder in folders for path in (ROOT / folder).glob("*.py")]
-    page = (ROOT / "docs" / "map.md").read_text()
-    remarks = dict(re.findall(r"^\| `([^`]+\.py)` \| (.+) \|$", page, re.MULTILINE))
-    assert remarks == {path.relative_to(ROOT).as_posix(): _first_sentence(path) for path in files}
-
-
-def _first_sentence(path: Path) -> str:
-    """Return what a module says of itself, without the name of its stage and the full stop."""
-    first = ast.get_docstring(ast.parse(path.read_text())).split("\n\n")[0].replace("\n", " ")
-    first = re.sub(r"^Stage `\w+`: ", "", first).removesuffix(".")
-    return first[0].upper() + first[1:]
 
 
 def test_the_steps_without_make_install_what_make_installs():

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from recipes import __main__ as command_line
-from tests.tiny_checkout import commit, make_checkout, make_pipeline, own_recipes, python_m_recipes
+from tests.tiny_checkout import commit, make_checkout, make_pipeline, own_recipes, python_m
 
 RECIPES = {"one": "# sets a\na: 2\n", "one-fixed": "# sets b as well\na: 2\nb: 3\n"}
 COMPARISONS = ["dvc metrics diff one one-fixed --md", "dvc params diff one one-fixed --md"]
@@ -31,8 +31,8 @@ def test_real_experiments_and_then_branches_are_compared_by_name(tmp_path, monke
     make_pipeline(tmp_path, monkeypatch, **RECIPES)
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     monkeypatch.setenv("PATH", path)
-    assert python_m_recipes("one", "--temp")[0] == 0
-    code, output = python_m_recipes("one", "one-fixed", "--diff", "--temp")
+    assert python_m("recipes", "one", "--temp")[0] == 0
+    code, output = python_m("recipes", "one", "one-fixed", "--diff", "--temp")
     assert code == 0, output
     assert output.count("dvc exp run -n") == output.count("dvc exp run -n one-fixed ") == 1
     _, _, after = output.partition(f"\n{COMPARISONS[0]}\n")

@@ -5,11 +5,11 @@ from typing import Any
 
 import pytest
 
-from recipes import __main__ as command_line
-from recipes import reading
+from analysis import __main__ as command_line
+from analysis import reading
+from analysis.table import COLUMNS, LABELS, MEMORY, markdown
 from recipes.finished import finished
-from recipes.table import COLUMNS, LABELS, MEMORY, markdown
-from tests.tiny_checkout import make_pipeline, python_m_recipes
+from tests.tiny_checkout import make_pipeline, python_m
 
 pytestmark = pytest.mark.usefixtures("nothing_kept")
 
@@ -145,7 +145,7 @@ def test_a_half_of_the_columns_is_shown_alone(capsys, monkeypatch):
     assert halves == ROW[1:]
 
 
-@pytest.mark.parametrize("line", ["v1 --columns labels", "--columns memory --list"])
+@pytest.mark.parametrize("line", ["v1 --columns labels --against", "--columns memory --repeats"])
 def test_columns_without_a_table_are_refused(line, capsys):
     with pytest.raises(SystemExit, match="2"):
         command_line.main(line.split())
@@ -166,18 +166,18 @@ def test_a_name_that_stands_for_nothing_is_refused(monkeypatch):
 
 def test_recipes_run_as_real_experiments_one_after_another(tmp_path, monkeypatch):
     make_pipeline(tmp_path, monkeypatch, first="# sets a\na: 2\n", second="# sets b\nb: 3\n")
-    code, output = python_m_recipes("first", "second")
+    code, output = python_m("recipes", "first", "second")
     assert code == 0, output
     assert "\ndvc exp run -n second -S a=1 -S b=3\n" in output
-    code, output = python_m_recipes("second", "first", "-S", "a=7")
+    code, output = python_m("recipes", "second", "first", "-S", "a=7")
     assert code == 1
     assert "error: experiments that exist already: first, second." in output
-    code, output = python_m_recipes("first", "second", "-S", "b=nothing", "--force")
+    code, output = python_m("recipes", "first", "second", "-S", "b=nothing", "--force")
     assert code != 0
     assert "error: first failed; left to run: second" in output
-    code, output = python_m_recipes("second", "--name", "third", "--temp", "-S", "a=4")
+    code, output = python_m("recipes", "second", "--name", "third", "--temp", "-S", "a=4")
     assert code == 0, output
-    code, output = python_m_recipes("--table", "first", "second", "third")
+    code, output = python_m("analysis", "--table", "first", "second", "third")
     assert code == 0, output
     rows = list(map(cells, output.splitlines()[2:]))
     assert [(row[0], row[3]) for row in rows] == [

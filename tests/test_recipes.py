@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from dvc.utils.hydra import apply_overrides
 
-from infini_retrofit.params import read_params
+from infini_retrofit.pipeline.params import read_params
 from recipes import __main__ as command_line
 from recipes import overlays
 from recipes.overlays import leaves, literal, overrides, read_overlay, recipe_names
@@ -213,7 +213,7 @@ def test_what_cannot_be_meant_is_refused_with_the_choices(line, words):
         assert word in message
 
 
-@pytest.mark.parametrize("line", ["--list --diff v1 v2", "--table --against v1", "--diff --list"])
+@pytest.mark.parametrize("line", ["--list --diff v1 v2", "--keep --diff v1 v2", "--diff --list"])
 def test_one_thing_is_asked_for_at_a_time(line, capsys):
     with pytest.raises(SystemExit, match="2"):
         command_line.main(line.split())

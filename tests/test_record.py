@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from infini_retrofit.record import TRAINING, Record, dvc_md5, read_record
+from infini_retrofit.share.record import TRAINING, Record, dvc_md5, read_record
 from tests.tiny_checkout import keep_settings_apart
 from tests.tiny_project import ROOT
 

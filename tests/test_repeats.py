@@ -5,10 +5,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from infini_retrofit.bootstrap import paired_bootstrap
-from recipes import __main__ as command_line
-from recipes import reading
-from recipes.repeats import OTHERS, gains_of_repeats
+from analysis import __main__ as command_line
+from analysis import reading
+from analysis.repeats import OTHERS, gains_of_repeats
+from infini_retrofit.evaluation.gains import paired_bootstrap
 from tests.test_recipe_table import commit as shown_commit
 from tests.test_recipe_table import experiment
 from tests.tiny_checkout import commit, make_checkout, write_scores

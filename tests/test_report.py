@@ -5,8 +5,13 @@ from pathlib import Path
 
 import pytest
 
-from infini_retrofit import report
-from infini_retrofit.report import verify_manifest, write_manifest, write_metrics, write_rows
+from infini_retrofit.pipeline import files as report
+from infini_retrofit.pipeline.files import (
+    verify_manifest,
+    write_manifest,
+    write_metrics,
+    write_rows,
+)
 
 ROWS = [{"epoch": 1, "split": "val", "ppl": 2.5}, {"epoch": 2, "split": "val", "ppl": 0.1}]
 

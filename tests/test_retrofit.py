@@ -7,11 +7,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from infini_retrofit import families
-from infini_retrofit.carrier import Carried, Carrier
-from infini_retrofit.families import FAMILIES, PROJECTIONS, decoder_layers
-from infini_retrofit.infini_params import InfiniParams
-from infini_retrofit.retrofit import (
+from infini_retrofit.layer.form import InfiniParams
+from infini_retrofit.layer.state import Carried, Carrier
+from infini_retrofit.model import families
+from infini_retrofit.model.families import FAMILIES, PROJECTIONS, decoder_layers
+from infini_retrofit.model.retrofit import (
     border_bytes,
     check_form,
     has_memory,
@@ -20,7 +20,7 @@ from infini_retrofit.retrofit import (
     resolve_layers,
     state_bytes,
 )
-from infini_retrofit.segments import run_folded, run_in_layer
+from infini_retrofit.model.running import run_folded, run_in_layer
 from tests.reference import infini_params, largest
 from tests.tiny import random_ids, tiny_model
 

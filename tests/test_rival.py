@@ -5,17 +5,12 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from infini_retrofit.families import FAMILIES
-from infini_retrofit.retrofit import (
-    border_bytes,
-    carried_tokens,
-    infini_modules,
-    insert_infini,
-    make_rival,
-    state_bytes,
-)
-from infini_retrofit.segments import run_folded
-from tests.reference import infini_params, largest, place_at
+from infini_retrofit.evaluation.rival import carried_tokens, make_rival
+from infini_retrofit.layer.naive import place_at
+from infini_retrofit.model.families import FAMILIES
+from infini_retrofit.model.retrofit import border_bytes, infini_modules, insert_infini, state_bytes
+from infini_retrofit.model.running import run_folded
+from tests.reference import infini_params, largest
 from tests.tiny import random_ids, tiny_model
 
 SEGMENT, DOCUMENT = 5, 15

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import pytest
 
-from infini_retrofit.pipeline import run_stage
+from infini_retrofit.pipeline.guard import run_stage
 
 
 @pytest.mark.parametrize(

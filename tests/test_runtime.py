@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from infini_retrofit import runtime
+from infini_retrofit.pipeline import device as runtime
 
 
 @pytest.mark.parametrize(

@@ -4,11 +4,11 @@ import math
 
 import pytest
 
-from infini_retrofit.distillation import DistillParams
-from infini_retrofit.finetuning import FinetuneParams
-from infini_retrofit.history import history, memory_history, ppl_of_nll, results
-from infini_retrofit.lora import LoraParams
-from infini_retrofit.schedule import FullLrScale, LrScale
+from infini_retrofit.training.distillation import DistillParams
+from infini_retrofit.training.finetuning import FinetuneParams
+from infini_retrofit.training.parameters import LoraParams
+from infini_retrofit.training.schedule import FullLrScale, LrScale
+from infini_retrofit.training.trainee import history, memory_history, ppl_of_nll, results
 
 SCHEDULE = {
     "batch_size": 1,

@@ -8,13 +8,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from infini_retrofit.base import load_base
-from infini_retrofit.base_sources import BASE_KINDS, bring_base
-from infini_retrofit.corpora import CORPORA
-from infini_retrofit.corpus import read_articles
-from infini_retrofit.params import load_choice, load_presets
-from infini_retrofit.pretraining import _NextToken
-from infini_retrofit.scratch import ScratchBase, pack_rows, train_articles
+from infini_retrofit.bases.pretraining import _NextToken
+from infini_retrofit.bases.scratch import ScratchBase, pack_rows, train_articles
+from infini_retrofit.bases.sources import BASE_KINDS, bring_base
+from infini_retrofit.model.base import load_base
+from infini_retrofit.pipeline.params import load_choice, load_presets
+from infini_retrofit.texts.corpora import CORPORA
+from infini_retrofit.texts.splits import read_articles
 from stages import prepare_base, prepare_wikitext
 from tests.tiny import random_ids
 from tests.tiny_project import ROOT, write_params

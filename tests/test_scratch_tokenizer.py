@@ -3,9 +3,9 @@
 import pytest
 from tokenizers import Tokenizer, normalizers
 
-from infini_retrofit.base import load_tokenizer
-from infini_retrofit.base_sources import bring_base
-from infini_retrofit.scratch import ScratchBase, pack_rows, train_articles, train_tokenizer
+from infini_retrofit.bases.scratch import ScratchBase, pack_rows, train_articles, train_tokenizer
+from infini_retrofit.bases.sources import bring_base
+from infini_retrofit.model.base import load_tokenizer
 from tests.tiny_scratch import SIZES, WORDS, write_corpus
 
 # Combining accents, half a family, spaces, control characters, and the end of a text in words.

@@ -9,10 +9,10 @@ import pytest
 from torch import nn
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
-from infini_retrofit.families import decoder_layers
-from infini_retrofit.infini_params import InfiniParams
-from infini_retrofit.params import read_params
-from infini_retrofit.retrofit import infini_modules, insert_infini
+from infini_retrofit.layer.form import InfiniParams
+from infini_retrofit.model.families import decoder_layers
+from infini_retrofit.model.retrofit import infini_modules, insert_infini
+from infini_retrofit.pipeline.params import read_params
 from recipes import __main__ as command_line
 from recipes.overlays import leaves, read_overlay, recipe_names
 from tests.tiny_checkout import make_checkout

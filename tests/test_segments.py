@@ -5,12 +5,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from infini_retrofit import compressive_memory, memory, segments
-from infini_retrofit.carrier import Carrier
-from infini_retrofit.families import FAMILIES
-from infini_retrofit.memory import MemoryState, prefix_states
-from infini_retrofit.retrofit import attention_modules, infini_modules, insert_infini
-from infini_retrofit.segments import fold, run_folded, run_in_layer, run_swapped
+from infini_retrofit.layer import compressive_memory, memory
+from infini_retrofit.layer.memory import MemoryState, prefix_states
+from infini_retrofit.layer.state import Carrier
+from infini_retrofit.model import running as segments
+from infini_retrofit.model.families import FAMILIES
+from infini_retrofit.model.retrofit import attention_modules, infini_modules, insert_infini
+from infini_retrofit.model.running import fold, run_folded, run_in_layer, run_swapped
 from tests.reference import infini_params, largest, segment_loop
 from tests.tiny import random_ids, tiny_model
 

@@ -14,17 +14,12 @@ from ruamel.yaml import YAML
 from safetensors.torch import load_file
 from torch import Tensor
 
-from infini_retrofit.base import load_base
-from infini_retrofit.checkpoints import load_retrofit
-from infini_retrofit.perplexity import (
-    score_rows,
-    score_segments,
-    score_sliding,
-    score_unigram,
-    total,
-)
-from infini_retrofit.runtime import pick_device, pick_dtype
-from infini_retrofit.texts import read_documents, read_samples, read_stream
+from infini_retrofit.evaluation.protocols import score_sliding, score_unigram
+from infini_retrofit.model.base import load_base
+from infini_retrofit.model.checkpoints import load_retrofit
+from infini_retrofit.pipeline.device import pick_device, pick_dtype
+from infini_retrofit.pipeline.tokens import read_documents, read_samples, read_stream
+from infini_retrofit.scoring.score import score_rows, score_segments, total
 from tests.reference import largest
 from tests.tiny_project import (
     ROOT,

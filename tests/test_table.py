@@ -2,7 +2,7 @@
 
 import pytest
 
-from infini_retrofit.table import render
+from infini_retrofit.pipeline.files import render
 
 
 def test_columns_line_up_names_to_the_left_and_numbers_to_the_right():

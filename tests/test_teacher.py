@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from infini_retrofit.families import FAMILIES, decoder_layers
-from infini_retrofit.retrofit import attention_modules, infini_modules, insert_infini
-from infini_retrofit.segments import run_folded
-from infini_retrofit.teacher import DocumentTeacher, LayerTeacher, PredictionTeacher
+from infini_retrofit.model.families import FAMILIES, decoder_layers
+from infini_retrofit.model.retrofit import attention_modules, infini_modules, insert_infini
+from infini_retrofit.model.running import run_folded
+from infini_retrofit.training.teacher import DocumentTeacher, LayerTeacher, PredictionTeacher
 from tests.reference import infini_params, largest, record_layers
 from tests.tiny import random_ids, tiny_model
 

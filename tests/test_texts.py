@@ -5,8 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from infini_retrofit.corpus import Document, TokenizedArticle, write_articles, write_documents
-from infini_retrofit.texts import read_documents, read_samples, read_stream, read_titles
+from infini_retrofit.pipeline.tokens import read_documents, read_samples, read_stream, read_titles
+from infini_retrofit.texts.splits import Document, TokenizedArticle, write_articles, write_documents
 
 LENGTHS = (7, 3, 12)
 

@@ -19,8 +19,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from infini_retrofit.pipeline import training_run
-from infini_retrofit.processes import share_rows
+from infini_retrofit.pipeline.guard import training_run
+from infini_retrofit.training.processes import share_rows
 from tests import tiny_project
 from tests.tiny_project import PUBLISHED, ROOT, STAGES, make_project, run_stage, write_params
 from tests.tiny_project import SMALL as SMALL_PROJECT
@@ -39,7 +39,7 @@ CHANGES = PUBLISHED | {
 }
 ONE, TWO = ({"distill.batch_size": 2 * n, "finetune.batch_size": n} for n in (2, 1))
 STAGE = """
-from infini_retrofit.pipeline import run_stage
+from infini_retrofit.pipeline.guard import run_stage
 
 def main():
     raise ValueError("lr must be greater than 0, got -1")

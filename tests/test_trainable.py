@@ -5,9 +5,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from infini_retrofit.families import FAMILIES, decoder_layers
-from infini_retrofit.retrofit import attention_modules, infini_modules, insert_infini
-from infini_retrofit.trainable import GROUPS, set_trainable
+from infini_retrofit.model.families import FAMILIES, decoder_layers
+from infini_retrofit.model.retrofit import attention_modules, infini_modules, insert_infini
+from infini_retrofit.training.parameters import GROUPS, set_trainable
 from tests.reference import infini_params
 from tests.tiny import tiny_model
 

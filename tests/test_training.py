@@ -6,16 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from infini_retrofit.finetuning import Finetuning
-from infini_retrofit.perplexity import score_segments, total
-from infini_retrofit.retrofit import infini_modules, insert_infini
-from infini_retrofit.schedule import FullLrScale, rate_factor
-from infini_retrofit.training import (
-    ALPHA_TRAVEL,
-    GATE_TRAVEL,
-    MAX_ALPHA_RATE,
-    MAX_GATE_RATE,
-)
+from infini_retrofit.model.retrofit import infini_modules, insert_infini
+from infini_retrofit.scoring.score import score_segments, total
+from infini_retrofit.training.finetuning import Finetuning
+from infini_retrofit.training.loop import ALPHA_TRAVEL, GATE_TRAVEL, MAX_ALPHA_RATE, MAX_GATE_RATE
+from infini_retrofit.training.schedule import FullLrScale, rate_factor
 from tests.reference import largest
 from tests.tiny import FAMILIES, random_ids, tiny_llama
 from tests.tiny_training import (

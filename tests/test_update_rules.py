@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from infini_retrofit import memory
-from infini_retrofit.feature_maps import elu1
-from infini_retrofit.memory import (
+from infini_retrofit.layer import memory
+from infini_retrofit.layer.feature_maps import elu1
+from infini_retrofit.layer.memory import (
     MemoryState,
     UpdateRule,
     Write,

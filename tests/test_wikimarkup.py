@@ -4,10 +4,10 @@ import re
 
 import pytest
 
-from infini_retrofit.articles import read_gensim_sample
-from infini_retrofit.corpus import Article
-from infini_retrofit.wikimarkup import clean_article
-from infini_retrofit.wikitemplates import render_template
+from infini_retrofit.texts.articles import read_gensim_sample
+from infini_retrofit.texts.splits import Article
+from infini_retrofit.texts.wikimarkup import clean_article
+from infini_retrofit.texts.wikitemplates import render_template
 
 LEFTOVERS = {
     "emphasis": ("a ''b'' c", "''"),

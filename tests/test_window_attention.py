@@ -4,14 +4,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from infini_retrofit import local_attention
-from infini_retrofit import window_attention as module
-from infini_retrofit.feature_maps import elu1
-from infini_retrofit.local_attention import alibi_slopes, softmax_attention
-from infini_retrofit.memory import MemoryState, Write, retrieve, write_segments
-from infini_retrofit.mixing import memory_share, mix
-from infini_retrofit.window_attention import older_sums, window_attention
-from tests.reference import largest, naive_feature
+from infini_retrofit.layer import local_attention
+from infini_retrofit.layer import window_attention as module
+from infini_retrofit.layer.feature_maps import elu1
+from infini_retrofit.layer.gate import memory_share, mix
+from infini_retrofit.layer.local_attention import alibi_slopes, softmax_attention
+from infini_retrofit.layer.memory import MemoryState, Write, retrieve, write_segments
+from infini_retrofit.layer.naive import naive_feature
+from infini_retrofit.layer.window_attention import older_sums, window_attention
+from tests.reference import largest
 
 BATCH, KV_HEADS, GROUP, TOKENS, CONTEXT, KEY, VALUE = 2, 2, 3, 5, 4, 7, 3
 HEADS = KV_HEADS * GROUP

@@ -2,8 +2,8 @@
 
 import pytest
 
-from benchmarks import zero_cost
-from infini_retrofit.params import read_params
+from analysis import zero_cost
+from infini_retrofit.pipeline.params import read_params
 from recipes.overlays import recipe_names
 
 

@@ -19,9 +19,9 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from infini_retrofit import base_attention
-from infini_retrofit.base import load_base
-from infini_retrofit.report import write_manifest
+from infini_retrofit.model import base_attention
+from infini_retrofit.model.base import load_base
+from infini_retrofit.pipeline.files import write_manifest
 
 Family = Literal["llama", "gpt_neox"]
 FAMILIES: tuple[Family, ...] = ("llama", "gpt_neox")

@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from infini_retrofit.report import write_rows
+from infini_retrofit.pipeline.files import write_rows
 from recipes import overlays
-from recipes.against import SCORES
+from recipes.kept import SCORES
 from tests.tiny_project import ROOT
 
 STAGE = """import json
@@ -125,10 +125,10 @@ def make_pipeline(folder: Path, monkeypatch: pytest.MonkeyPatch, **texts: str) -
     commit()
 
 
-def python_m_recipes(*words: str) -> tuple[int, str]:
-    """Run `python -m recipes` in the working folder; return its exit code and all it prints."""
+def python_m(module: str, *words: str) -> tuple[int, str]:
+    """Run `python -m MODULE` in the working folder; return its exit code and all it prints."""
     process = subprocess.run(
-        [sys.executable, "-m", "recipes", *words],
+        [sys.executable, "-m", module, *words],
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

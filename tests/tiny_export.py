@@ -5,11 +5,11 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from infini_retrofit.base import load_base
-from infini_retrofit.checkpoints import save_retrofit
-from infini_retrofit.export import main
-from infini_retrofit.pipeline import run_stage
-from infini_retrofit.retrofit import insert_infini
+from infini_retrofit.model.base import load_base
+from infini_retrofit.model.checkpoints import save_retrofit
+from infini_retrofit.model.retrofit import insert_infini
+from infini_retrofit.pipeline.guard import run_stage
+from infini_retrofit.share.export import main
 from tests.reference import infini_params
 from tests.tiny import tiny_base_folder
 

@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from infini_retrofit.generation import enable_generation
-from infini_retrofit.retrofit import infini_modules, insert_infini
+from infini_retrofit.generation.generation import enable_generation
+from infini_retrofit.model.retrofit import infini_modules, insert_infini
 from tests.reference import infini_params, largest, without_conflicts
 from tests.tiny import FAMILIES, Family, random_ids, tiny_model
 

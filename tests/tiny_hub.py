@@ -13,9 +13,9 @@ from safetensors.torch import save
 from tokenizers import normalizers
 from transformers import GPTNeoXForCausalLM
 
-from infini_retrofit.base_sources import BASE_KINDS
-from infini_retrofit.corpora import CORPORA
-from infini_retrofit.params import load_presets
+from infini_retrofit.bases.sources import BASE_KINDS
+from infini_retrofit.pipeline.params import load_presets
+from infini_retrofit.texts.corpora import CORPORA
 from tests.tiny import tiny_neox, tiny_tokenizer
 from tests.tiny_project import ROOT
 

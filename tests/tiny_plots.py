@@ -5,15 +5,15 @@ from typing import Any
 
 import torch
 
-from infini_retrofit.carrier import MemoryReading
-from infini_retrofit.diagnostics import share_histogram
-from infini_retrofit.evaluation import (
+from infini_retrofit.evaluation.evaluation import (
     PROTOCOLS,
     Evaluation,
     rows_of_documents,
     rows_of_positions,
 )
-from infini_retrofit.history import memory_history
+from infini_retrofit.evaluation.protocols import share_histogram
+from infini_retrofit.layer.state import MemoryReading
+from infini_retrofit.training.trainee import memory_history
 from stages import control_eval, eval_sliding
 
 NUM_DOCUMENTS, SEGMENT, NUM_BINS = 3, 8, 20

@@ -3,7 +3,7 @@
 import random
 from pathlib import Path
 
-from infini_retrofit.corpora import FilesCorpus
+from infini_retrofit.texts.corpora import FilesCorpus
 
 SIZES = {
     "num_layers": 2,

@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from infini_retrofit.distillation import DistillParams
-from infini_retrofit.finetuning import FinetuneParams, Finetuning
-from infini_retrofit.lora import LoraParams
-from infini_retrofit.retrofit import insert_infini
-from infini_retrofit.schedule import FullLrScale, LrScale
-from infini_retrofit.training import train
+from infini_retrofit.model.retrofit import insert_infini
+from infini_retrofit.training.distillation import DistillParams
+from infini_retrofit.training.finetuning import FinetuneParams, Finetuning
+from infini_retrofit.training.loop import train
+from infini_retrofit.training.parameters import LoraParams
+from infini_retrofit.training.schedule import FullLrScale, LrScale
 from tests.reference import infini_params
 from tests.tiny import Family, random_ids, tiny_model
 

@@ -20,10 +20,12 @@ from torch.distributed.fsdp import fully_shard
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from infini_retrofit import pipeline, runtime, training  # noqa: E402
-from infini_retrofit.families import decoder_layers  # noqa: E402
-from infini_retrofit.finetuning import Finetuning  # noqa: E402
-from infini_retrofit.trainee import Trainee  # noqa: E402
+from infini_retrofit.model.families import decoder_layers  # noqa: E402
+from infini_retrofit.pipeline import device as runtime  # noqa: E402
+from infini_retrofit.pipeline import guard as pipeline  # noqa: E402
+from infini_retrofit.training import loop as training  # noqa: E402
+from infini_retrofit.training.finetuning import Finetuning  # noqa: E402
+from infini_retrofit.training.trainee import Trainee  # noqa: E402
 from tests.tiny import random_ids  # noqa: E402
 from tests.tiny_training import TOKENS, finetuning, run  # noqa: E402
 

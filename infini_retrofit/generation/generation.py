@@ -1,0 +1,279 @@
+"""Make a retrofitted model generate with an `InfiniCache`, and read long texts into one.
+
+Whoever has a model with Infini layers calls `enable_generation` once, after its weights are in
+place or, for a model class of its own, at the end of its constructor: from then on `generate` and
+forward passes with `use_cache=True` work as with any model of `transformers`, and padding (a 2-D
+`attention_mask`) reaches the memory with or without a cache. Forward passes that are given a
+`carrier` are left alone. Long prompts go in with `prefill_chunk_size`, a multiple of the segment
+length, or through `read`. For beams, or several answers to a prompt, `generate` repeats the rows
+of a cache that has read something, in place.
+
+Axes:
+    B  row of the batch
+    T  token
+"""
+
+import inspect
+from collections.abc import Iterator
+from dataclasses import asdict
+from types import MethodType
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor, nn
+from transformers import GenerationConfig, PreTrainedModel
+from transformers.generation import GenerationMode
+
+from infini_retrofit.generation.cache import InfiniCache
+from infini_retrofit.generation.cache_file import PREPARE, check_enabled
+from infini_retrofit.layer.attention import InfiniAttention
+from infini_retrofit.layer.form import InfiniParams
+from infini_retrofit.layer.state import Carrier
+from infini_retrofit.model.families import decoder_layers, family_of
+from infini_retrofit.model.retrofit import (
+    BRANCH,
+    attention_modules,
+    attention_shape,
+    infini_modules,
+    put_beside,
+    without_memory,
+)
+
+_MAKE_MASK = "_prepare_attention_mask_for_generation"  # of transformers' GenerationMixin
+
+
+def enable_generation(
+    model: PreTrainedModel, params: InfiniParams, other_layers: str | None = None
+) -> None:
+    """Let a model generate with an `InfiniCache`, in place.
+
+    With `segment` the names of confined attention's weights change where a base fuses its
+    projections (GPT-NeoX): save a retrofit before this, or the whole model after it.
+
+    Args:
+        model: a retrofitted model.
+        params: how its layers were inserted.
+        other_layers: what attention sees that is the base's own. `segment`: its segment, as in
+            training and scoring; the cache is bounded for any prompt. `full`: everything; the
+            cache grows. None: as `model.config.other_layers` says, or `segment`.
+
+    Raises:
+        ValueError: if `other_layers` is neither, or `full` and the layers are confined already or
+            none is an Infini layer.
+    """
+    if other_layers is None:
+        other_layers = getattr(model.config, "other_layers", "segment")
+    if other_layers not in ("segment", "full"):
+        raise ValueError(f"other_layers must be full or segment, got {other_layers!r}")
+    is_enabled = PREPARE in vars(model)
+    if is_enabled and (other_layers, model.config.other_layers) == ("full", "segment"):
+        raise ValueError(
+            "other_layers must be segment for a model whose layers are confined already, got "
+            "'full': load the model again"
+        )
+    if other_layers == "full" and not infini_modules(model):
+        raise ValueError(
+            "other_layers must be segment for a model without Infini layers, got 'full': that is "
+            "the base as it was"
+        )
+    model.config.other_layers, model.config.infini = other_layers, asdict(params)
+    if other_layers == "segment":
+        confine_others(model, params)
+    if not is_enabled:
+        model.generation_config.use_cache = True
+        setattr(model, PREPARE, MethodType(_prepare_cache, model))
+        setattr(model, _MAKE_MASK, MethodType(_make_mask, model))
+        model.base_model.register_forward_pre_hook(_open, with_kwargs=True)
+        model.base_model.register_forward_hook(_close, with_kwargs=True)
+
+
+def read(
+    model: PreTrainedModel,
+    input_ids: Int[Tensor, "B T"],
+    cache: InfiniCache,
+    num_segments: int = 4,
+) -> Iterator[int]:
+    """Read texts of equal length into a cache, some segments at a time.
+
+    Args:
+        model: that generates with such a cache.
+        input_ids: the texts, or how they go on.
+        cache: is filled.
+        num_segments: that go in at once.
+
+    Yields:
+        The number of tokens just read, of each text. Nothing is read before it is asked for.
+
+    Raises:
+        ValueError: if the model would not fill the cache.
+    """
+    check_enabled(model)
+    for part in input_ids.split(num_segments * segment_length(model), dim=1):
+        with torch.no_grad():
+            part = part.to(model.device)
+            model.base_model(input_ids=part, past_key_values=cache, use_cache=True)
+        yield part.shape[1]
+
+
+def segment_length(model: PreTrainedModel) -> int:
+    """Return the segment length of a retrofitted model.
+
+    Raises:
+        ValueError: if it has no Infini layers.
+    """
+    for module in infini_modules(model).values():
+        return module.segment_length
+    raise ValueError("model must have Infini layers, got none: insert_infini puts them in")
+
+
+def _open(body: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    """Give a forward pass of the model's body what its Infini layers need."""
+    if kwargs.get("carrier") is not None:
+        return args, kwargs
+    if args:
+        kwargs = dict(**inspect.signature(body.forward).bind_partial(*args).arguments, **kwargs)
+    ids = kwargs.get("input_ids")
+    num_rows, num_columns = (kwargs["inputs_embeds"] if ids is None else ids).shape[:2]
+    mask, cache = kwargs.get("attention_mask"), kwargs.get("past_key_values")
+    uses_cache = kwargs.get("use_cache")
+    if cache is None and (body.config.use_cache if uses_cache is None else uses_cache):
+        cache = InfiniCache(body)
+    carrier, num_seen = Carrier(), 0
+    if cache is not None:
+        _require_infini(cache)
+        cache.check_rows(num_rows)
+        carrier.is_open, carrier.before, num_seen = True, cache.carried, cache.num_seen
+    carrier.is_token = _padding(mask, num_seen, num_columns)
+    if all(isinstance(module, InfiniAttention) for module in attention_modules(body)):
+        # A mask of four axes is taken as it is: none is built that no layer would use.
+        kwargs["attention_mask"] = torch.ones(1, 1, 1, 1, dtype=torch.bool)
+    return (), kwargs | {"past_key_values": cache, "carrier": carrier}
+
+
+def _close(body: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+    """Put into the cache what the layers left."""
+    cache, carrier = kwargs.get("past_key_values"), kwargs["carrier"]
+    if isinstance(cache, InfiniCache) and carrier.before is cache.carried:
+        cache.keep(carrier, *output[0].shape[:2])  # of a tuple as well
+
+
+def _padding(mask: Tensor | None, num_seen: int, num_columns: int) -> Tensor | None:
+    """Return where the new columns are tokens; None: they all are."""
+    if mask is None:
+        return None
+    if mask.dim() != 2 or mask.shape[1] != num_seen + num_columns:
+        raise ValueError(
+            "attention_mask must have 2 axes (row, token) for a model with Infini layers, and "
+            f"tell of the {num_seen} tokens that the cache has seen and the {num_columns} new "
+            f"ones, got shape {tuple(mask.shape)}"
+        )
+    is_token = mask[:, -num_columns:].bool()
+    return None if is_token.all() else is_token
+
+
+def _require_infini(cache: Any) -> None:
+    """Refuse a cache that the Infini layers could not use."""
+    if not isinstance(cache, InfiniCache):
+        raise ValueError(
+            "past_key_values must be an InfiniCache for a model with Infini layers, "
+            f"got {type(cache).__name__}"
+        )
+
+
+def _prepare_cache(
+    model: PreTrainedModel,
+    generation_config: GenerationConfig,
+    model_kwargs: dict[str, Any],
+    generation_mode: GenerationMode,
+    batch_size: int,
+    *args: Any,
+) -> None:
+    """Let `generate` start from an `InfiniCache`, its own or the caller's, a row for each beam."""
+    _check_generation(generation_config, generation_mode, segment_length(model))
+    cache = model_kwargs.get("past_key_values")
+    if cache is not None:
+        _require_infini(cache)
+        _check_continuation(cache, generation_config, model_kwargs)
+        num_copies = max(generation_config.num_beams, generation_config.num_return_sequences)
+        if num_copies > 1 and cache.batch_size == batch_size:
+            cache.batch_repeat_interleave(num_copies)
+    elif generation_config.use_cache:
+        model_kwargs["past_key_values"] = InfiniCache(model)
+    prepare = getattr(type(model), PREPARE)
+    prepare(model, generation_config, model_kwargs, generation_mode, batch_size, *args)
+
+
+def _make_mask(
+    model: PreTrainedModel,
+    inputs_tensor: Tensor,
+    generation_config: GenerationConfig,
+    model_kwargs: dict[str, Any],
+) -> Tensor:
+    """Make the mask that a caller of `generate` left out, where that can mean one thing only."""
+    cache = model_kwargs.get("past_key_values")
+    if isinstance(cache, InfiniCache) and cache.num_seen:
+        raise ValueError(
+            f"attention_mask must come with a cache that has seen {cache.num_seen} tokens, got "
+            "none: pass cache.mask_for(input_ids) if the input_ids are new, or "
+            "torch.ones_like(input_ids) if they begin with those tokens"
+        )
+    make = getattr(type(model), _MAKE_MASK)
+    return make(model, inputs_tensor, generation_config, model_kwargs)
+
+
+def _check_generation(config: GenerationConfig, mode: GenerationMode, length: int) -> None:
+    """Refuse what an `InfiniCache` cannot do."""
+    if config.cache_implementation is not None:
+        raise ValueError(
+            "cache_implementation must be None for a model with Infini layers, which have an "
+            f"InfiniCache, got {config.cache_implementation}"
+        )
+    if config.prefill_chunk_size is not None and config.prefill_chunk_size % length:
+        raise ValueError(
+            f"prefill_chunk_size must be a multiple of segment_length={length} tokens, "
+            f"got {config.prefill_chunk_size}"
+        )
+    if mode == GenerationMode.ASSISTED_GENERATION:
+        raise ValueError(
+            "generate must run without an assistant: a memory cannot take back the tokens that "
+            "an assistant guessed wrong, got assisted generation"
+        )
+
+
+def _check_continuation(
+    cache: InfiniCache, config: GenerationConfig, model_kwargs: dict[str, Any]
+) -> None:
+    """Refuse a prompt of which `transformers` would skip all: see `InfiniCache.mask_for`."""
+    mask = model_kwargs.get("attention_mask")
+    num_columns = config._mask_length if mask is None else mask.shape[1]
+    if num_columns <= cache.get_seq_length():
+        raise ValueError(
+            f"attention_mask must cover the {cache.get_seq_length()} tokens that the cache has "
+            f"seen and the prompt, got {num_columns}: pass cache.mask_for(input_ids)"
+        )
+
+
+def confine_others(model: PreTrainedModel, params: InfiniParams) -> None:
+    """Confine the attention of layers that are no Infini layers, and what stands beside a branch.
+
+    It becomes an Infini attention without a memory: of the same weights, carrying nothing. Beside
+    a branch its index is its layer's plus the number of layers, because the branch has that.
+
+    Args:
+        model: a retrofitted model, changed in place.
+        params: how its layers were inserted.
+    """
+    family, shape = family_of(model.config), attention_shape(model.config)
+    confined, layers = without_memory(params), decoder_layers(model)
+    for index, base in enumerate(attention_modules(model)):
+        if isinstance(base, InfiniAttention):
+            continue
+        branch, parameter = getattr(base, BRANCH, None), next(base.parameters())
+        with torch.random.fork_rng(devices=[]):
+            own = InfiniAttention(shape, confined, index + (branch is not None) * len(layers))
+        own.load_state_dict(family.split(base))
+        own.to(device=parameter.device, dtype=parameter.dtype)
+        if branch is not None:
+            put_beside(own, branch)
+        setattr(layers[index], family.attention, own.train(base.training))

@@ -1,0 +1,251 @@
+"""Causal attention inside a segment, as pure functions on tensors.
+
+Nothing here knows of the memory, of layers or of `transformers`. Queries and keys come with
+their position encoding already applied, or without one.
+
+Axes:
+    B  batch (documents times segments)
+    H  query head
+    N  key/value head; query head h uses key/value head h // (H / N)
+    L  query token
+    M  query token of a block
+    C  key token; the last L of them are the queries' own tokens, those before are context
+    G  query head of those that share a key/value head
+    R  query token and head of the group, as rows of one product
+    K  key channel
+    V  value channel
+"""
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from infini_retrofit.layer.feature_maps import FeatureMaps, computing_dtype
+from infini_retrofit.layer.memory import quotient
+
+# On a CPU explicit products beat the fused kernel, by 2.8 times in training at 256 tokens. In
+# training they keep weights, which limits their length; without gradients they keep none.
+LONGEST_EXPLICIT = 1024  # tokens
+LONGER_WITHOUT_GRADIENTS = 4  # times
+QUERIES_PER_BLOCK = 128
+
+
+def prefers_products(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Tell whether `softmax_attention` should use explicit products, not a fused kernel."""
+    needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
+    longest = LONGEST_EXPLICIT * (1 if needs_grad else LONGER_WITHOUT_GRADIENTS)
+    return query.device.type == "cpu" and max(query.shape[2], key.shape[2]) <= longest
+
+
+def visible_keys(num_queries: int, num_keys: int, device: torch.device) -> Bool[Tensor, "L C"]:
+    """Return True where a query may see a key: all context, and its own past."""
+    rows = torch.ones(num_queries, num_keys, dtype=torch.bool, device=device)
+    return rows.tril(diagonal=num_keys - num_queries)
+
+
+def query_blocks(num_queries: int) -> list[slice]:
+    """Part queries into blocks, so that no block need meet keys that none of it sees."""
+    begins = range(0, num_queries, QUERIES_PER_BLOCK)
+    return [slice(begin, min(begin + QUERIES_PER_BLOCK, num_queries)) for begin in begins]
+
+
+def softmax_attention(
+    query: Float[Tensor, "B H L K"],
+    key: Float[Tensor, "B N C K"],
+    value: Float[Tensor, "B N C V"],
+    is_key: Bool[Tensor, "B C"] | None = None,
+    scaling: float | None = None,
+    slopes: Float[Tensor, "H"] | None = None,
+) -> Float[Tensor, "B H L V"]:
+    """Attend causally with softmax (scale 1 / sqrt(K) unless given).
+
+    Args:
+        query: queries.
+        key: keys.
+        value: values.
+        is_key: False where a key must not be seen (padding, or context before the first
+            segment); a query always sees its own token. None: all keys count.
+        scaling: factor on the scores.
+        slopes: of ALiBi, how much a score falls with each token of distance; None: not at all.
+    """
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    num_queries, num_keys = query.shape[2], key.shape[2]
+    if prefers_products(query, key, value):
+        return _ExplicitSoftmaxAttention.apply(query, key, value, is_key, scaling, slopes)
+    repeats = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
+    if is_key is None and num_queries == num_keys and slopes is None:
+        return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling)
+    mask = _mask(num_queries, num_keys, is_key, query.device)
+    mask = mask[None, None] if mask.dim() == 2 else mask[:, None]
+    if slopes is not None:
+        bias = alibi_bias(slopes, num_queries, num_keys).to(query.dtype)
+        mask = bias.masked_fill(~mask, -torch.inf)
+    return F.scaled_dot_product_attention(query, key, value, mask, scale=scaling)
+
+
+def alibi_slopes(num_heads: int) -> Float[Tensor, "H"]:
+    """Return each head's slope: 2^(-8 h / H) for h = 1 ... H.
+
+    Source: Press et al. 2022, arXiv:2108.12409, section 3.
+
+    Differs from the paper: the same formula also where H is no power of two.
+    """
+    return 2.0 ** (-8.0 * torch.arange(1, num_heads + 1) / num_heads)
+
+
+def alibi_bias(
+    slopes: Float[Tensor, "H"], num_queries: int, num_keys: int
+) -> Float[Tensor, "H L C"]:
+    """Return what ALiBi adds to the scores; the last keys are the queries' own tokens."""
+    keys = torch.arange(num_keys, device=slopes.device)
+    distance = keys[num_keys - num_queries :, None] - keys
+    return -slopes[:, None, None] * distance
+
+
+def _mask(
+    num_queries: int, num_keys: int, is_key: Bool[Tensor, "B C"] | None, device: torch.device
+) -> Tensor:
+    visible = visible_keys(num_queries, num_keys, device)
+    if is_key is None:
+        return visible
+    own = torch.eye(num_queries, dtype=torch.bool, device=device)
+    own = F.pad(own, (num_keys - num_queries, 0))
+    return (visible & is_key[:, None, :]) | own
+
+
+class _ExplicitSoftmaxAttention(torch.autograd.Function):
+    """Softmax attention by explicit products over blocks of queries.
+
+    A block meets no key after its last query, which saves up to half of the work.
+    """
+
+    @staticmethod
+    def forward(
+        ctx,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        is_key: Tensor | None,
+        scaling: float,
+        slopes: Tensor | None,
+    ) -> Tensor:
+        query = _group(query, key.shape[1])
+        key, value = key.contiguous() * scaling, value.contiguous()
+        out = _empty_groups(query, value.shape[-1])
+        weights = []
+        for rows in query_blocks(query.shape[2]):
+            seen = key.shape[2] - query.shape[2] + rows.stop
+            scores = _products(query, rows, key[:, :, :seen].transpose(2, 3))
+            if slopes is not None:
+                scores.add_(_group(alibi_bias(slopes, scores.shape[2], seen)[None], key.shape[1]))
+            _hide_keys(scores, is_key)
+            # A row's maximum is finite, because a query always sees its own token.
+            weight = scores.softmax(dim=-1)
+            out[:, :, rows] = _products(weight, slice(None), value[:, :, :seen])
+            if any(ctx.needs_input_grad):
+                weights.append(weight)
+        ctx.save_for_backward(query, key, value, *weights)
+        ctx.scaling = scaling
+        return _ungroup(out)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_out: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None, None]:
+        query, key, value, *weights = ctx.saved_tensors
+        grad_out = _group(grad_out, key.shape[1])
+        grad_query = _empty_groups(query, query.shape[-1])
+        grad_key, grad_value = torch.zeros_like(key), torch.zeros_like(value)
+        for rows, weight in zip(query_blocks(query.shape[2]), weights, strict=True):
+            seen = weight.shape[-1]
+            grad_value[:, :, :seen].add_(_rows(weight).transpose(2, 3) @ _rows(grad_out, rows))
+            grad = _products(grad_out, rows, value[:, :, :seen].transpose(2, 3))
+            grad = torch._softmax_backward_data(grad, weight, -1, weight.dtype)
+            grad_query[:, :, rows] = _products(grad, slice(None), key[:, :, :seen])
+            grad_key[:, :, :seen].add_(_rows(grad).transpose(2, 3) @ _rows(query, rows))
+        return _ungroup(grad_query), grad_key * ctx.scaling, grad_value, None, None, None
+
+
+def _hide_keys(scores: Float[Tensor, "B N L G C"], is_key: Bool[Tensor, "B *"] | None) -> None:
+    """Set the scores of keys that must not be seen to minus infinity, in place."""
+    num_queries, num_keys = scores.shape[2], scores.shape[4]
+    if is_key is None:
+        # Then only keys beside the queries themselves can be in the future.
+        scores, num_keys = scores[..., num_keys - num_queries :], num_queries
+    else:
+        is_key = is_key[:, :num_keys]
+    mask = _mask(num_queries, num_keys, is_key, scores.device)
+    bias = torch.zeros_like(mask, dtype=scores.dtype).masked_fill_(~mask, -torch.inf)
+    scores.add_(bias.reshape(-1, 1, num_queries, 1, num_keys))
+
+
+def _group(x: Float[Tensor, "B H L K"], num_kv_heads: int) -> Float[Tensor, "B N L G K"]:
+    """Lay out beside each other the heads that share a key/value head."""
+    return x.unflatten(1, (num_kv_heads, -1)).transpose(2, 3).contiguous()
+
+
+def _empty_groups(x: Float[Tensor, "B N L G K"], size: int) -> Float[Tensor, "B N L G V"]:
+    """Make room for a result in the order in which the output projection wants it: L first."""
+    batch, num_kv_heads, num_tokens, group, _ = x.shape
+    return x.new_empty(batch, num_tokens, num_kv_heads, group, size).transpose(1, 2)
+
+
+def _ungroup(x: Float[Tensor, "B N L G K"]) -> Float[Tensor, "B H L K"]:
+    return x.transpose(1, 2).flatten(2, 3).transpose(1, 2)
+
+
+def _rows(x: Float[Tensor, "B N L G K"], tokens: slice = slice(None)) -> Float[Tensor, "B N R K"]:
+    """Return some tokens, with all heads of a group, as rows of one product."""
+    return x[:, :, tokens].flatten(2, 3)
+
+
+def _products(
+    x: Float[Tensor, "B N L G K"], tokens: slice, matrix: Float[Tensor, "B N K V"]
+) -> Float[Tensor, "B N M G V"]:
+    return (_rows(x, tokens) @ matrix).unflatten(2, (-1, x.shape[3]))
+
+
+def linear_attention(
+    query: Float[Tensor, "B H L K"],
+    key: Float[Tensor, "B N C K"],
+    value: Float[Tensor, "B N C V"],
+    is_key: Bool[Tensor, "B C"] | None,
+    feature_maps: FeatureMaps,
+) -> Float[Tensor, "B H L V"]:
+    """Attend causally with weights feature(query) . feature(key), normalised to sum 1.
+
+    Source: Katharopoulos et al. 2020, arXiv:2006.16236, equations 8 and 9.
+    """
+    mask = _mask(query.shape[2], key.shape[2], is_key, query.device)
+    mask = mask if is_key is None else mask[:, None]
+    query, key = feature_maps.of_query(query), feature_maps.of_key(key)
+    numerator, denominator = masked_linear_sums(query, key, value, mask)
+    return quotient(numerator, denominator).to(value.dtype)
+
+
+def masked_linear_sums(
+    query: Float[Tensor, "B H L F"],
+    key: Float[Tensor, "B N C F"],
+    value: Float[Tensor, "B N C V"],
+    mask: Bool[Tensor, "*#B L C"],
+) -> tuple[Float[Tensor, "B H L V"], Float[Tensor, "B H L 1"]]:
+    """Return numerator and denominator of linear attention to the keys that a mask shows.
+
+    Args:
+        query: features of the queries.
+        key: features of the keys.
+        value: values.
+        mask: True where a query may see a key.
+    """
+    batch, num_heads, num_queries, num_features = query.shape
+    num_kv_heads, num_keys = key.shape[1:3]
+    grouped = query.reshape(batch * num_kv_heads, -1, num_features)
+    key = key.reshape(batch * num_kv_heads, num_keys, num_features)
+    scores = (grouped @ key.transpose(1, 2)).view(batch, num_heads, num_queries, num_keys)
+    scores = scores * mask
+    total = scores.sum(dim=-1, keepdim=True, dtype=computing_dtype(scores.dtype))
+    scores = scores.view(batch * num_kv_heads, -1, num_keys)
+    out = scores @ value.reshape(batch * num_kv_heads, num_keys, -1).to(scores.dtype)
+    return out.view(batch, num_heads, num_queries, -1), total

@@ -1,0 +1,57 @@
+"""The base model in memory, and its folder on disk in Hugging Face form.
+
+Knows neither where a base comes from (`base_sources`) nor what is inside a model.
+"""
+
+from pathlib import Path
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+
+from infini_retrofit.model import base_attention
+from infini_retrofit.pipeline.files import MANIFEST, check_folder, verify_manifest
+
+_MADE_BY = "dvc repro prepare_base"
+
+
+def load_base(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
+    """Load what `bring_base` wrote, in evaluation mode, after comparing it with its manifest."""
+    check_base(folder)
+    verify_manifest(folder, _MADE_BY)
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype, attn_implementation=base_attention.NAME, local_files_only=True
+    )
+    return model.eval()
+
+
+def load_weightless(folder: Path) -> PreTrainedModel:
+    """Build a base's modules without its weights, for what is to be known of their sizes."""
+    check_base(folder)
+    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
+
+
+def check_base(folder: Path) -> None:
+    """Refuse a folder that holds no base, before anything is read.
+
+    Raises:
+        FileNotFoundError: if it is missing or holds something else, or has no manifest.
+    """
+    check_folder(folder, "config.json", "base model", _MADE_BY)
+    if not (folder / MANIFEST).is_file():
+        raise FileNotFoundError(
+            f"{folder / MANIFEST} is missing: run `{_MADE_BY}` to make it, or "
+            "`infini_retrofit.write_manifest` for a folder of your own"
+        )
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
+    """Load the tokenizer that `bring_base` wrote."""
+    return AutoTokenizer.from_pretrained(folder, local_files_only=True)

@@ -1,0 +1,180 @@
+"""Files that leave a stage: metrics, rows of a plot, manifests. Written whole or not at all.
+
+Knows no stage and no metric by name.
+"""
+
+import csv
+import hashlib
+import io
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int32
+
+TokenIds = Int32[np.ndarray, "_"]
+MANIFEST = "manifest.json"
+_CHUNK_BYTES = 1 << 20
+
+
+def write_metrics(path: Path, metrics: Mapping[str, Any]) -> None:
+    """Write one JSON object, flat or nested, with sorted keys.
+
+    Raises:
+        ValueError: if a value is NaN or infinite; a stage that diverged must not look finished.
+    """
+    _refuse_non_finite(metrics, path.name)
+    write_text(path, json.dumps(metrics, indent=2, sort_keys=True, allow_nan=False) + "\n")
+
+
+def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write rows of equal keys as tab-separated values, the first line naming the columns.
+
+    Raises:
+        ValueError: if a value is NaN or infinite.
+    """
+    assert rows, path
+    assert all(row.keys() == rows[0].keys() for row in rows), path
+    for row in rows:
+        _refuse_non_finite(row, path.name)
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, list(rows[0]), delimiter="\t", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_text(path, text.getvalue())
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write UTF-8 text under another name first, so that no reader sees half a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text, encoding="utf-8", newline="\n")
+    partial.replace(path)
+
+
+def write_manifest(folder: Path) -> None:
+    """Write the sha256 of every other file below `folder` to its `manifest.json`."""
+    digests = {name: sha256(folder / name) for name in _file_names(folder)}
+    write_text(folder / MANIFEST, json.dumps(digests, indent=2, sort_keys=True) + "\n")
+
+
+def verify_manifest(folder: Path, made_by: str = "dvc repro") -> None:
+    """Compare a folder with its manifest.
+
+    DVC does not notice a flipped byte in its cache, so whoever loads weights calls this first.
+
+    Args:
+        folder: the folder that `write_manifest` was given.
+        made_by: the command that makes the folder, for the message.
+
+    Raises:
+        FileNotFoundError: if the folder or its manifest does not exist.
+        ValueError: if a file differs, is missing or is unlisted; it is named.
+    """
+    path = folder / MANIFEST
+    check_made(path, made_by)
+    digests = json.loads(path.read_text(encoding="utf-8"))
+    for name in sorted(digests.keys() ^ set(_file_names(folder))):
+        fault = "is missing" if name in digests else "is not in its manifest"
+        raise ValueError(f"{folder / name} {fault}: delete {folder} and run `{made_by}`")
+    for name, digest in digests.items():
+        if sha256(folder / name) != digest:
+            raise ValueError(
+                f"{folder / name} differs from its manifest (sha256): "
+                f"delete {folder} and run `{made_by}`"
+            )
+
+
+def check_made(path: Path, made_by: str) -> None:
+    """Refuse a file that is not there, and say which command makes it.
+
+    Raises:
+        FileNotFoundError: if it is missing.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing: run `{made_by}` to make it")
+
+
+def check_folder(folder: Path, file: str, kind: str, made_by: str) -> None:
+    """Refuse a folder that is not there or holds something else, and say which ones do not.
+
+    Args:
+        folder: as the user named it.
+        file: that every folder of this kind holds.
+        kind: what the folder is to be, for the message.
+        made_by: the command that makes one, for the message.
+
+    Raises:
+        FileNotFoundError: with the folders of this kind that stand beside it.
+    """
+    if (folder / file).is_file():
+        return
+    fault = f"holds no {file}: it is no {kind}" if folder.is_dir() else "is missing"
+    separator = ";" if folder.is_dir() else ":"
+    beside = sorted(str(path.parent) for path in folder.parent.glob(f"*/{file}"))
+    here = f" in the project's folder (this one is {Path.cwd()})"
+    way_out = f"; found beside it: {', '.join(beside)}" if beside else here
+    raise FileNotFoundError(
+        f"{folder} {fault}{separator} run `{made_by}` to make a {kind}{way_out}"
+    )
+
+
+def sha256(path: Path) -> str:
+    """Return the SHA-256 of a file's bytes in hexadecimal."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _file_names(folder: Path) -> list[str]:
+    """List every file below `folder` but its manifest, with forward slashes."""
+    names = (p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
+    return sorted(name for name in names if name != MANIFEST)
+
+
+def _refuse_non_finite(value: Any, name: str) -> None:
+    """Walk through nested values and refuse the first that is NaN or infinite."""
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            _refuse_non_finite(item, f"{name}: {key}")
+    elif isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{name} must be finite, got {value}; nothing was written")
+
+
+def render(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Align rows under the header: the first column to the left, the others to the right."""
+    widths = [max(3, *map(len, column)) for column in zip(header, *rows, strict=True)]
+    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
+    return "\n".join(_row(line, widths) for line in (header, rule, *rows))
+
+
+def _row(cells: Sequence[str], widths: Sequence[int]) -> str:
+    first, *rest = cells
+    aligned = [first.ljust(widths[0]), *map(str.rjust, rest, widths[1:])]
+    return f"| {' | '.join(aligned)} |"
+
+
+def read_token_rows(path: Path) -> list[TokenIds]:
+    """Read the tokens of each row of a file of articles or documents, as writable arrays.
+
+    Raises:
+        FileNotFoundError: if the file is missing; the stage that makes it is named.
+    """
+    rows: list[np.ndarray] = []
+    for chunk in read_table(path, ["input_ids"])["input_ids"].chunks:
+        ends = np.cumsum(np.diff(chunk.offsets.to_numpy()))
+        rows += np.split(np.array(chunk.flatten().to_numpy()), ends[:-1])
+    return rows
+
+
+def read_table(path: Path, columns: list[str]) -> Any:
+    """Read columns of a file that a stage `prepare_<folder>` wrote."""
+    import pyarrow.parquet as pq  # here, for the library runs without it
+
+    check_made(path, f"dvc repro prepare_{path.parent.name}")
+    return pq.read_table(path, columns=columns)

@@ -1,0 +1,84 @@
+"""The tokens of prepared texts as tensors.
+
+Knows no path and no model.
+
+Axes:
+    B  document or sample
+    T  token
+    Stream  token of the stream
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from infini_retrofit.pipeline.files import read_token_rows
+
+
+@dataclass(frozen=True)
+class TestText:
+    """What models are scored on.
+
+    Attributes:
+        stream: the test split's articles, one after another.
+        documents: long documents of the test split.
+        titles: of the article that each document is cut from.
+    """
+
+    stream: Int[Tensor, "Stream"]
+    documents: Int[Tensor, "B T"]
+    titles: list[str]
+
+
+def read_test_text(
+    articles: Path, documents: Path, max_tokens: int, max_documents: int
+) -> TestText:
+    """Read the start of a stream, and the first documents with their titles."""
+    return TestText(
+        read_stream(articles, max_tokens),
+        read_documents(documents, max_documents),
+        read_titles(documents, max_documents),
+    )
+
+
+def read_stream(path: Path, max_tokens: int | None = None) -> Int[Tensor, "T"]:
+    """Return the articles one after another, cut after `max_tokens`."""
+    tokens = np.concatenate(read_token_rows(path))[:max_tokens]
+    return torch.from_numpy(tokens.astype(np.int64))
+
+
+def read_documents(path: Path, max_documents: int) -> Int[Tensor, "B T"]:
+    """Return the first documents, all of one length."""
+    rows = read_token_rows(path)[:max_documents]
+    return torch.from_numpy(np.stack(rows).astype(np.int64))
+
+
+def read_titles(path: Path, max_documents: int) -> list[str]:
+    """Return the title of the article that each of the first documents is cut from."""
+    return pq.read_table(path, columns=["title"])["title"].to_pylist()[:max_documents]
+
+
+def read_samples(path: Path, tokens_per_sample: int, max_samples: int) -> Int[Tensor, "B T"]:
+    """Cut articles into samples, the first of every article before the second of any.
+
+    Raises:
+        ValueError: if no article is as long as one sample.
+    """
+    articles = read_token_rows(path)
+    samples = [
+        article[begin : begin + tokens_per_sample]
+        for begin in range(0, max(map(len, articles)), tokens_per_sample)
+        for article in articles
+        if len(article) >= begin + tokens_per_sample
+    ]
+    if not samples:
+        raise ValueError(
+            f"distill.tokens_per_sample must be at most the longest article of {path}, "
+            f"{max(map(len, articles))} tokens, got {tokens_per_sample}"
+        )
+    return torch.from_numpy(np.stack(samples[:max_samples]).astype(np.int64))

@@ -1,0 +1,4 @@
+"""What leaves the project: exported folders, model cards, lm-eval, offline plots.
+
+Knows nothing of training.
+"""

@@ -1,0 +1,203 @@
+"""A retrofitted model for lm-evaluation-harness, which streams documents of any length.
+
+`python -m infini_retrofit.share.lm_eval` is the command `lm_eval` with one more model, `infini`.
+Every layer sees one segment at a time (protocol `segment`); memory and local context cross. Knows
+no task.
+"""
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Int
+from lm_eval.__main__ import cli_evaluate
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import TemplateLM
+from lm_eval.api.registry import register_model
+from torch import Tensor
+from tqdm import tqdm
+
+from infini_retrofit.layer.state import Carrier
+from infini_retrofit.model.base import load_tokenizer
+from infini_retrofit.model.checkpoints import load_retrofit
+from infini_retrofit.model.running import run_folded
+from infini_retrofit.pipeline.device import pick_device, pick_dtype
+from infini_retrofit.pipeline.guard import run_stage
+from infini_retrofit.scoring.labels import Labelled, next_tokens
+from infini_retrofit.scoring.losses import token_nlls
+
+# Segments that go through the model at once; memory, not speed, bounds it.
+SEGMENTS_PER_PIECE = 16
+_ABOUT = """\
+One model more than lm-eval has: --model infini --model_args retrofit=FOLDER,base=FOLDER,dtype=NAME
+(models/finetuned, models/base and auto; bfloat16 and float32 are the other types). Tasks of this
+project: --include_path eval_tasks --tasks article_perplexity,article_last_word
+"""
+
+
+@register_model("infini")
+class InfiniLM(TemplateLM):
+    """A base with what was put into it, under the protocol `segment`.
+
+    The first token of a text is not scored, and no token is put before it. Texts go through the
+    model one at a time, whatever the batch size.
+    """
+
+    def __init__(
+        self,
+        retrofit: str = "models/finetuned",
+        base: str = "models/base",
+        dtype: str = "auto",
+        device: str | None = None,
+        batch_size: int | str = 1,
+        max_batch_size: int | None = None,
+    ) -> None:
+        """Load the model.
+
+        Args:
+            retrofit: folder of a trained model, distilled, finetuned or control.
+            base: folder of its base.
+            dtype: bfloat16, float32, or auto: bfloat16 where it is fast.
+            device: where to compute; None: a GPU if there is one.
+            batch_size: ignored.
+            max_batch_size: ignored.
+
+        Raises:
+            ValueError: if `dtype` is none of these.
+        """
+        super().__init__()
+        # The harness asks for a GPU by itself, there or not.
+        can_have = device and (torch.cuda.is_available() or not device.startswith("cuda"))
+        self._device = torch.device(device) if can_have else pick_device()
+        number_type = _number_type(dtype, self._device)
+        model, infini = load_retrofit(Path(base), Path(retrofit), number_type)
+        self.model = model.to(self._device)
+        self.segment_length = infini.segment_length
+        self.tokenizer = load_tokenizer(Path(base))
+
+    @property
+    def eot_token_id(self) -> int:
+        """The token that stands for an empty context."""
+        return self.tokenizer.eos_token_id
+
+    def tok_encode(
+        self, string: str, add_special_tokens: bool | None = None, **_: object
+    ) -> list[int]:
+        """Encode as this project does everywhere: no special tokens."""
+        return self.tokenizer.encode(string, add_special_tokens=False)
+
+    def loglikelihood_rolling(
+        self, requests: list[Instance], disable_tqdm: bool = False
+    ) -> list[float]:
+        """Return the log-likelihood of each text but its first token."""
+        scores = []
+        for request in tqdm(requests, desc="texts", disable=disable_tqdm):
+            ids = self.tok_encode(request.args[0])
+            scores.append(sum(map(self._log_likelihood, self._pieces(ids)), 0.0))
+            self.cache_hook.add_partial("loglikelihood_rolling", request.args, scores[-1])
+        return scores
+
+    def _loglikelihood_tokens(
+        self,
+        requests: list[tuple[tuple[str, str], list[int], list[int]]],
+        disable_tqdm: bool = False,
+        **_: object,
+    ) -> list[tuple[float, bool]]:
+        """Return each continuation's log-likelihood, and whether greedy decoding would give it."""
+        answers = []
+        for texts, context, continuation in tqdm(requests, desc="texts", disable=disable_tqdm):
+            score, is_greedy = 0.0, True
+            for end in self._ends(context + continuation, len(continuation)):
+                score += self._log_likelihood(end)
+                is_greedy = is_greedy and self._is_greedy(end)
+            answers.append((score, is_greedy))
+            self.cache_hook.add_partial("loglikelihood", texts, answers[-1])
+        return answers
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        """Refuse: an exported model generates, as the harness's own model `hf`.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(
+            "output_type of a task must be loglikelihood, loglikelihood_rolling or multiple_choice "
+            "for --model infini, which scores texts, got generate_until: export the retrofit and "
+            "use --model hf"
+        )
+
+    def _ends(self, ids: list[int], num_tokens: int) -> Iterator[Labelled]:
+        """Yield the last tokens as labels, with the hidden states that are to predict them."""
+        num_before = len(ids) - 1 - num_tokens
+        for hidden_states, labels in self._pieces(ids):
+            skipped = max(0, min(num_before, len(labels)))
+            num_before -= skipped
+            yield hidden_states[skipped:], labels[skipped:]
+
+    @torch.inference_mode()
+    def _pieces(self, ids: list[int]) -> Iterator[Labelled]:
+        """Yield every token but the first as a label, with the hidden state that is to predict it.
+
+        The last hidden state of a piece predicts the first token of the next.
+        """
+        before, last = {}, None
+        length = SEGMENTS_PER_PIECE * self.segment_length
+        for begin in range(0, len(ids), length):
+            carrier = Carrier(before=before)
+            piece = torch.tensor(ids[begin : begin + length], device=self._device)
+            hidden_states = self._run(piece, begin, carrier)
+            if last is not None:
+                hidden_states = torch.cat([last[0], hidden_states])
+                piece = torch.cat([last[1], piece])
+            before, last = carrier.after, (hidden_states[-1:], piece[-1:])
+            yield next_tokens(piece, hidden_states)
+
+    def _run(self, piece: Int[Tensor, "T"], first_position: int, carrier: Carrier) -> Tensor:
+        """Return hidden states (T D); what fills the last segment comes after all that counts."""
+        missing = -len(piece) % self.segment_length
+        documents = F.pad(piece, (0, missing))[None]
+        hidden_states = run_folded(
+            self.model,
+            documents,
+            self.segment_length,
+            carrier=carrier,
+            first_position=first_position,
+        )
+        return hidden_states[0, : len(piece)]
+
+    @torch.inference_mode()
+    def _log_likelihood(self, labelled: Labelled) -> float:
+        hidden_states, labels = labelled
+        nlls = token_nlls(hidden_states, self.model.get_output_embeddings().weight, labels)
+        return -nlls.double().sum().item()
+
+    @torch.inference_mode()
+    def _is_greedy(self, labelled: Labelled) -> bool:
+        hidden_states, labels = labelled
+        logits = hidden_states @ self.model.get_output_embeddings().weight.T
+        return bool((logits.argmax(-1) == labels).all())
+
+
+def _number_type(name: str, device: torch.device) -> torch.dtype:
+    """Return the number type of a name."""
+    choices = {
+        "auto": pick_dtype(device),
+        "bfloat16": torch.bfloat16,
+        "float32": torch.float32,
+    }
+    if name not in choices:
+        raise ValueError(f"dtype must be one of {', '.join(sorted(choices))}, got {name}")
+    return choices[name]
+
+
+def main() -> None:
+    """Run the harness's own command line, and say before its help what is added to it."""
+    if len(sys.argv) == 1 or {"-h", "--help"} & set(sys.argv):
+        print(_ABOUT)
+    cli_evaluate()
+
+
+if __name__ == "__main__":
+    run_stage(main)

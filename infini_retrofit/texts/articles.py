@@ -1,0 +1,173 @@
+"""Where articles come from: gensim's Wikipedia sample, the Hugging Face Hub, the user's files.
+
+Every text leaves here clean. All of a corpus is held in memory. What is imported late takes
+seconds to import, and one source needs none of the others'.
+"""
+
+import bz2
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from infini_retrofit.pipeline.files import sha256
+from infini_retrofit.texts.corpora import CorpusShares, FilesCorpus, GensimCorpus, HubCorpus
+from infini_retrofit.texts.splits import Article
+from infini_retrofit.texts.wikimarkup import clean_article
+from infini_retrofit.texts.wikitext import is_wikitext, split_wikitext
+
+SAMPLE_FILE = "enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2"
+SAMPLE_SHA256 = "a53f4648dec40467ebdcbc7a1307eddb51fe6e28e9309f6ebde81ba0d04bea2d"
+TITLE_COLUMNS = ("title", "short_book_title")  # the first that there is; PG-19 has the second
+_NO_ARTICLE = re.compile(
+    r"\s*#\s*redirect|.*\{\{\s*(?:disambig|disambiguation|hndis|geodis|surname)\s*[|}]",
+    re.IGNORECASE | re.DOTALL,
+)
+
+
+def read_corpus(corpus: CorpusShares) -> list[Article]:
+    """Read all articles of the corpus that the parameters choose.
+
+    Raises:
+        FileNotFoundError: if the user's path does not exist.
+        ConnectionError: if the Hub cannot be reached and its files are not in the local cache.
+        ValueError: if a file has another sha256 than it should, is empty, is not UTF-8 text, is no
+            parquet file, or has no column `text`; the file is named.
+    """
+    if isinstance(corpus, GensimCorpus):
+        return read_gensim_sample()
+    if isinstance(corpus, HubCorpus):
+        return read_hub(corpus)
+    assert isinstance(corpus, FilesCorpus), corpus
+    return read_files(Path(corpus.path))
+
+
+def read_gensim_sample() -> list[Article]:
+    """Read the sample that gensim ships for its own tests."""
+    from gensim.test.utils import datapath
+
+    path = Path(datapath(SAMPLE_FILE))
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing: run `pip install --force-reinstall gensim`")
+    check_sha256(path, SAMPLE_SHA256)
+    return list(read_dump(path))
+
+
+def check_sha256(path: Path, expected: str) -> None:
+    """Refuse a file that is not, byte for byte, the one the numbers were measured on."""
+    if sha256(path) != expected:
+        raise ValueError(f"{path} must have the sha256 {expected}, got {sha256(path)}")
+
+
+def read_dump(path: Path) -> Iterator[Article]:
+    """Read a bz2 MediaWiki dump; redirects and lists of homonyms are no articles."""
+    from gensim.corpora.wikicorpus import extract_pages
+
+    with bz2.open(path) as file:
+        for title, markup, _ in extract_pages(file, filter_namespaces=("0",)):
+            text = "" if _NO_ARTICLE.match(markup) else clean_article(markup)
+            if text:
+                yield Article(title, f"{title}\n\n{text}")
+
+
+def read_hub(corpus: HubCorpus) -> list[Article]:
+    """Read a data set's parquet files by name, so that no other revision can slip in."""
+    from infini_retrofit.texts.hub import fetch_snapshot, matching_files
+
+    folder = fetch_snapshot(
+        corpus.repo_id,
+        corpus.revision,
+        [corpus.files],
+        embedded="corpus: wikipedia-sample",
+        repo_type="dataset",
+    )
+    paths = matching_files(folder, [corpus.files])
+    if not paths:
+        raise ValueError(
+            f"corpora.<preset>.files must match parquet files in {corpus.repo_id}, "
+            f"got {corpus.files!r}"
+        )
+    rows = [row for path in paths for row in _read_parquet(path, path.name)]
+    return _assemble(rows, paths[0].parent)
+
+
+def read_files(path: Path) -> list[Article]:
+    """Read `*.txt` (UTF-8) and `*.parquet` (a column `text` and perhaps one of titles).
+
+    One file, or one row, is one article; in the WikiText form it is cut at the articles' titles.
+    An article without a title goes by its file's name below `path`.
+    """
+    if not path.exists():
+        raise FileNotFoundError(
+            f"{path} is missing: corpora.<preset>.path must be a folder or file of your own texts"
+        )
+    root = path if path.is_dir() else path.parent
+    found = sorted(path.rglob("*")) if path.is_dir() else [path]
+    paths = [file for file in found if file.suffix in (".txt", ".parquet") and file.is_file()]
+    if not paths:
+        raise ValueError(f"corpora.<preset>.path must hold *.txt or *.parquet files, got {path}")
+    articles: list[Article] = []
+    for file in paths:
+        read = _read_parquet if file.suffix == ".parquet" else _read_text
+        articles += _assemble(read(file, file.relative_to(root).as_posix()), file)
+    return articles
+
+
+def _read_text(path: Path, name: str) -> list[Article]:
+    """Read one text file, still as it stands."""
+    try:
+        return [Article(name, path.read_text(encoding="utf-8-sig"))]
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{path} must be UTF-8 text, got byte 0x{error.object[error.start]:02x} "
+            f"at position {error.start}"
+        ) from error
+
+
+def _read_parquet(path: Path, name: str) -> list[Article]:
+    """Read the rows of one parquet file, still as they stand."""
+    try:
+        names = pq.read_schema(path).names
+        title_column = next((column for column in TITLE_COLUMNS if column in names), None)
+        columns = [column for column in ("text", title_column) if column in names]
+        table = pq.read_table(path, columns=columns)
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(f"{path} must be a parquet file, got one that cannot be read") from error
+    if "text" not in columns or not all(_is_text(table[column].type) for column in columns):
+        raise ValueError(
+            f"{path} must have a column text (and may have a column title) of strings, "
+            f"got {', '.join(map(str, names))}"
+        )
+    texts = [text or "" for text in table["text"].to_pylist()]
+    titles = table[title_column].to_pylist() if title_column else [None] * len(texts)
+    rows = enumerate(zip(titles, texts, strict=True))
+    return [Article(title or f"{name} row {i}", text) for i, (title, text) in rows]
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    """Tell whether a column holds strings."""
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind)
+
+
+def _assemble(rows: list[Article], path: Path) -> list[Article]:
+    """Make articles of the rows: cut the WikiText form, tidy lines, drop what has no text."""
+    if is_wikitext(_lines(rows)):
+        return list(split_wikitext(_lines(rows)))
+    tidied = [Article(row.title, _tidy_lines(row.text)) for row in rows]
+    articles = [article for article in tidied if article.text]
+    if not articles:
+        raise ValueError(f"{path} must hold text, got an empty file")
+    return articles
+
+
+def _lines(rows: list[Article]) -> Iterator[str]:
+    """Go through the lines of all rows."""
+    return (line for row in rows for line in row.text.splitlines())
+
+
+def _tidy_lines(text: str) -> str:
+    """Remove spaces at the ends of lines and runs of empty lines."""
+    text = "\n".join(line.rstrip() for line in text.splitlines())
+    return re.sub(r"\n{3,}", "\n\n", text).strip()

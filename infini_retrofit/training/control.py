@@ -1,0 +1,72 @@
+"""TODO."""
+
+from dataclasses import asdict, dataclass, replace
+from typing import Literal
+
+from transformers import PreTrainedModel
+
+from infini_retrofit.layer.form import InfiniParams
+from infini_retrofit.model.retrofit import insert_infini, resolve_layers, without_memory
+from infini_retrofit.training.finetuning import FinetuneParams, Trainable
+
+
+@dataclass(frozen=True, kw_only=True)
+class ControlParams:
+    """Section `finetune_control` of params.yaml: where the control trains differently."""
+
+    trainable: Trainable | Literal["same"]  # same: as `finetune` says
+    lr: float | Literal["same"]
+
+    def __post_init__(self) -> None:
+        """Refuse a learning rate that would not train."""
+        if self.lr != "same" and self.lr <= 0:
+            raise ValueError(f"finetune_control.lr must be same or above 0, got {self.lr}")
+
+    def applied_to(self, params: FinetuneParams) -> FinetuneParams:
+        """Return section `finetune` as it holds for the control."""
+        return replace(params, **{k: v for k, v in asdict(self).items() if v != "same"})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Control:
+    """What a control is and how it trains; equal for retrofits that it cannot tell apart."""
+
+    infini: InfiniParams
+    finetune: FinetuneParams
+
+
+def plan_control(
+    infini: InfiniParams, params: FinetuneParams, own: ControlParams, num_layers: int
+) -> Control:
+    """Say what a retrofit's control is, without what makes no difference to it.
+
+    Its layers do, however it trains: in a sliding window they see their segment only.
+
+    Args:
+        infini: the form of the retrofit.
+        params: section `finetune`.
+        own: section `finetune_control`.
+        num_layers: of the base.
+    """
+    params = own.applied_to(params)
+    params = replace(params, lr_scale=replace(params.lr_scale, memory=1.0))
+    layers = resolve_layers(infini.layers, num_layers)
+    if params.trainable == "infini" and len(layers) == num_layers and not infini.whole_layers:
+        params = replace(params, trainable="attention")
+    plain = without_memory(replace(infini, layers=layers), infini.local_context)
+    init = infini.init if infini.whole_layers else plain.init
+    return Control(infini=replace(plain, init=init), finetune=params)
+
+
+def make_control(model: PreTrainedModel, infini: InfiniParams) -> InfiniParams:
+    """Confine a base model to segments in the layers of a retrofit, without a memory, in place.
+
+    Its attention keeps the base's form and weights. Fine-tuned alike, it shows what the
+    retrofit owes to having seen these texts.
+
+    Returns:
+        The control's form.
+    """
+    control = without_memory(infini, infini.local_context)
+    insert_infini(model, control)
+    return control

@@ -1,0 +1,163 @@
+"""Which parameters of a retrofitted model train, and in which groups of a learning rate.
+
+Knows nothing of rates, losses and adapters.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from infini_retrofit.layer.attention import InfiniAttention
+from infini_retrofit.model.families import PROJECTIONS, decoder_layers
+from infini_retrofit.model.retrofit import attention_modules, infini_modules
+
+Part = Literal["memory", "infini", "attention", "all"]
+OF_MEMORY = ("gate", "alpha", "memory")
+GROUPS = (*OF_MEMORY, "infini", "rest")
+
+
+def set_trainable(
+    model: PreTrainedModel,
+    part: Part,
+    whole_layers: bool = False,
+    frozen_dtype: torch.dtype | None = None,
+) -> dict[str, list[nn.Parameter]]:
+    """Freeze all but one part of the model, whose parameters become float32.
+
+    Load the model in float32 and name the dtype of the rest, so that what trains starts from
+    unrounded weights.
+
+    Args:
+        model: a retrofitted model.
+        part: `memory`: what the Infini attention has and a base's has not; `infini`: all of the
+            Infini attention; `attention`: the attention of every layer; `all`.
+        whole_layers: let `infini` mean the MLP and norms of the Infini layers as well.
+        frozen_dtype: of what does not train; None: as it is.
+
+    Returns:
+        The trainable parameters in groups: `gate` (what needs a rate in logits), `alpha`,
+        `memory` (what else a base has no counterpart of), `infini` and `rest`.
+    """
+    infini = infini_modules(model)
+    owners = [decoder_layers(model)[i] if whole_layers else infini[i] for i in infini]
+    group_of = _groups_by_id(owners, infini.values())
+    chosen = {
+        "memory": owners,
+        "infini": owners,
+        "attention": attention_modules(model) + owners,
+        "all": [model],
+    }[part]
+    groups: dict[str, list[nn.Parameter]] = {name: [] for name in GROUPS}
+    model.requires_grad_(False)
+    parameters = {id(p): p for module in chosen for p in module.parameters()}
+    for key, parameter in parameters.items():
+        group = group_of.get(key, "rest")
+        if part != "memory" or group in OF_MEMORY:
+            parameter.data = parameter.data.float()
+            parameter.requires_grad_(True)
+            groups[group].append(parameter)
+    if frozen_dtype is not None:
+        for parameter in model.parameters():
+            if not parameter.requires_grad:
+                parameter.data = parameter.data.to(frozen_dtype)
+    return groups
+
+
+def _groups_by_id(owners: Iterable[nn.Module], infini: Iterable[InfiniAttention]) -> dict[int, str]:
+    """Return the group of every parameter that is not one of the rest, by its id."""
+    group_of = {id(p): "infini" for owner in owners for p in owner.parameters()}
+    for module in infini:
+        for name, parameters in module.memory_parameters().items():
+            group_of |= {id(p): name for p in parameters}
+    return group_of
+
+
+# GPT-NeoX projects to queries, keys and values at once.
+ADAPTED = (*PROJECTIONS, "query_key_value", "dense")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraParams:
+    """Section `finetune.lora` of params.yaml."""
+
+    rank: int
+    alpha: float  # the adapters' scale is alpha / rank
+
+    def __post_init__(self) -> None:
+        """Refuse adapters that could not change anything."""
+        if self.rank < 1:
+            raise ValueError(f"finetune.lora.rank must be at least 1, got {self.rank}")
+        if self.alpha <= 0:
+            raise ValueError(f"finetune.lora.alpha must be greater than 0, got {self.alpha}")
+
+
+@dataclass(frozen=True)
+class Adapters:
+    """The adapters in a model, and all that trains with them.
+
+    Attributes:
+        groups: the trainable parameters by group, as `set_trainable` returns them: `infini` holds
+            the adapters of Infini layers, `rest` those of the base's own attention.
+    """
+
+    tuner: nn.Module
+    groups: dict[str, list[nn.Parameter]]
+
+    def merge(self) -> None:
+        """Add the adapters to the weights that they adapt, and take them out."""
+        self.tuner.merge_and_unload()
+
+
+def add_lora(
+    model: PreTrainedModel, params: LoraParams, seed: int, frozen_dtype: torch.dtype | None = None
+) -> Adapters:
+    """Put adapters that start as nothing on all attention projections, in place.
+
+    Args:
+        model: a retrofitted model, a control or a base, in float32.
+        params: the adapters' size.
+        seed: of the adapters' half that starts at random.
+        frozen_dtype: of what neither trains nor is adapted; None: as it is. What is adapted stays
+            unrounded, because it is saved with the adapters merged in.
+    """
+    from peft import LoraConfig  # here, for what else trains needs no peft
+    from peft.tuners.lora import LoraModel
+
+    groups = set_trainable(model, "memory")
+    projections = _projections(model)
+    config = LoraConfig(r=params.rank, lora_alpha=params.alpha, target_modules=list(projections))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        tuner = LoraModel(model, config, "default")
+    for parameter in (p for group in groups.values() for p in group):
+        parameter.requires_grad_(True)  # peft freezes all that is not its own
+    _round_frozen(model, projections, frozen_dtype)
+    of_infini = {id(p) for m in infini_modules(model).values() for p in m.parameters()}
+    for name, parameter in model.named_parameters():
+        if ".lora_" in name:
+            groups["infini" if id(parameter) in of_infini else "rest"].append(parameter)
+    return Adapters(tuner, groups)
+
+
+def _projections(model: PreTrainedModel) -> dict[str, nn.Linear]:
+    """Return the projections of every attention module, by their names in the model."""
+    inside = {id(m) for attention in attention_modules(model) for m in attention.modules()}
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if id(module) in inside and name.rpartition(".")[2] in ADAPTED
+    }
+
+
+def _round_frozen(
+    model: PreTrainedModel, projections: dict[str, nn.Linear], dtype: torch.dtype | None
+) -> None:
+    """Give what neither trains nor is adapted its dtype for the run."""
+    adapted = {id(p) for projection in projections.values() for p in projection.parameters()}
+    for parameter in model.parameters():
+        if dtype is not None and not parameter.requires_grad and id(parameter) not in adapted:
+            parameter.data = parameter.data.to(dtype)
