@@ -20,7 +20,6 @@ from infini_retrofit.model.families import FAMILIES
 from infini_retrofit.model.retrofit import insert_infini
 from infini_retrofit.model.running import run_in_layer
 from infini_retrofit.scoring import labels
-from infini_retrofit.scoring import score as perplexity
 from infini_retrofit.scoring.labels import t2_nlls
 from infini_retrofit.scoring.score import (
     Score,
@@ -141,7 +140,7 @@ def test_a_memory_that_lives_on_between_windows_lets_future_tokens_in(monkeypatc
         return hidden.last_hidden_state
 
     monkeypatch.setattr(protocols, "WINDOWS_PER_BATCH", 1)
-    monkeypatch.setattr(perplexity, "run_in_layer", run_with_living_memory)
+    monkeypatch.setattr(protocols, "run_in_layer", run_with_living_memory)
     ids = ids_for(model, STREAM)
     other = ids.clone()
     other[changed:] = (other[changed:] + 1) % model.config.vocab_size
