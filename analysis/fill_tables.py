@@ -15,7 +15,7 @@ from analysis.against import comparable, gain, read_scores
 from analysis.picture import draw, save
 from analysis.reading import layout
 from analysis.table import GAINS, LABELS, PROTOCOLS, find, markdown
-from analysis.table_rows import BEST, CHOICES, SEED_RECIPES, WITHOUT, WON, Shown
+from analysis.table_rows import BEST, CHOICES, DROPPED, SEED_RECIPES, WITHOUT, WON, Shown
 from infini_retrofit.pipeline.files import render
 from recipes.finished import Finished, sources_of
 from recipes.kept import read_kept
@@ -58,12 +58,12 @@ def shown(value: float | None) -> str:
 
 
 def recipes_by_ppl(experiments: Mapping[str, Finished]) -> list[str]:
-    """Name the recipes that share a budget, the best under `segment` first."""
+    """Name the recipes that share a budget and those dropped, the best under `segment` first."""
 
     def ppl(name: str) -> float:
         return find(experiments[name].metrics, "eval_sliding", "finetuned", "segment_test_ppl")
 
-    shared = [name for name in recipe_names() if name not in SEED_RECIPES]
+    shared = [name for name in (*recipe_names(), *DROPPED) if name not in SEED_RECIPES]
     return sorted((name for name in shared if name in experiments), key=ppl)
 
 

@@ -4,6 +4,7 @@ Numbers stand in results/ alone; see `fill_tables`, which reads them.
 """
 
 SEED_RECIPES = ("v1", "v1-fixed", "v2", "v2-fixed", "two-stage", "two-stage-fixed")  # docs/seeds.md
+DROPPED = ("lolcats",)  # of the recipes' budget; their form and recipe are gone from the code
 # Of one control and one budget; each differs from another in what README speaks of.
 CHOICES = (
     *("infini-all-delta", "infini-all", "infini-all-gamma", "infini-all-forgetting"),

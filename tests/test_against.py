@@ -97,10 +97,10 @@ def test_experiments_that_do_not_compare_are_parted(revisions, monkeypatch, caps
     revisions |= {"rotated": revision_of("mine", base=np.roll(DRAWN[4], 1))}
     revisions |= {"other segments": revision_of("mine", confined=0.1)}
     names = ["mine", "rotated", "other texts", "theirs", "control", "other base", "old"]
-    names += ["other segments", "lolcats"]
+    names += ["other segments", "scratch"]
     parts = against.comparable(revisions, names)
     assert [found for _, found in parts] == [
-        *(["mine", "theirs", "control", "lolcats"], ["rotated"], ["other texts"]),
+        *(["mine", "theirs", "control", "scratch"], ["rotated"], ["other texts"]),
         *(["other base"], ["old"], ["other segments"]),
     ]
     ppl, confined = np.exp(DRAWN[4].mean()), np.exp(DRAWN[4].mean() + 0.1)

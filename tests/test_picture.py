@@ -15,7 +15,7 @@ PLAIN = {"eval_sliding": {"finetuned": {"segment_test_ppl": 24.0, "state_bytes":
 COMMIT = commit(
     experiment("infini-all", SCORED), experiment("parallel", OLD), experiment("control", PLAIN)
 )
-NAMES = ["parallel", "infini-all", "lolcats", "control"]
+NAMES = ["parallel", "infini-all", "scratch", "control"]
 
 
 def test_each_number_is_a_mark_on_the_line_of_its_experiment():

@@ -99,19 +99,19 @@ def test_an_experiment_that_has_not_finished_is_none(state):
 
 @pytest.mark.parametrize("newer_first", [True, False])
 def test_the_newest_experiment_of_a_name_counts(newer_first):
-    old = experiment("lolcats", {"finetune": {"num_trained_tokens": 1}}, day=2)
-    new = experiment("lolcats", {"finetune": {"num_trained_tokens": 2}}, day=10)
+    old = experiment("parallel", {"finetune": {"num_trained_tokens": 1}}, day=2)
+    new = experiment("parallel", {"finetune": {"num_trained_tokens": 2}}, day=10)
     commits = [commit(new), commit(old)] if newer_first else [commit(old), commit(new)]
     (newest,) = finished(commits).values()
     assert newest.metrics["metrics/finetune.json"]["data"]["num_trained_tokens"] == 2
 
 
 def test_without_names_the_recipes_that_have_run_are_shown(capsys, monkeypatch):
-    shown = [experiment(name, METRICS) for name in ("lolcats", "my-own-name", "infini-all")]
+    shown = [experiment(name, METRICS) for name in ("parallel", "my-own-name", "infini-all")]
     monkeypatch.setattr(reading, "all_experiments", lambda: [commit(*shown)])
     command_line.main(["--table"])
     rows = list(map(cells, capsys.readouterr().out.splitlines()[2:]))
-    assert rows == [ROW, ["lolcats", *ROW[1:]]]
+    assert rows == [ROW, ["parallel", *ROW[1:]]]
     command_line.main(["--table", "my-own-name", "control"])
     rows = list(map(cells, capsys.readouterr().out.splitlines()[2:]))
     assert rows == [["my-own-name", *ROW[1:]], ["control", *["-"] * len(MEMORY)]]

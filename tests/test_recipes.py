@@ -18,14 +18,13 @@ from tests.tiny_project import ROOT, run_stage, write_params
 
 PLANNED = {
     *("infini-layer0", "parallel", "hybrid-last", "infini-all", "infini-all-delta"),
-    *("infini-all-gamma", "lolcats", "scratch", "control"),
+    *("infini-all-gamma", "scratch", "control"),
 }
 # Recipes whose rows do not compare with the others', and the keys in which they do not.
 OWN_BUDGET = {
     "scratch": {"finetune.epochs", "finetune.patience", "finetune.lr"},
     "memory-only": {"finetune.lr"},
     "memory-and-context": {"finetune.lr"},
-    "lolcats": {"distill.epochs"},
 }
 
 
@@ -127,7 +126,7 @@ def test_the_user_s_own_setting_wins_wherever_it_stands(capsys):
 
 
 def test_a_recipe_does_not_inherit_what_an_earlier_one_left_in_the_workspace(capsys):
-    clean = apply(recipes(capsys, "lolcats --print"))
+    clean = apply(recipes(capsys, "memory-only --print"))
     after_another = apply(recipes(capsys, "hybrid-last --print"))
     assert after_another["infini.feature_map"] == "elu1" != clean["infini.feature_map"]
     assert after_another["finetune.trainable"] == "infini" != clean["finetune.trainable"]
@@ -144,9 +143,9 @@ def test_a_recipe_does_not_inherit_what_an_earlier_one_left_in_the_workspace(cap
 def test_recipes_of_one_call_do_not_inherit_from_each_other(capsys):
     alone = apply(recipes(capsys, "hybrid-last --print"))
     shutil.copyfile(ROOT / "params.yaml", "params.yaml")
-    copies = recipes(capsys, "lolcats hybrid-last --print --temp").splitlines()
+    copies = recipes(capsys, "memory-only hybrid-last --print --temp").splitlines()
     assert "feature_map" not in copies[1]
-    first, second = recipes(capsys, "lolcats hybrid-last --print").splitlines()
+    first, second = recipes(capsys, "memory-only hybrid-last --print").splitlines()
     assert apply(first)["infini.feature_map"] == "hedgehog"
     assert apply(second) == alone
 
