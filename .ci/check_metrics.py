@@ -1,23 +1,46 @@
 """Compare the results of a run with the committed ones; used by .ci/run.
 
-Trained numbers differ a little between machines: their tolerances stand below. What a run was
-made from must not differ at all: parameters, sources and untrained data of dvc.lock.
+Trained numbers depend a little on the processor and its number type: the table says how much.
+What a run was made from must be equal: commands, parameters, code and untrained data of dvc.lock.
+DVC wrote the lock at the end of the run; `dvc status` proves that it still describes the files.
 """
 
-import hashlib
 import json
 import math
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 from ruamel.yaml import YAML
 
-PPL_RATIO = 1.02
-T2_RATIO = 1.5  # the doubly shifted score is large and unsteady
-GAP_DIFFERENCE = 0.02
-GAIN_DIFFERENCE = 0.02  # nats a token
+MARGIN = 3  # allowed: so many times the largest difference seen
+# The largest differences between the committed run and two others, of bfloat16 products on another
+# processor and of float32. Perplexities are compared by their logarithms, all else as it stands.
+# The first pattern that matches a metric counts; a metric without a pattern must be equal.
+DIFFERENCES = [
+    # metrics                                                   bfloat16 float32  if broken
+    (r"(baseline_eval|\w+\.base)\.(?!t2|unigram)\w+_(ppl|nll)", 0.0000, 0.0010),  # labels off: 6.9
+    (r"eval_sliding\.finetuned\.t2_test_ppl", 0.0176, 0.0069),  # one shift: 6.8
+    (r".*t2_test_ppl", 0.0055, 0.0052),  # one shift: 6.3
+    (r"(finetune_control|.*control\w*)\.\w+_(ppl|nll|loss)", 0.0018, 0.0015),  # untrained: 0.0098
+    (r".*gap_test_nats", 0.0001, 0.0003),  # no border: 0.25
+    (r"distill\.val_loss", 0.0001, 0.0002),  # another objective, another scale
+    (r"(distill|.*distilled)\.\w+_(ppl|nll)", 0.0049, 0.0034),  # no layer inserted: 0.22
+    (r"distill\.(memory_share|recalled)\w+", 0.0004, 0.0012),  # gates never moved: 0.24
+    (r".*distilled\.gain_over_\w+", 0.0028, 0.0025),  # memory not read: 0.053
+    (r".*distilled\.gap_recovered", 0.0116, 0.0023),  # memory not read: 0.22
+    (r".*finetuned\.(full|sliding|segment_kv)\w+", 0.0032, 0.0027),  # the base: 0.012
+    (r"(finetune|.*finetuned)\.\w+_(ppl|nll|loss)", 0.0254, 0.0168),  # the base: 0.19
+    (r"finetune\.memory_share_p50", 0.1032, 0.0025),  # gates never moved: 0.34
+    (r"finetune\.memory_share\w+", 0.0472, 0.0128),  # gates never moved: 0.17
+    (r"finetune\.recalled_over_local", 0.0010, 0.0003),  # memory not read: 1
+    (r".*finetuned\.gain_over_(off|recent|swapped)", 0.0107, 0.0110),  # memory not read: 0.070
+    (r".*finetuned\.gain_over_\w+", 0.0232, 0.0068),  # no control: 0.20
+    (r".*finetuned\.gap_recovered", 0.0942, 0.0215),  # no control: 0.81
+]
 UNTRAINED = ("check_params", "prepare_")  # stages whose outputs are equal on every machine
 
 
@@ -39,98 +62,61 @@ def metrics_faults(committed: Path, checkout: Path) -> Iterator[str]:
     before, now = read_metrics(committed), read_metrics(checkout)
     if not before:
         yield "metrics: none are committed"
-    for key in sorted(before.keys() ^ now.keys()):
-        yield f"{key}: " + ("not measured by this run" if key in before else "not committed")
-    for key in sorted(before.keys() & now.keys()):
-        if not agree(key, before[key], now[key]):
-            yield f"{key}: committed {before[key]}, now {now[key]}"
+    for name in sorted(before.keys() ^ now.keys()):
+        yield f"{name}: " + ("not measured by this run" if name in before else "not committed")
+    for name in sorted(before.keys() & now.keys()):
+        if not agree(name, before[name], now[name]):
+            yield f"{name}: committed {before[name]}, now {now[name]}"
 
 
 def read_metrics(folder: Path) -> dict[str, Any]:
-    """Read all metrics below a folder as {file: key.key: value}."""
-    files = sorted((folder / "metrics").glob("*.json"))
-    return {k: v for file in files for k, v in flatten(json.loads(file.read_text()), file.name)}
+    """Read all metrics below a folder as {stage.key.key: value}."""
+    files = {path.stem: json.loads(path.read_text()) for path in folder.glob("metrics/*.json")}
+    return pd.json_normalize(files).to_dict("records")[0] if files else {}
 
 
-def flatten(value: Any, name: str) -> Iterator[tuple[str, Any]]:
-    """Yield the leaves of nested metrics, their keys joined by dots."""
-    if isinstance(value, dict):
-        for key, item in value.items():
-            yield from flatten(item, f"{name}.{key}")
-    else:
-        yield name, value
-
-
-def agree(key: str, before: Any, now: Any) -> bool:
-    """Tell whether two values of a metric are as near as that metric must be."""
+def agree(name: str, before: Any, now: Any) -> bool:
+    """Return whether two values of a metric are as near as that metric must be."""
     if not all(type(value) in (int, float) and math.isfinite(value) for value in (before, now)):
         return False
-    leaf = key.split(".")[-1]
-    if leaf.endswith("_ppl"):
-        ratio = T2_RATIO if leaf.startswith("t2_") else PPL_RATIO
-        return 0 < before <= now * ratio and 0 < now <= before * ratio
-    if leaf.startswith(("gain_over_", "gap_test_nats")):
-        return abs(now - before) <= GAIN_DIFFERENCE
-    return leaf != "gap_recovered" or abs(now - before) <= GAP_DIFFERENCE
+    allowed = tolerance(name)
+    if not allowed:
+        return math.isclose(before, now)
+    if name.endswith("_ppl"):
+        return min(before, now) > 0 and abs(math.log(now / before)) <= allowed
+    return abs(now - before) <= allowed
+
+
+def tolerance(name: str) -> float:
+    """Return how far a metric may be from the committed one; 0 for metrics that must be equal."""
+    seen = (max(pair) for pattern, *pair in DIFFERENCES if re.fullmatch(pattern, name))
+    return MARGIN * next(seen, 0.0)
 
 
 def lock_faults(committed: Path, checkout: Path) -> Iterator[str]:
-    """Yield where the committed dvc.lock was made from something else than the checkout."""
-    params = YAML(typ="safe").load(checkout / "params.yaml")
-    before, now = (read_lock(folder) for folder in (committed, checkout))
-    for stage in sorted(before.keys() ^ now.keys()):
-        yield f"dvc.lock: {stage} is {'no stage' if stage in before else 'not committed'}"
-    for stage in sorted(before.keys() & now.keys()):
-        old, new = before[stage], now[stage]
-        yield from (f"dvc.lock: {stage}: {fault}" for fault in entry_faults(stage, old, new))
-        yield from (f"dvc.lock: {stage}: {fault}" for fault in params_faults(old, params))
-        yield from (f"dvc.lock: {stage}: {fault}" for fault in source_faults(old, checkout))
+    """Yield what the two dvc.lock record differently, but for what is trained."""
+    before, now = (YAML(typ="safe").load(f / "dvc.lock")["stages"] for f in (committed, checkout))
+    trained = {
+        out["path"]
+        for stage, entry in [*before.items(), *now.items()]
+        if not stage.startswith(UNTRAINED)
+        for out in entry.get("outs", [])
+    }
+    for stage in sorted(before.keys() | now.keys()):
+        old, new = (recorded(lock.get(stage, {}), trained) for lock in (before, now))
+        for name in sorted(old.keys() | new.keys()):
+            was, is_now = old.get(name, "absent"), new.get(name, "absent")
+            if was != is_now:
+                yield f"dvc.lock: {stage}: {name} was {was}, now {is_now}"
 
 
-def read_lock(folder: Path) -> dict[str, Any]:
-    """Read the stages of a dvc.lock."""
-    return YAML(typ="safe").load(folder / "dvc.lock")["stages"]
-
-
-def entry_faults(stage: str, old: dict[str, Any], new: dict[str, Any]) -> Iterator[str]:
-    """Compare commands, names of dependencies and parameters, and untrained outputs."""
-    if old["cmd"] != new["cmd"]:
-        yield f"the command was {old['cmd']!r}, now {new['cmd']!r}"
-    if set(hashes(old, "deps")) != set(hashes(new, "deps")):
-        yield f"other dependencies: {sorted(hashes(old, 'deps').keys() ^ hashes(new, 'deps'))}"
-    if recorded_params(old).keys() != recorded_params(new).keys():
-        yield f"other parameters: {sorted(recorded_params(old).keys() ^ recorded_params(new))}"
-    if stage.startswith(UNTRAINED) and hashes(old, "outs") != hashes(new, "outs"):
-        yield "other outputs, though nothing in them is trained"
-
-
-def params_faults(entry: dict[str, Any], params: Any) -> Iterator[str]:
-    """Compare the recorded parameters with params.yaml."""
-    for name, value in recorded_params(entry).items():
-        current = params
-        for key in name.split("."):
-            current = current.get(key) if isinstance(current, dict) else None
-        if current != value:
-            yield f"{name} was {value}, now {current}"
-
-
-def source_faults(entry: dict[str, Any], checkout: Path) -> Iterator[str]:
-    """Compare the recorded Python files with those of the checkout."""
-    for name, digest in hashes(entry, "deps").items():
-        if name.endswith(".py"):
-            file = checkout / name
-            if not file.is_file() or hashlib.md5(file.read_bytes()).hexdigest() != digest:
-                yield f"{name} is not the file that was run"
-
-
-def hashes(entry: dict[str, Any], kind: str) -> dict[str, str]:
-    """Return the hash of every dependency or output of a stage."""
-    return {item["path"]: item["md5"] for item in entry.get(kind, [])}
-
-
-def recorded_params(entry: dict[str, Any]) -> dict[str, Any]:
-    """Return the parameters of a stage by name."""
-    return entry.get("params", {}).get("params.yaml", {})
+def recorded(entry: dict[str, Any], trained: set[str]) -> dict[str, Any]:
+    """Return a stage's command, parameters, dependencies and outputs by name."""
+    files = [*entry.get("deps", []), *entry.get("outs", [])]
+    hashes = {f["path"]: "trained" if f["path"] in trained else f["md5"] for f in files}
+    params = entry.get("params", {}).get("params.yaml", {})
+    command = {"cmd": entry["cmd"]} if entry else {}
+    return command | {f"parameter {name}": v for name, v in params.items()} | hashes
 
 
 if __name__ == "__main__":

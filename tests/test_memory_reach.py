@@ -10,6 +10,7 @@ from analysis import memory_reach
 from infini_retrofit.model.base import load_base
 from infini_retrofit.model.checkpoints import load_retrofit
 from infini_retrofit.model.running import run_folded, run_in_layer
+from infini_retrofit.pipeline.device import pick_device, pick_dtype
 from infini_retrofit.pipeline.tokens import read_documents
 from infini_retrofit.scoring.labels import next_token_nlls
 from tests.test_carried_context import table
@@ -26,7 +27,8 @@ def test_the_longest_reach_of_the_last_segment_is_the_whole_document(
     words = ["--segments", "0", str(LAST), "--scored", "1", "--documents", "3"]
     memory_reach.main(words)
     found = table(capsys.readouterr().out)
-    model = load_retrofit(memory_reach.BASE, Path("models/finetuned"), torch.bfloat16)[0]
+    dtype = pick_dtype(pick_device())
+    model = load_retrofit(memory_reach.BASE, Path("models/finetuned"), dtype)[0]
     ids = read_documents(memory_reach.DOCUMENTS, 3)
     with torch.inference_mode():
         whole = (
