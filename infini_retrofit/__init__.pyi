@@ -24,6 +24,6 @@ from .scoring.memory_use import memory_use as memory_use
 from .scoring.score import Score as Score
 from .scoring.score import score_segments as score_segments
 from .scoring.score import total as total
-from .share.export import About as About
-from .share.export import export_model as export_model
+from .share.card import About as About
+from .share.exported_folder import export_model as export_model
 from .training.parameters import set_trainable as set_trainable

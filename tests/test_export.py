@@ -1,5 +1,6 @@
 """The exported folder: complete, readable, and open to a process without this project."""
 
+import ast
 import json
 import os
 import re
@@ -7,15 +8,18 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jaxtyping
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from infini_retrofit.generation.generation import enable_generation
 from infini_retrofit.model.checkpoints import load_retrofit
+from infini_retrofit.share import exported_folder, shapes
+from infini_retrofit.share.exported_folder import write_code
 from tests.reference import infini_params
-from tests.test_record import write_record
 from tests.tiny import FAMILIES, random_ids, tiny_base_folder
 from tests.tiny_export import export, make_retrofit
 
@@ -54,8 +58,7 @@ def exported(tmp_path_factory) -> tuple[Path, dict[str, PreTrainedModel]]:
         for form in FORMS:
             name = f"{family}-{form}"
             models[f"open-{name}"] = make_retrofit(top / name, family, **FORMS[form])
-            write_record(top / name)
-            export(top, top / name / "models", f"open-{name}")
+            export(top / name / "models", top / f"open-{name}")
     return top, models
 
 
@@ -106,7 +109,7 @@ def test_what_was_opened_there_can_be_saved_and_opened_again(said_alone):
     assert said_alone.startswith("torch.bfloat16 True\n")
 
 
-def test_the_folder_is_complete_and_says_what_is_in_it(exported):
+def test_the_folder_is_complete_and_others_can_read_it(exported):
     top, _ = exported
     folder = top / "open-gpt_neox-parallel"
     config = json.loads((folder / "config.json").read_text())
@@ -121,48 +124,36 @@ def test_the_folder_is_complete_and_says_what_is_in_it(exported):
     assert "gpt_neox.layers.0.attention.infini.q_proj.weight" in names
     for name in ("tokenizer.json", "modeling.py", "README.md", "manifest.json", "shapes.py"):
         assert (folder / name).is_file()
-    assert not list(top.glob(".export-*"))
-
-
-@pytest.mark.parametrize("option", ["--metrics", "--lock"])
-def test_what_is_named_must_be_there(exported, option):
-    top, _ = exported
-    with pytest.raises(SystemExit, match=rf"error: .*nowhere is missing: {option} must name"):
-        export(top, top / "llama-published" / "models", "bare", option, str(top / "nowhere"))
-    assert not (top / "bare").exists()
-
-
-def test_a_folder_below_a_file_is_refused_before_anything_is_loaded(exported, monkeypatch):
-    top, _ = exported
-    (top / "file").write_text("")
-    monkeypatch.setattr("infini_retrofit.share.export.load_retrofit", pytest.fail)
-    with pytest.raises(SystemExit, match=r"error: .*a/b must be a new folder, but .*file is a f"):
-        export(top, top / "llama-published" / "models", "file/a/b")
+    (top / "usual").touch()
+    usual = (top / "usual").stat().st_mode
+    assert {path.stat().st_mode for path in folder.iterdir()} == {usual}
 
 
 def test_what_was_exported_is_not_exported_again(exported):
     top, _ = exported
-    models = top / "llama-published" / "models"
-    (models / "finetuned2").symlink_to(top / "open-llama-published")
-    message = r"finetuned2 must be the folder of a retrofit, got an exported model: name the fold"
+    message = r"open-llama-published must be the folder of a retrofit, got an exported model: name"
     with pytest.raises(FileNotFoundError, match=message):
-        load_retrofit(models / "base", models / "finetuned2", torch.float32)
-    (models / "finetuned2").unlink()
+        load_retrofit(
+            top / "llama-published/models/base", top / "open-llama-published", torch.float32
+        )
 
 
-def test_others_can_read_every_file(exported):
+@pytest.mark.parametrize(
+    ("out", "message"),
+    [
+        ("open-llama-published", "must be a new folder, got one that exists: remove it first"),
+        ("file/a/b", "must be a new folder, but .*file is a file"),
+    ],
+)
+def test_a_place_for_no_new_folder_is_refused_before_anything_is_loaded(
+    exported, monkeypatch, out, message
+):
     top, _ = exported
-    (top / "usual").touch()
-    usual = (top / "usual").stat().st_mode
-    modes = {path.name: path.stat().st_mode for path in (top / "open-llama-published").iterdir()}
-    assert set(modes.values()) == {usual}, modes
-
-
-def test_what_exists_is_never_written_over(exported):
-    top, _ = exported
+    (top / "file").touch()
     before = (top / "open-llama-published" / "config.json").stat().st_mtime_ns
-    with pytest.raises(SystemExit, match=r"error: .*open-llama-published must be a new folder"):
-        export(top, top / "llama-published" / "models", "open-llama-published")
+    monkeypatch.setattr(exported_folder, "load_retrofit", pytest.fail)
+    with pytest.raises(SystemExit, match=rf"^error: .*{out} {message}$"):
+        export(top / "llama-published" / "models", top / out)
     assert (top / "open-llama-published" / "config.json").stat().st_mtime_ns == before
 
 
@@ -170,15 +161,36 @@ def test_another_base_is_refused_in_one_sentence_and_nothing_is_left(exported, t
     top, _ = exported
     base = tiny_base_folder(tmp_path / "base", seed=1)
     with pytest.raises(SystemExit, match=r"error: the base of .* must be the one"):
-        export(top, top / "llama-published" / "models", "refused", "--base", str(base))
-    assert not (top / "refused").exists()
-    assert not list(top.glob(".export-*"))
+        export(top / "llama-published" / "models", tmp_path / "refused", "--base", str(base))
+    assert {path.name for path in tmp_path.iterdir()} == {"base"}
 
 
-def test_what_an_export_holds_is_what_was_saved(exported):
-    top, _ = exported
-    models = top / "llama-published" / "models"
-    model, _ = load_retrofit(models / "base", models / "finetuned", torch.float32)
-    written = load_file(top / "open-llama-published" / "model.safetensors")
-    assert written.keys() == model.state_dict().keys()
-    assert all(torch.equal(written[name], x) for name, x in model.state_dict().items())
+def foreign_imports(folder: Path) -> set[str]:
+    """Return what the files of a folder import that is neither beside them nor allowed."""
+    beside = {file.stem for file in folder.glob("*.py")}
+    allowed = {"torch", "transformers", "safetensors"} | sys.stdlib_module_names
+    found = set()
+    for node in (n for file in folder.glob("*.py") for n in ast.walk(ast.parse(file.read_text()))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[0] for alias in node.names} - allowed
+        elif isinstance(node, ast.ImportFrom):
+            found |= {node.module.split(".")[0]} - (beside if node.level else allowed)
+    return found
+
+
+@pytest.mark.parametrize("line", ["import infini_retrofit", "from .nowhere import x"])
+def test_the_code_imports_only_what_stands_beside_it_or_torch_and_transformers(tmp_path, line):
+    write_code(tmp_path)
+    assert foreign_imports(tmp_path) == set()
+    (tmp_path / "twin.py").write_text(f"def late():\n    {line}\n")
+    assert foreign_imports(tmp_path) == {line.replace(".", " ").split()[1]}
+
+
+def test_every_name_that_the_code_takes_of_jaxtyping_has_its_stand_in(tmp_path):
+    write_code(tmp_path)
+    text = "\n".join(file.read_text() for file in tmp_path.glob("*.py"))
+    names = {n for line in re.findall(r"from \.shapes import (.*)", text) for n in line.split(", ")}
+    assert names
+    for name in names:
+        assert getattr(shapes, name)[Tensor, "B T"] is Tensor
+        assert hasattr(jaxtyping, name)

@@ -19,7 +19,8 @@ from infini_retrofit.model.running import run_folded
 from infini_retrofit.pipeline.guard import run_stage
 from infini_retrofit.scoring.labels import next_token_nlls
 from infini_retrofit.scoring.score import score_segments, total
-from infini_retrofit.share.export import About, export_model
+from infini_retrofit.share.card import About
+from infini_retrofit.share.exported_folder import export_model
 from tests.reference import infini_params
 from tests.tiny import FAMILIES, tiny_base_folder, tiny_model, tiny_tokenizer
 
@@ -244,7 +245,7 @@ def test_the_exported_folder_scores_alike_as_the_harness_s_own_model(lm, tmp_pat
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", modules)
     monkeypatch.setattr(sys, "path", list(sys.path))
     folders = (tmp_path / name for name in ("base", "retrofit", "exported"))
-    export_model(*folders, About(metrics={}, training={}))
+    export_model(*folders, About())
     exported = HFLM(
         pretrained=str(tmp_path / "exported"), trust_remote_code=True, dtype="float32", device="cpu"
     )

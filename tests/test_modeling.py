@@ -8,7 +8,7 @@ from infini_retrofit.layer.local_attention import alibi_slopes
 from infini_retrofit.layer.state import Carrier
 from infini_retrofit.model.base import load_base
 from infini_retrofit.model.retrofit import infini_modules, insert_infini
-from infini_retrofit.share.export import as_exported
+from infini_retrofit.share.exported_folder import as_exported
 from infini_retrofit.training.parameters import OF_MEMORY, set_trainable
 from tests.reference import infini_params, largest
 from tests.tiny import FAMILIES, random_ids, tiny_base_folder

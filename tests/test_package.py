@@ -67,6 +67,20 @@ def test_all_public_names_come_without_what_the_pipeline_needs():
     assert all(name == found for name, found in pairs)
 
 
+@pytest.mark.parametrize("name", ["generation.chat", "share.export"])
+def test_a_command_looks_at_its_arguments_before_it_imports_torch(name):
+    program = f"""
+import sys, infini_retrofit.{name} as command
+try:
+    command.main(["--help"])
+finally:
+    before = "torch" in sys.modules
+    import infini_retrofit.share.exported_folder
+    print("LOADED", before, "torch" in sys.modules)
+"""
+    assert run(program).splitlines()[-1] == "LOADED False True"
+
+
 def test_public_names_stand_in_one_place_and_nothing_private_is_among_them():
     stub = (PACKAGE / "__init__.pyi").read_text()
     lines = re.findall(r"^from \.([\w.]+) import (\w+) as (\w+)$", stub, re.MULTILINE)

@@ -11,7 +11,7 @@ from infini_retrofit.model.base import load_base
 from infini_retrofit.model.checkpoints import load_retrofit, save_retrofit
 from infini_retrofit.model.retrofit import insert_infini
 from infini_retrofit.model.running import run_folded
-from infini_retrofit.share.export import as_exported
+from infini_retrofit.share.exported_folder import as_exported
 from tests.reference import infini_params, largest
 from tests.test_model_forms import DOCUMENT, SEGMENT, all_forms, name_of
 from tests.tiny import FAMILIES, random_ids, tiny_base_folder

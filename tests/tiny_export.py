@@ -26,10 +26,8 @@ def make_retrofit(folder: Path, family: str, **form: object) -> PreTrainedModel:
     return model
 
 
-def export(top: Path, models: Path, out: str, *more: str) -> Path:
-    """Export `models`/finetuned, with what is recorded beside `models`; return the new folder."""
-    made = models.parent
-    given = ["--base", models / "base", "--metrics", made / "metrics", "--lock", made / "dvc.lock"]
-    arguments = [str(x) for x in (models / "finetuned", top / out, *given, *more)]
+def export(models: Path, out: Path, *options: str) -> Path:
+    """Export models/finetuned by the command; return the new folder."""
+    arguments = [str(models / "finetuned"), str(out), "--base", str(models / "base"), *options]
     run_stage(lambda: main(arguments))
-    return top / out
+    return out

@@ -15,9 +15,9 @@ from infini_retrofit.pipeline.guard import run_stage
 BASE = Path("models/base")
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     """Read, then answer until the input ends."""
-    options = _options()
+    options = _options(arguments)
     text = None if options.document is None else read_text(options.document)
     # These import torch, which takes seconds: what is wrong with the arguments was said before.
     from infini_retrofit.generation.cache import InfiniCache
@@ -88,7 +88,7 @@ def _prompts() -> Iterable[str]:
             yield line.rstrip("\n")
 
 
-def _options() -> argparse.Namespace:
+def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m infini_retrofit.generation.chat",
         description=__doc__,
@@ -104,7 +104,7 @@ def _options() -> argparse.Namespace:
     add("--other-layers", choices=["segment", "full"], help="default: as the model says")
     add("--max-new-tokens", type=int, default=200, help="of an answer (default: %(default)s)")
     add("--temperature", type=float, default=0.0, help="0 (default): the likeliest token")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     if options.document is None and options.cache is None:
         parser.error("--document or --cache must be given: there is nothing to read")
     if options.max_new_tokens < 1:

