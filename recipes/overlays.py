@@ -5,11 +5,11 @@ Knows the files of this folder and DVC's override grammar; no section of params.
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from infini_retrofit.pipeline.params import read_params
+from infini_retrofit.pipeline.params import leaves, read_params
 
 Settings = Mapping[str, Any]  # values of params.yaml by dotted name
 
@@ -53,15 +53,6 @@ def read_overlay(name: str) -> dict[str, Any]:
     return {
         k: v for part in (BUDGET, name) for k, v in leaves(read_params(FOLDER / f"{part}.yaml"))
     }
-
-
-def leaves(params: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield every value by its dotted name; a list is one value."""
-    for key, value in params.items():
-        if isinstance(value, Mapping) and value:
-            yield from leaves(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
 
 
 def differing(settings: Sequence[Settings]) -> list[str]:

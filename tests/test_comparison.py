@@ -138,7 +138,9 @@ def test_plans_come_back_from_their_files_as_they_were(tmp_path):
 def test_an_unknown_value_in_a_plan_is_named(tmp_path):
     path = tmp_path / "plan.json"
     path.write_text('{"segment_length": 8, "num_tokens": "two"}')
-    with pytest.raises(ValueError, match=r"plan\.json\.num_tokens must be an integer, got 'two'"):
+    with pytest.raises(
+        ValueError, match=r"plan\.json\.num_tokens must be a valid integer, got 'two'"
+    ):
         load_json(Rival, path, "dvc repro")
     path.write_text('{"segment_length": 8')
     message = r"plan\.json is not valid JSON .* run `dvc repro` to make it again"

@@ -20,7 +20,8 @@ LIGHT = {"torch", "transformers", "safetensors", "jaxtyping"}
 # What comes with these, by their own requirements.
 WITH_LIGHT = {"huggingface_hub", "numpy", "packaging", "tokenizers", "tqdm", "yaml"}
 # Not a pipeline's name, but what its packages bring.
-HEAVY = ("datasets", "peft", "dvc", "accelerate", "pyarrow", "pandas", "gensim", "gguf", "ruamel")
+HEAVY = ("datasets", "peft", "dvc", "accelerate", "pyarrow", "pandas", "gensim", "gguf")
+HEAVY += ("pydantic", "ruamel")
 
 
 def names_of(requirements: list[str]) -> set[str]:
