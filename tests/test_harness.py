@@ -30,9 +30,7 @@ if importlib.util.find_spec("lm_eval") is None:
 import datasets
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
-from lm_eval.evaluator import simple_evaluate
 from lm_eval.models.huggingface import HFLM
-from lm_eval.tasks import TaskManager
 
 from infini_retrofit.share import lm_eval as harness
 from infini_retrofit.share.lm_eval import InfiniLM
@@ -44,6 +42,8 @@ INFINI = infini_params(
 )
 WORDS = "the quick brown fox jumps over the lazy dog and the river sleeps. "
 TEXT = "".join(f"{number} {WORDS}" for number in range(5, 12))
+its_own_warnings = pytest.mark.filterwarnings("default")  # of the harness's dependencies
+one_family = pytest.mark.parametrize("lm", ["llama"], indirect=True)
 
 
 @pytest.fixture(params=FAMILIES)
@@ -123,24 +123,28 @@ def test_a_continuation_is_greedy_if_each_of_its_tokens_is_the_likeliest(lm):
     assert answers[0][0] > answers[1][0]
 
 
-def run_tasks(
-    lm: InfiniLM, monkeypatch: pytest.MonkeyPatch, folder: Path, texts: list[str]
+def run_command(
+    monkeypatch: pytest.MonkeyPatch, folder: Path, tasks: Path, names: str, texts: list[str]
 ) -> dict[str, dict]:
-    """Write texts where the pipeline keeps its test articles, and let the harness run our tasks."""
+    """Put texts where the pipeline keeps its test articles, run the command, return its results."""
     monkeypatch.chdir(folder)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", folder / "cache")
-    (folder / "data/wikitext").mkdir(parents=True)
-    pq.write_table(pa.table({"text": texts}), folder / "data/wikitext/test.parquet")
-    tasks = TaskManager(include_path=str(TASKS), include_defaults=False)
-    names = ["article_perplexity", "article_last_word"]
-    return simple_evaluate(lm, tasks=names, task_manager=tasks, bootstrap_iters=0)["results"]
+    Path("data/wikitext").mkdir(parents=True)
+    pq.write_table(pa.table({"text": texts}), "data/wikitext/test.parquet")
+    model = "--model infini --model_args retrofit=retrofit,base=base,dtype=float32"
+    options = f"{model} --output_path out --tasks {names} --include_path {tasks}"
+    monkeypatch.setattr(sys, "argv", ["harness", *options.split()])
+    run_stage(harness.main)
+    (written,) = Path("out").rglob("results*.json")
+    return json.loads(written.read_text())["results"]
 
 
-@pytest.mark.filterwarnings("default")  # of the harness's own dependencies
-def test_our_tasks_ask_about_the_project_s_articles(lm, tmp_path, monkeypatch):
+@its_own_warnings
+def test_our_tasks_ask_about_the_project_s_articles(lm, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(harness, "SEGMENTS_PER_PIECE", 64)
-    texts = [9 * TEXT, TEXT]
-    results = run_tasks(lm, monkeypatch, tmp_path, texts)
+    texts, names = [9 * TEXT, TEXT], "article_perplexity,article_last_word"
+    results = run_command(monkeypatch, tmp_path, TASKS, names, texts)
+    assert "word_perplexity" in capsys.readouterr().out
     nll = sum(whole_nlls(lm, text).sum().item() for text in texts)
     expected = math.exp(nll / sum(len(re.split(r"\s+", text)) for text in texts))
     found = results["article_perplexity"]["word_perplexity,none"]
@@ -154,7 +158,26 @@ def test_our_tasks_ask_about_the_project_s_articles(lm, tmp_path, monkeypatch):
     assert math.log(found) == pytest.approx(nlls.sum().item(), rel=1e-6)
 
 
-@pytest.mark.filterwarnings("default")  # of the harness's own dependencies
+@its_own_warnings
+@one_family
+def test_texts_without_a_last_word_to_ask_for_are_refused(lm, tmp_path, monkeypatch):
+    with pytest.raises(SystemExit, match="for a sentence after 4000 characters, got 2 that do not"):
+        run_command(monkeypatch, tmp_path, TASKS, "article_last_word", [TEXT, TEXT])
+
+
+@its_own_warnings
+@one_family
+def test_a_task_that_generates_is_refused_in_one_sentence(lm, tmp_path, monkeypatch):
+    task = (TASKS / "article_perplexity.yaml").read_text().replace("article_perplexity", "mine")
+    task = task.replace("loglikelihood_rolling", "generate_until")
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks" / "mine.yaml").write_text(task)
+    message = r"error: output_type .* got generate_until: export the retrofit and use --model hf"
+    with pytest.raises(SystemExit, match=rf"^{message}$"):
+        run_command(monkeypatch, tmp_path, tmp_path / "tasks", "mine", [TEXT])
+
+
+@its_own_warnings
 @pytest.mark.parametrize(
     ("task", "message"),
     [
@@ -172,7 +195,7 @@ def test_a_mistake_on_the_command_line_ends_in_one_sentence(task, message, monke
         run_stage(harness.main)
 
 
-@pytest.mark.parametrize("arguments", [[], ["-h"], ["run", "--help"]], ids=str)
+@pytest.mark.parametrize("arguments", [[], ["run", "--help"]], ids=str)
 def test_the_help_names_our_model_and_its_arguments(arguments, monkeypatch, capsys):
     monkeypatch.setattr(harness, "cli_evaluate", lambda: None)
     monkeypatch.setattr(sys, "argv", ["harness", *arguments])
@@ -181,17 +204,12 @@ def test_the_help_names_our_model_and_its_arguments(arguments, monkeypatch, caps
     assert all(word in said for word in ("--model infini", "retrofit=", "base=", "dtype="))
 
 
-@pytest.mark.filterwarnings("default")  # of the harness's own dependencies
-def test_texts_without_a_last_word_to_ask_for_are_refused(lm, tmp_path, monkeypatch):
-    with pytest.raises(ValueError, match="for a sentence after 4000 characters, got 2 that do not"):
-        run_tasks(lm, monkeypatch, tmp_path, [TEXT, TEXT])
-
-
 def test_an_unknown_number_type_is_refused():
     with pytest.raises(ValueError, match="one of auto, bfloat16, float32, got float61"):
         InfiniLM(dtype="float61")
 
 
+@one_family
 def test_a_long_context_is_streamed(lm, monkeypatch):
     events = []
     for name in ("_run", "_log_likelihood"):
@@ -201,43 +219,6 @@ def test_a_long_context_is_streamed(lm, monkeypatch):
     lm._loglikelihood_tokens([(("", ""), lm.tok_encode(TEXT), [1, 2])], disable_tqdm=True)
     assert len(events) > 6
     assert events == ["_run", "_log_likelihood"] * (len(events) // 2)
-
-
-def run_command(monkeypatch: pytest.MonkeyPatch, folder: Path, task: dict[str, object]) -> dict:
-    """Run the command on a task of one's own and the fixture's retrofit; return its results."""
-    (folder / "tasks").mkdir()
-    (folder / "texts.json").write_text(json.dumps({"text": TEXT}))
-    data = {"test": str(folder / "texts.json")}
-    about = {"dataset_path": "json", "dataset_kwargs": {"data_files": data}, "test_split": "test"}
-    about |= {"task": "mine", "doc_to_text": "", "doc_to_target": "text"} | task
-    (folder / "tasks/mine.yaml").write_text(json.dumps(about))
-    model = f"retrofit={folder}/retrofit,base={folder}/base,dtype=float32"
-    options = f"--model infini --model_args {model} --tasks mine --output_path {folder}/out"
-    argv = ["harness", *options.split(), "--include_path", str(folder / "tasks")]
-    monkeypatch.setattr(sys, "argv", argv)
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", folder / "cache")
-    run_stage(harness.main)
-    (written,) = (folder / "out").rglob("results*.json")
-    return json.loads(written.read_text())["results"]["mine"]
-
-
-@pytest.mark.filterwarnings("default")  # of the harness's own dependencies
-@pytest.mark.parametrize("lm", ["gpt_neox"], indirect=True)
-def test_the_command_scores_a_task_of_one_s_own(lm, tmp_path, monkeypatch, capsys):
-    metric = [{"metric": "word_perplexity", "aggregation": "weighted_perplexity"}]
-    task = {"output_type": "loglikelihood_rolling", "metric_list": metric}
-    found = run_command(monkeypatch, tmp_path, task)["word_perplexity,none"]
-    expected = math.exp(whole_nlls(lm, TEXT).sum().item() / len(re.split(r"\s+", TEXT)))
-    assert found == pytest.approx(expected, rel=1e-6)
-    assert "word_perplexity" in capsys.readouterr().out
-
-
-@pytest.mark.filterwarnings("default")  # of the harness's own dependencies
-@pytest.mark.parametrize("lm", ["llama"], indirect=True)
-def test_a_task_that_generates_is_refused_in_one_sentence(lm, tmp_path, monkeypatch):
-    message = r"error: output_type .* got generate_until: export the retrofit and use --model hf"
-    with pytest.raises(SystemExit, match=rf"^{message}$"):
-        run_command(monkeypatch, tmp_path, {"output_type": "generate_until"})
 
 
 def test_the_exported_folder_scores_alike_as_the_harness_s_own_model(lm, tmp_path, monkeypatch):

@@ -1,8 +1,8 @@
 """A retrofitted model for lm-evaluation-harness, which streams documents of any length.
 
 `python -m infini_retrofit.share.lm_eval` is the command `lm_eval` with one more model, `infini`.
-Every layer sees one segment at a time (protocol `segment`); memory and local context cross. Knows
-no task.
+Every layer sees one segment at a time (protocol `segment`). The memory and the local context cross.
+Knows no task.
 """
 
 import sys
@@ -28,21 +28,20 @@ from infini_retrofit.pipeline.guard import run_stage
 from infini_retrofit.scoring.labels import Labelled, next_tokens
 from infini_retrofit.scoring.losses import token_nlls
 
-# Segments that go through the model at once; memory, not speed, bounds it.
-SEGMENTS_PER_PIECE = 16
+SEGMENTS_PER_PIECE = 16  # that go through the model at once: more take more memory
 _ABOUT = """\
-One model more than lm-eval has: --model infini --model_args retrofit=FOLDER,base=FOLDER,dtype=NAME
-(models/finetuned, models/base and auto; bfloat16 and float32 are the other types). Tasks of this
-project: --include_path eval_tasks --tasks article_perplexity,article_last_word
+This command adds a model: --model infini --model_args retrofit=FOLDER,base=FOLDER,dtype=TYPE
+Defaults: retrofit=models/finetuned, base=models/base, dtype=auto. Other types: bfloat16, float32.
+This project's tasks: --include_path eval_tasks --tasks article_perplexity,article_last_word
 """
 
 
 @register_model("infini")
 class InfiniLM(TemplateLM):
-    """A base with what was put into it, under the protocol `segment`.
+    """A retrofitted model under the protocol `segment`.
 
-    The first token of a text is not scored, and no token is put before it. Texts go through the
-    model one at a time, whatever the batch size.
+    The first token of a text is not scored, and no token is put before it. The model scores one
+    text at a time, whatever the batch size.
     """
 
     def __init__(
@@ -57,20 +56,20 @@ class InfiniLM(TemplateLM):
         """Load the model.
 
         Args:
-            retrofit: folder of a trained model, distilled, finetuned or control.
+            retrofit: folder of a trained model: distilled, finetuned or control.
             base: folder of its base.
-            dtype: bfloat16, float32, or auto: bfloat16 where it is fast.
+            dtype: bfloat16, float32, or auto: bfloat16 where the device multiplies it.
             device: where to compute; None: a GPU if there is one.
             batch_size: ignored.
             max_batch_size: ignored.
 
         Raises:
-            ValueError: if `dtype` is none of these.
+            ValueError: if `dtype` is another type.
         """
         super().__init__()
-        # The harness asks for a GPU by itself, there or not.
-        can_have = device and (torch.cuda.is_available() or not device.startswith("cuda"))
-        self._device = torch.device(device) if can_have else pick_device()
+        # The harness names a GPU even where there is none.
+        is_there = device and (torch.cuda.is_available() or not device.startswith("cuda"))
+        self._device = torch.device(device) if is_there else pick_device()
         number_type = _number_type(dtype, self._device)
         model, infini = load_retrofit(Path(base), Path(retrofit), number_type)
         self.model = model.to(self._device)
@@ -79,19 +78,19 @@ class InfiniLM(TemplateLM):
 
     @property
     def eot_token_id(self) -> int:
-        """The token that stands for an empty context."""
+        """The token that replaces an empty context."""
         return self.tokenizer.eos_token_id
 
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **_: object
     ) -> list[int]:
-        """Encode as this project does everywhere: no special tokens."""
+        """Encode without special tokens, as everywhere in this project."""
         return self.tokenizer.encode(string, add_special_tokens=False)
 
     def loglikelihood_rolling(
         self, requests: list[Instance], disable_tqdm: bool = False
     ) -> list[float]:
-        """Return the log-likelihood of each text but its first token."""
+        """Return the log-likelihood of each text, without its first token."""
         scores = []
         for request in tqdm(requests, desc="texts", disable=disable_tqdm):
             ids = self.tok_encode(request.args[0])
@@ -105,7 +104,7 @@ class InfiniLM(TemplateLM):
         disable_tqdm: bool = False,
         **_: object,
     ) -> list[tuple[float, bool]]:
-        """Return each continuation's log-likelihood, and whether greedy decoding would give it."""
+        """Return each continuation's log-likelihood, and whether greedy decoding gives it."""
         answers = []
         for texts, context, continuation in tqdm(requests, desc="texts", disable=disable_tqdm):
             score, is_greedy = 0.0, True
@@ -117,19 +116,18 @@ class InfiniLM(TemplateLM):
         return answers
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Refuse: an exported model generates, as the harness's own model `hf`.
+        """Refuse to generate: the harness's own model `hf` does that with an exported folder.
 
         Raises:
             ValueError: always.
         """
         raise ValueError(
             "output_type of a task must be loglikelihood, loglikelihood_rolling or multiple_choice "
-            "for --model infini, which scores texts, got generate_until: export the retrofit and "
-            "use --model hf"
+            "for --model infini, got generate_until: export the retrofit and use --model hf"
         )
 
     def _ends(self, ids: list[int], num_tokens: int) -> Iterator[Labelled]:
-        """Yield the last tokens as labels, with the hidden states that are to predict them."""
+        """Yield the last tokens as labels, with the hidden states that predict them."""
         num_before = len(ids) - 1 - num_tokens
         for hidden_states, labels in self._pieces(ids):
             skipped = max(0, min(num_before, len(labels)))
@@ -138,7 +136,7 @@ class InfiniLM(TemplateLM):
 
     @torch.inference_mode()
     def _pieces(self, ids: list[int]) -> Iterator[Labelled]:
-        """Yield every token but the first as a label, with the hidden state that is to predict it.
+        """Yield every token but the first as a label, with the hidden state that predicts it.
 
         The last hidden state of a piece predicts the first token of the next.
         """
@@ -155,7 +153,7 @@ class InfiniLM(TemplateLM):
             yield next_tokens(piece, hidden_states)
 
     def _run(self, piece: Int[Tensor, "T"], first_position: int, carrier: Carrier) -> Tensor:
-        """Return hidden states (T D); what fills the last segment comes after all that counts."""
+        """Return hidden states (T D); padding fills the last segment, after every scored token."""
         missing = -len(piece) % self.segment_length
         documents = F.pad(piece, (0, missing))[None]
         hidden_states = run_folded(
@@ -181,19 +179,14 @@ class InfiniLM(TemplateLM):
 
 
 def _number_type(name: str, device: torch.device) -> torch.dtype:
-    """Return the number type of a name."""
-    choices = {
-        "auto": pick_dtype(device),
-        "bfloat16": torch.bfloat16,
-        "float32": torch.float32,
-    }
+    choices = {"auto": pick_dtype(device), "bfloat16": torch.bfloat16, "float32": torch.float32}
     if name not in choices:
         raise ValueError(f"dtype must be one of {', '.join(sorted(choices))}, got {name}")
     return choices[name]
 
 
 def main() -> None:
-    """Run the harness's own command line, and say before its help what is added to it."""
+    """Run the harness's own command line; its help begins with what this project adds."""
     if len(sys.argv) == 1 or {"-h", "--help"} & set(sys.argv):
         print(_ABOUT)
     cli_evaluate()
