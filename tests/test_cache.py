@@ -159,10 +159,10 @@ def test_what_is_no_cache_is_refused(tmp_path):
 
 def test_a_cache_of_another_format_is_refused(tmp_path, monkeypatch):
     model, path = generating_model(), tmp_path / "book.cache"
-    monkeypatch.setattr(cache_file, "FORMAT", "1")
+    monkeypatch.setattr(cache_file, "FORMAT", "3")
     filled(model, draw_ids(1, 7)).save(path, model)
     monkeypatch.undo()
-    with pytest.raises(ValueError, match=r"format of .* must be 3, .* got 1: read the text again"):
+    with pytest.raises(ValueError, match=r"format of .* must be 4, .* got 3: read the text again"):
         InfiniCache.load(path, model)
 
 

@@ -1,25 +1,21 @@
-"""The command that reads a document and answers: what it says, and what it keeps."""
+"""The command that reads a document and answers: what it says, keeps and refuses."""
 
 import io
-import os
 import re
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from infini_retrofit.generation import chat
+from infini_retrofit.generation import chat, conversation
 from infini_retrofit.generation.cache import InfiniCache
 from infini_retrofit.generation.conversation import Reader, converse
 from infini_retrofit.generation.generation import enable_generation
-from infini_retrofit.model import checkpoints
 from infini_retrofit.model.base import load_base, load_tokenizer
 from infini_retrofit.model.checkpoints import load_retrofit, save_retrofit
 from infini_retrofit.model.retrofit import infini_modules, insert_infini
-from infini_retrofit.pipeline import device as runtime
 from infini_retrofit.pipeline.guard import run_stage
 from tests.reference import infini_params
 from tests.tiny import tiny_base_folder
@@ -49,49 +45,43 @@ def reader(folders) -> Reader:
     return Reader(model, load_tokenizer(folders[0]), 6, 0.0, False)
 
 
+@pytest.fixture
+def document(tmp_path) -> Path:
+    (tmp_path / "book.txt").write_text(TEXT)
+    return tmp_path / "book.txt"
+
+
 def run_chat(monkeypatch, folders, lines: str, *options: object) -> None:
     base, retrofit = folders
-    argv = ["chat", str(retrofit), "--base", str(base), "--max-new-tokens", "6", *map(str, options)]
-    monkeypatch.setattr(sys, "argv", argv)
     monkeypatch.setattr(sys, "stdin", io.StringIO(lines))
-    monkeypatch.setattr(runtime, "start_run", lambda: (torch.device("cpu"), torch.float32))
-    chat.main()
+    monkeypatch.setattr(conversation, "start_run", lambda: (torch.device("cpu"), torch.float32))
+    words = [retrofit, "--base", base, "--max-new-tokens", 6, *options]
+    chat.main([str(word) for word in words])
 
 
-def answers(reader: Reader, text: str, prompts: list[str], goes_on: bool, capsys) -> list[str]:
-    cache = reader.read(text)
+def answers(reader: Reader, prompts: list[str], goes_on: bool, capsys) -> list[str]:
+    cache = reader.read(TEXT)
     capsys.readouterr()
     converse(reader, cache, prompts, goes_on)
     return capsys.readouterr().out.splitlines()
 
 
-def continue_ids(reader: Reader, ids: list[int]) -> list[int]:
-    """Go on from a whole text without a cache; return text and answer."""
-    options = {"max_new_tokens": 6, "use_cache": False, "pad_token_id": 0}
-    return reader.model.generate(torch.tensor([ids]), **options)[0].tolist()
-
-
 def expected(reader: Reader, *parts: str) -> str:
     """Answer after some parts of a text without a cache, and after answers to all but the last."""
-    ids = reader._encode(parts[0])
+    options = {"max_new_tokens": 6, "use_cache": False, "pad_token_id": 0}
+    ids = reader.encode(parts[0])
     for part in parts[1:]:
-        before = ids + reader._encode(part)
-        ids = continue_ids(reader, before)
+        before = ids + reader.encode(part)
+        ids = reader.model.generate(torch.tensor([before]), **options)[0].tolist()
     return reader.tokenizer.decode(ids[len(before) :], skip_special_tokens=True)
 
 
-def test_an_answer_is_what_the_model_makes_of_the_document_and_the_prompt(reader, capsys):
-    (got,) = answers(reader, TEXT, ["The dog"], False, capsys)
-    assert got == expected(reader, TEXT, "The dog")
-    assert got != expected(reader, "", "The dog")
-
-
 def test_each_prompt_starts_from_the_document_unless_told_to_go_on(reader, capsys):
-    apart = answers(reader, TEXT, ["The dog", "and then"], False, capsys)
-    assert apart[1] == expected(reader, TEXT, "and then")
-    together = answers(reader, TEXT, ["The dog", "and then"], True, capsys)
-    assert together[0] == apart[0]
-    assert together[1] == expected(reader, TEXT, "The dog", "and then")
+    apart = answers(reader, ["The dog", "and then"], False, capsys)
+    assert apart == [expected(reader, TEXT, "The dog"), expected(reader, TEXT, "and then")]
+    assert apart[0] != expected(reader, "", "The dog")
+    together = answers(reader, ["The dog", "and then"], True, capsys)
+    assert together == [apart[0], expected(reader, TEXT, "The dog", "and then")]
     assert together[1] != apart[1]
 
 
@@ -102,9 +92,10 @@ def test_reading_shows_how_fast_and_how_much_is_kept(reader, capfd):
     assert f"{cache.num_bytes / 2**10:,.0f} KiB" in shown
 
 
-def test_what_was_read_can_be_kept_and_asked_again(monkeypatch, folders, tmp_path, capsys):
-    document, kept = tmp_path / "book.txt", tmp_path / "book.cache"
-    document.write_text(TEXT)
+def test_what_was_read_can_be_kept_and_asked_again(
+    monkeypatch, folders, document, tmp_path, capsys
+):
+    kept = tmp_path / "book.cache"
     run_chat(monkeypatch, folders, "The dog\n\n", "--document", document, "--cache", kept)
     first = capsys.readouterr().out
     run_chat(monkeypatch, folders, "The dog\n", "--cache", kept)
@@ -114,29 +105,26 @@ def test_what_was_read_can_be_kept_and_asked_again(monkeypatch, folders, tmp_pat
         run_chat(monkeypatch, folders, "", "--document", document, "--cache", kept)
 
 
-def test_sampling_and_templates_reach_the_model(reader, monkeypatch, capsys):
+def test_sampling_and_templates_reach_the_model(reader, monkeypatch):
     seen = {}
     generate = reader.model.generate
     monkeypatch.setattr(
         reader.model, "generate", lambda ids, **k: seen.update(k, ids=ids) or generate(ids, **k)
     )
-    template = "[{{ messages[0]['content'] }}]"
-    reader.tokenizer.chat_template = template
+    reader.tokenizer.chat_template = "[{{ messages[0]['content'] }}]"
     warm = Reader(reader.model, reader.tokenizer, 3, 0.7, True)
     warm.answer("The dog", InfiniCache(reader.model), [])
     assert (seen["do_sample"], seen["temperature"], seen["max_new_tokens"]) == (True, 0.7, 3)
     assert reader.tokenizer.decode(seen["ids"][0]) == "[The dog]"
-    capsys.readouterr()
 
 
-def test_the_example_of_the_readme_runs(folders, tmp_path, monkeypatch, capsys):
+def test_the_example_of_the_readme_runs(folders, document, monkeypatch, capsys):
     section = (ROOT / "README.md").read_text().split("\n## Long texts and generation")[1]
     example = section.split("```python\n")[1].split("```")[0]
-    (tmp_path / "models").mkdir()
-    (tmp_path / "models" / "base").symlink_to(folders[0])
-    (tmp_path / "models" / "finetuned").symlink_to(folders[1])
-    (tmp_path / "book.txt").write_text(TEXT)
-    monkeypatch.chdir(tmp_path)
+    monkeypatch.chdir(document.parent)
+    Path("models").mkdir()
+    for name, folder in zip(("base", "finetuned"), folders, strict=True):
+        Path("models", name).symlink_to(folder)
     exec(compile(example, "README.md", "exec"), {})
     first, second = capsys.readouterr().out.split("In short,")[1:]
     assert first == second
@@ -145,10 +133,9 @@ def test_the_example_of_the_readme_runs(folders, tmp_path, monkeypatch, capsys):
 @pytest.mark.skipif(sys.platform == "win32", reason="needs signals")
 @pytest.mark.parametrize("is_kept", [False, True], ids=["reading", "answering"])
 def test_ctrl_c_while_reading_or_answering_leaves_nothing_half(
-    monkeypatch, folders, tmp_path, is_kept
+    monkeypatch, folders, document, tmp_path, is_kept
 ):
-    (tmp_path / "book.txt").write_text(TEXT)
-    kept, load, calls = tmp_path / "book.cache", load_retrofit, []
+    kept, calls = tmp_path / "book.cache", []
 
     def interrupt(module, args, kwargs) -> None:
         calls.append(kwargs["input_ids"].shape[1])
@@ -156,12 +143,12 @@ def test_ctrl_c_while_reading_or_answering_leaves_nothing_half(
             signal.raise_signal(signal.SIGINT)
 
     def loaded(*args: object) -> tuple:
-        model, params = load(*args)
+        model, params = load_retrofit(*args)
         model.base_model.register_forward_pre_hook(interrupt, with_kwargs=True)
         return model, params
 
-    monkeypatch.setattr(checkpoints, "load_retrofit", loaded)
-    options = ("--document", tmp_path / "book.txt", "--cache", kept)
+    monkeypatch.setattr(conversation, "load_retrofit", loaded)
+    options = ("--document", document, "--cache", kept)
     with pytest.raises(SystemExit) as left:
         run_stage(lambda: run_chat(monkeypatch, folders, "The dog\n", *options))
     assert left.value.code == 130
@@ -170,32 +157,66 @@ def test_ctrl_c_while_reading_or_answering_leaves_nothing_half(
     assert not list(tmp_path.glob("*.partial"))
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="needs signals")
-def test_ctrl_c_leaves_without_a_traceback(folders, tmp_path):
-    document = tmp_path / "book.txt"
-    document.write_text(TEXT)
-    base, retrofit = folders
-    command = [
-        sys.executable,
-        "-m",
-        "infini_retrofit.generation.chat",
-        str(retrofit),
-        "--base",
-        str(base),
-    ]
-    run = subprocess.Popen(
-        [*command, "--document", str(document)],
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        stdin=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )
-    said = b""
-    while b"kept" not in said:
-        said += os.read(run.stderr.fileno(), 1000)
-        assert run.poll() is None, said
-    run.send_signal(signal.SIGINT)
-    run.wait(timeout=60)
-    rest = run.communicate(timeout=60)[1]
-    assert run.returncode == 130
-    assert b"Traceback" not in said + rest
+def refused(monkeypatch, *options: object) -> str:
+    """Return what the command says before it would load a model."""
+    monkeypatch.setattr(conversation, "load_retrofit", pytest.fail)
+    with pytest.raises(SystemExit) as left:
+        run_stage(lambda: chat.main(["models/finetuned", *map(str, options)]))
+    return str(left.value.code)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "is missing: --document must name a text file"),
+        ("folder", "is a folder: --document must name a text file"),
+        (b"", "must hold text, got 0 characters of white space"),
+        (b" \n\n", "must hold text, got 3 characters of white space"),
+        (b"caf\xe9 au lait", "must be text in UTF-8, got byte 0xe9 at position 3"),
+    ],
+    ids=str,
+)
+def test_documents_that_cannot_be_read_are_refused(monkeypatch, tmp_path, content, message):
+    path = write(tmp_path / "x.txt", content)
+    assert refused(monkeypatch, "--document", path) == f"error: {path} {message}"
+
+
+def write(path: Path, content: bytes | str | None) -> Path:
+    """Write a file, make a folder, or leave nothing; return the path."""
+    if content == "folder":
+        path.mkdir()
+    elif content is not None:
+        path.write_bytes(content)
+    return path
+
+
+@pytest.mark.parametrize("content", [None, b"text"], ids=str)
+def test_what_is_no_cache_is_refused_before_a_model_is_loaded(monkeypatch, tmp_path, content):
+    path, message = write(tmp_path / "x.cache", content), r"must be a cache that .* wrote, got some"
+    if content is None:
+        message = r"is missing: InfiniCache\.save writes .*\.chat with --document"
+    assert re.match(f"error: {path} {message}", refused(monkeypatch, "--cache", path))
+
+
+@pytest.mark.parametrize("folder", ["book.txt", "book.txt/below"])
+def test_a_place_where_no_cache_can_be_written_is_refused_before_reading(
+    monkeypatch, document, folder
+):
+    place = document.parent / folder / "x.cache"
+    said = refused(monkeypatch, "--document", document, "--cache", place)
+    assert said.startswith(f"error: cannot write to {place}: ")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ((), "--document or --cache must be given"),
+        (("--cache", "x", "--max-new-tokens", 0), "--max-new-tokens must be at least 1, got 0"),
+        (("--cache", "x", "--temperature", -1), "--temperature must be at least 0, got -1.0"),
+        (("--cache", "x", "--temperature", "nan"), "--temperature must be at least 0, got nan"),
+    ],
+    ids=str,
+)
+def test_options_that_make_no_sense_are_refused(monkeypatch, capsys, options, message):
+    assert refused(monkeypatch, *options) == "2"
+    assert message in capsys.readouterr().err

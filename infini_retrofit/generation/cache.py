@@ -29,6 +29,8 @@ from infini_retrofit.layer.memory import MemoryState
 from infini_retrofit.layer.state import Carried, Carrier, Tokens
 from infini_retrofit.model.retrofit import attention_modules
 
+# The method of transformers' GenerationMixin that `enable_generation` replaces.
+PREPARE = "_prepare_cache_for_generation"
 _KINDS = {"memory": MemoryState, "context": LocalContext, "unfinished": Tokens}
 
 
@@ -194,7 +196,12 @@ class InfiniCache(Cache):
         return found
 
     def save(self, path: Path, model: PreTrainedModel) -> None:
-        """Write the cache, and which model filled it, to one file, whole or not at all."""
+        """Write the cache, and which model filled it, to one file, whole or not at all.
+
+        Raises:
+            ValueError: if the model would not fill a cache.
+        """
+        check_enabled(model)
         about = describe(model) | {"num_seen": str(self.num_seen)}
         tensors = {name: x.detach().contiguous() for name, x in self._tensors().items()}
         rows = {"num_tokens": self.num_tokens, "is_token": self.is_token}
@@ -213,6 +220,7 @@ class InfiniCache(Cache):
             ValueError: if the file is no cache, or one of another model, or the model uses none;
                 the device may be another, and the number type too, of float32 and bfloat16.
         """
+        check_enabled(model)
         about = check_file(path)
         check_model(path, about, model)
         cache = cls(model)
@@ -237,6 +245,19 @@ class InfiniCache(Cache):
             key: Carried(**{part: _KINDS[part](**named) for part, named in by_part.items()})
             for key, by_part in parts["carried"].items()
         }
+
+
+def check_enabled(model: PreTrainedModel) -> None:
+    """Refuse a model that would not fill a cache.
+
+    Raises:
+        ValueError: if `enable_generation` was not called.
+    """
+    if PREPARE not in vars(model):
+        raise ValueError(
+            "model must be one that generates with an InfiniCache, got one that does not: call "
+            "enable_generation(model, params) first"
+        )
 
 
 def _map(value: Any, change: Callable[[Tensor], Tensor]) -> Any:

@@ -1,6 +1,6 @@
-"""What the file of a saved `InfiniCache` says of itself, and which model may go on from it.
+"""What the file of a saved `InfiniCache` says, and which model may continue from it.
 
-Knows nothing of what is in a cache.
+Knows nothing of the tensors in a cache.
 """
 
 import hashlib
@@ -17,24 +17,23 @@ from infini_retrofit.layer.form import InfiniParams
 from infini_retrofit.model.families import decoder_layers
 from infini_retrofit.model.retrofit import resolve_layers
 
-FORMAT = "3"  # 1 did not say where there was padding, 2 not how the memory is kept
-# The method of transformers' GenerationMixin that `enable_generation` replaces.
-PREPARE = "_prepare_cache_for_generation"
-_VALUES_AT_ONCE = 2**22  # digested
-# Where the weights came from, not what is computed with them.
+# 1 did not say where there was padding, 2 not how the memory is kept, 3 had other forms.
+FORMAT = "4"
+_VALUES_AT_ONCE = 2**22  # of a parameter, for its digest
+# These choices say where the weights came from. They change nothing that is computed.
 _OF_TRAINING = ("init", "initial_memory_share", "bptt_segments")
 
 
 def check_file(path: Path) -> dict[str, str]:
-    """Refuse what is no saved cache, before a model is loaded; return what it says of itself.
+    """Refuse a file that is no saved cache; return what it says.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if it is no cache, or one of another format.
+        ValueError: if the file is no cache, or one of another format.
     """
     if not path.exists():
         raise FileNotFoundError(
-            f"{path.absolute()} is missing: InfiniCache.save writes a cache, as does "
+            f"{path.absolute()} is missing: InfiniCache.save writes a cache, and so does "
             "infini_retrofit.generation.chat with --document and --cache"
         )
     try:
@@ -59,34 +58,21 @@ def check_model(path: Path, about: Mapping[str, str], model: PreTrainedModel) ->
     """Refuse a cache that another model filled.
 
     Raises:
-        ValueError: if there is a difference; it is named.
+        ValueError: with the first difference.
     """
     for name, expected in describe(model).items():
         if (found := about.get(name)) != expected:
             raise ValueError(
-                f"{name} of {path} must be {expected}, as of the model that is to go on from "
-                f"it, got {found}"
+                f"{name} of {path} must be {expected}, as in the model that continues from it, "
+                f"got {found}"
             )
 
 
-def check_enabled(model: PreTrainedModel) -> None:
-    """Refuse a model that would not fill a cache.
-
-    Raises:
-        ValueError: if `enable_generation` was not called.
-    """
-    if PREPARE not in vars(model):
-        raise ValueError(
-            "model must be one that generates with an InfiniCache, got one that does not: call "
-            "enable_generation(model, params) first"
-        )
-
-
 def check_place(path: Path) -> None:
-    """Find out whether a cache can be written, before a text is read; make its folder.
+    """Make a cache's folder, and find out whether a file can be written there.
 
     Raises:
-        OSError: if it cannot.
+        OSError: if it cannot be written.
     """
     probe = partial_path(path)
     try:
@@ -98,20 +84,16 @@ def check_place(path: Path) -> None:
 
 
 def partial_path(path: Path) -> Path:
-    """Return where a file is written before it is whole."""
+    """Return the file's name while it is being written."""
     return path.with_name(path.name + ".partial")
 
 
 def describe(model: PreTrainedModel) -> dict[str, str]:
-    """Return the format, and what must be equal for a model to go on from a cache.
+    """Return the format, and all that must be equal for a model to continue from a cache.
 
-    That is every choice of form, and every weight as rounded to bfloat16: models loaded in float32
-    and bfloat16 are equal, and weights that differ by less than a rounding are taken for equal.
-
-    Raises:
-        ValueError: if the model would not fill a cache.
+    That is every choice of form and every weight, rounded to bfloat16. So models loaded in float32
+    and in bfloat16 are equal. Weights that differ by less than a rounding are taken for equal.
     """
-    check_enabled(model)
     form = asdict(InfiniParams(**model.config.infini))
     form["layers"] = resolve_layers(form["layers"], len(decoder_layers(model)))
     rope = getattr(model.config, "rope_parameters", None)
@@ -126,7 +108,7 @@ def describe(model: PreTrainedModel) -> dict[str, str]:
 
 
 def _digest(model: PreTrainedModel) -> str:
-    """Hash the name and shape of every parameter, and its values as rounded to bfloat16."""
+    """Hash the name, shape and bfloat16 values of every parameter."""
     digest = hashlib.sha256()
     for name, parameter in sorted(model.named_parameters()):
         digest.update(f"{name} {list(parameter.shape)}".encode())

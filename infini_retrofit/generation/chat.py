@@ -1,8 +1,8 @@
 """Read a document into a model's memory, then answer prompts from standard input.
 
-`python -m infini_retrofit.generation.chat models/finetuned --document book.txt`. Each prompt is
-text that the model goes on from, right after the document; it starts from the document's memory,
-not from the answer before it, unless `--continue` is given. Knows nothing of how models remember.
+`python -m infini_retrofit.generation.chat models/finetuned --document book.txt`. The model
+continues each prompt as text right after the document. Every answer starts from the document's
+memory, not from the answer before it, unless `--continue` is given.
 """
 
 import argparse
@@ -12,44 +12,15 @@ from pathlib import Path
 
 from infini_retrofit.pipeline.guard import run_stage
 
-BASE = Path("models/base")
-
 
 def main(arguments: list[str] | None = None) -> None:
     """Read, then answer until the input ends."""
     options = _options(arguments)
     text = None if options.document is None else read_text(options.document)
-    # These import torch, which takes seconds: what is wrong with the arguments was said before.
-    from infini_retrofit.generation.cache import InfiniCache
-    from infini_retrofit.generation.cache_file import check_file, check_place
-    from infini_retrofit.generation.conversation import Reader, converse, size_of
-    from infini_retrofit.generation.generation import enable_generation
-    from infini_retrofit.model.base import load_tokenizer
-    from infini_retrofit.model.checkpoints import load_retrofit
-    from infini_retrofit.pipeline.device import start_run
+    # This imports torch, which takes seconds. Wrong arguments were refused before.
+    from infini_retrofit.generation.conversation import chat
 
-    if text is None:
-        check_file(options.cache)
-    elif options.cache is not None:
-        if options.cache.exists():
-            raise FileExistsError(
-                f"{options.cache} exists: leave --document out to go on from it, or remove it"
-            )
-        check_place(options.cache)
-    device, dtype = start_run()
-    model, params = load_retrofit(options.base, options.model, dtype)
-    enable_generation(model.to(device), params, options.other_layers)
-    tokenizer = load_tokenizer(options.base)
-    sampling = (options.max_new_tokens, options.temperature, options.template)
-    reader = Reader(model, tokenizer, *sampling)
-    if text is None:
-        cache = InfiniCache.load(options.cache, model)
-    else:
-        cache = reader.read(text)
-        if options.cache is not None:
-            cache.save(options.cache, model)
-    print(f"{cache.num_seen:,} tokens read, {size_of(cache)} kept", file=sys.stderr)
-    converse(reader, cache, _prompts(), options.goes_on)
+    chat(options, text, _prompts())
 
 
 def read_text(path: Path) -> str:
@@ -57,8 +28,8 @@ def read_text(path: Path) -> str:
 
     Raises:
         FileNotFoundError: if there is no such file.
-        IsADirectoryError: if it is a folder.
-        ValueError: if it holds no text, or none in UTF-8.
+        IsADirectoryError: if the path is a folder.
+        ValueError: if the file holds no text, or none in UTF-8.
     """
     if path.is_dir():
         raise IsADirectoryError(f"{path} is a folder: --document must name a text file")
@@ -94,15 +65,15 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    add = parser.add_argument
+    add, default = parser.add_argument, "(default: %(default)s)"
     add("model", type=Path, help="folder of a retrofitted model, like models/finetuned")
-    add("--base", type=Path, default=BASE, help="folder of its base (default: %(default)s)")
-    add("--document", type=Path, help="a text in UTF-8 to read")
+    add("--base", type=Path, default=Path("models/base"), help=f"folder of its base {default}")
+    add("--document", type=Path, help="the text to read, in UTF-8")
     add("--cache", type=Path, help="where to save what was read, or to load it from")
     add("--continue", dest="goes_on", action="store_true", help="prompts follow the last answer")
     add("--template", action="store_true", help="put prompts into the tokenizer's chat template")
     add("--other-layers", choices=["segment", "full"], help="default: as the model says")
-    add("--max-new-tokens", type=int, default=200, help="of an answer (default: %(default)s)")
+    add("--max-new-tokens", type=int, default=200, help=f"tokens of an answer {default}")
     add("--temperature", type=float, default=0.0, help="0 (default): the likeliest token")
     options = parser.parse_args(arguments)
     if options.document is None and options.cache is None:

@@ -1,9 +1,11 @@
-"""Read a document into a model's memory, and answer prompts from it.
+"""A conversation with a model that has read a document.
 
-Knows nothing of how models remember, and of files.
+`chat` parses the command line without torch, and calls this. Knows nothing of how models remember.
 """
 
 import copy
+import sys
+from argparse import Namespace
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -12,17 +14,21 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
 from infini_retrofit.generation.cache import InfiniCache
-from infini_retrofit.generation.generation import read
+from infini_retrofit.generation.cache_file import check_file, check_place
+from infini_retrofit.generation.generation import enable_generation, read
+from infini_retrofit.model.base import load_tokenizer
+from infini_retrofit.model.checkpoints import load_retrofit
+from infini_retrofit.pipeline.device import start_run
 
 
 @dataclass(frozen=True)
 class Reader:
-    """A model with its tokenizer, and how it is to answer.
+    """A model with its tokenizer, and how it answers.
 
     Attributes:
-        model: that generates with an `InfiniCache`.
+        model: generates with an `InfiniCache`.
         tokenizer: the model's.
-        max_new_tokens: of an answer, at most.
+        max_new_tokens: of an answer.
         temperature: of sampling; 0: the likeliest token.
         uses_template: put each prompt into the tokenizer's chat template.
     """
@@ -35,7 +41,7 @@ class Reader:
 
     def read(self, text: str) -> InfiniCache:
         """Read a document, with a progress bar."""
-        ids = torch.tensor([self._encode(text)])
+        ids = torch.tensor([self.encode(text)])
         cache = InfiniCache(self.model)
         with tqdm(total=ids.shape[1], unit=" tokens", desc="reading") as bar:
             for num_tokens in read(self.model, ids, cache):
@@ -47,18 +53,18 @@ class Reader:
         """Print an answer token by token.
 
         Args:
-            prompt: what is asked.
-            cache: what was read; goes on with the prompt and the answer.
-            last: the token that an earlier answer ended with, which no cache has seen yet; or none.
+            prompt: the user's words.
+            cache: what was read; the prompt and the answer are added.
+            last: the token that ended the answer before, which no cache has seen; or none.
 
         Returns:
-            The token that this answer ended with.
+            The token that ended this answer.
         """
         if self.uses_template:
             prompt = self.tokenizer.apply_chat_template(
                 [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
             )
-        ids = torch.tensor([last + self._encode(prompt)], device=self.model.device)
+        ids = torch.tensor([last + self.encode(prompt)], device=self.model.device)
         sampling = {"temperature": self.temperature} if self.temperature else {}
         found = self.model.generate(
             ids,
@@ -72,8 +78,50 @@ class Reader:
         )
         return found[0, -1:].tolist()
 
-    def _encode(self, text: str) -> list[int]:
+    def encode(self, text: str) -> list[int]:
+        """Return the tokens of a text, without special tokens."""
         return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+
+
+def chat(options: Namespace, text: str | None, prompts: Iterable[str]) -> None:
+    """Read a document or load what was read, then answer prompts.
+
+    Args:
+        options: of the command `chat`.
+        text: the document; None: `options.cache` holds what was read.
+        prompts: one after another.
+
+    Raises:
+        FileExistsError: if there is something where the cache is to be saved.
+        OSError: if no cache can be written there.
+        ValueError: if the cache is no cache, or one of another model.
+    """
+    _check_cache(options, text)
+    device, dtype = start_run()
+    model, params = load_retrofit(options.base, options.model, dtype)
+    enable_generation(model.to(device), params, options.other_layers)
+    sampling = (options.max_new_tokens, options.temperature, options.template)
+    reader = Reader(model, load_tokenizer(options.base), *sampling)
+    if text is None:
+        cache = InfiniCache.load(options.cache, model)
+    else:
+        cache = reader.read(text)
+        if options.cache is not None:
+            cache.save(options.cache, model)
+    print(f"{cache.num_seen:,} tokens read, {size_of(cache)} kept", file=sys.stderr)
+    converse(reader, cache, prompts, options.goes_on)
+
+
+def _check_cache(options: Namespace, text: str | None) -> None:
+    """Refuse what can be neither loaded nor saved, before a model is loaded."""
+    if text is None:
+        check_file(options.cache)
+    elif options.cache is not None:
+        if options.cache.exists():
+            raise FileExistsError(
+                f"{options.cache} exists: leave --document out to go on from it, or remove it"
+            )
+        check_place(options.cache)
 
 
 def converse(reader: Reader, cache: InfiniCache, prompts: Iterable[str], goes_on: bool) -> None:
@@ -83,7 +131,7 @@ def converse(reader: Reader, cache: InfiniCache, prompts: Iterable[str], goes_on
         reader: answers.
         cache: the document, as read.
         prompts: one after another.
-        goes_on: each prompt comes after the answer before it, not right after the document.
+        goes_on: each prompt follows the answer before it, not the document.
     """
     last: list[int] = []
     for prompt in prompts:
@@ -94,6 +142,6 @@ def converse(reader: Reader, cache: InfiniCache, prompts: Iterable[str], goes_on
 
 
 def size_of(cache: InfiniCache) -> str:
-    """Say what a cache takes, and whether that grows."""
+    """Return the size of a cache in words, and whether it grows."""
     grows = "" if cache.is_bounded else " and growing (other_layers: full)"
     return f"{cache.num_bytes / 2**10:,.0f} KiB{grows}"

@@ -25,8 +25,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.generation import GenerationMode
 
-from infini_retrofit.generation.cache import InfiniCache
-from infini_retrofit.generation.cache_file import PREPARE, check_enabled
+from infini_retrofit.generation.cache import PREPARE, InfiniCache, check_enabled
 from infini_retrofit.layer.attention import InfiniAttention
 from infini_retrofit.layer.form import InfiniParams
 from infini_retrofit.layer.state import Carrier

@@ -1,7 +1,7 @@
-"""Models with Infini layers as `transformers` models of their own, which open from one folder.
+"""Classes of `transformers` models with Infini layers, for folders that open by themselves.
 
-`export` copies this file, and what it imports of this library, beside the weights. Knows nothing
-of bases, of what differs from one, or of files.
+An export copies this file, and what it imports of this library, beside the weights. Knows nothing
+of bases and of files.
 """
 
 from typing import Any
@@ -14,17 +14,16 @@ from infini_retrofit.layer.local_attention import alibi_slopes
 from infini_retrofit.model.base_attention import NAME
 from infini_retrofit.model.retrofit import infini_modules, insert_infini
 
-# Parts of the names of what stays float32 whatever the weights are loaded as.
+# Parts of the names of parameters that stay float32, whatever type the others are loaded in.
 KEPT_FLOAT32 = ["gate_logit", "alpha", "memory", "feature_maps"]
 
 
 class _InfiniConfig:
-    """What the configuration of such a model says beside that of its base.
+    """What a configuration says beside the base's own.
 
     Attributes:
         infini: the fields of `InfiniParams`.
-        other_layers: what attention sees that is the base's own: its `segment`, or everything
-            (`full`).
+        other_layers: what the base's own attention sees: its `segment`, or everything (`full`).
     """
 
     infini: dict[str, Any] | None = None
@@ -36,7 +35,7 @@ class _InfiniConfig:
 
 
 class _InfiniModel:
-    """Insertion at construction, and what `transformers` must know of Infini layers."""
+    """Insertion at construction, and what `transformers` must know about Infini layers."""
 
     _keep_in_fp32_modules_strict = KEPT_FLOAT32
 
@@ -47,7 +46,7 @@ class _InfiniModel:
         enable_generation(self, params, config.other_layers)
 
     def initialize_weights(self) -> None:
-        """Start what a file does not hold."""
+        """Initialise weights and buffers that no file holds."""
         super().initialize_weights()
         for module in infini_modules(self).values():
             if module.slopes is not None:
@@ -60,7 +59,7 @@ class InfiniLlamaConfig(_InfiniConfig, LlamaConfig):
 
     model_type = "infini_llama"
 
-    # Of its own, for the one that `transformers` would make hides what it accepts from checkers.
+    # The constructor that `transformers` generates would hide its arguments from type checkers.
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
 
@@ -70,7 +69,7 @@ class InfiniGPTNeoXConfig(_InfiniConfig, GPTNeoXConfig):
 
     model_type = "infini_gpt_neox"
 
-    # Of its own, for the one that `transformers` would make hides what it accepts from checkers.
+    # The constructor that `transformers` generates would hide its arguments from type checkers.
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
 
