@@ -176,7 +176,7 @@ def written_by_second(folder: Path) -> list[str]:
 
 def fail(folder: Path) -> None:
     """Fine-tune until one process finds what a user can mend."""
-    pipeline._PATIENCE = 1
+    pipeline._TORCHRUN_SECONDS = 1
     take_distilled(folder, "failed")
     mistake = ValueError("the moon must be full, got half")
     pipeline.run_stage(lambda: fine_tune_until(mistake, folder / "failed", rank=1))

@@ -1,4 +1,4 @@
-"""What a stage stands on: parameters in, files out, the guard of a run, tokens, device.
+"""What every stage needs: parameters, files, tokens, the device and the guard of a run.
 
-Knows nothing of models, memories, texts' sources and any stage by name.
+Knows no model, no memory, no source of texts and no stage by name.
 """

@@ -1,4 +1,4 @@
-"""Where and in which number type a run computes.
+"""Device and number type of a run, and the processor's memory allocator.
 
 Knows no stage and no model.
 """
@@ -16,27 +16,27 @@ _LARGEST_MMAP_THRESHOLD, _LARGEST_INT = 1 << 30, (1 << 31) - 1
 
 
 def pick_device() -> torch.device:
-    """Return this process's GPU where there is one, else the processor."""
+    """Return this process's GPU if there is one, else the processor."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
 
 
 def pick_dtype(device: torch.device) -> torch.dtype:
-    """Return bfloat16 where the device multiplies it in hardware, else float32."""
+    """Return bfloat16 if the device multiplies it in hardware, else float32."""
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
     return torch.bfloat16 if cpu_has_bfloat16() else torch.float32
 
 
 def cpu_has_bfloat16() -> bool:
-    """Tell whether the processor has bfloat16 products (AVX512-BF16 or AMX)."""
+    """Return whether the processor has bfloat16 products (AVX512-BF16 or AMX)."""
     capabilities = torch.cpu.get_capabilities()
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 
 
 def start_run() -> tuple[torch.device, torch.dtype]:
-    """Pick device and number type, say so on stderr, and set the allocator up for tensors."""
+    """Pick device and number type, print both to stderr and tune the allocator for tensors."""
     device = pick_device()
     dtype = pick_dtype(device)
     print(f"computing on {device.type} in {str(dtype).removeprefix('torch.')}", file=sys.stderr)
@@ -52,19 +52,19 @@ def start_run() -> tuple[torch.device, torch.dtype]:
 
 
 def return_freed_memory() -> None:
-    """Give the system back what was freed and `start_run` lets glibc keep.
+    """Return freed memory to the system, which glibc keeps after `start_run`.
 
-    What is resident then is what is used. Without glibc nothing changes.
+    Afterwards the resident memory is the memory in use. Without glibc nothing changes.
     """
     if trim := _of_glibc("malloc_trim"):
         trim(0)
 
 
 def _keep_freed_memory() -> None:
-    """Let glibc reuse the memory of large tensors instead of returning it to the system.
+    """Make glibc reuse the memory of large tensors instead of returning it to the system.
 
-    By default every tensor above a threshold is mapped anew, and the system spends more time on
-    clearing its pages than some operations take. Without glibc nothing changes.
+    By default glibc maps every large tensor anew. The system then clears its pages, which takes
+    longer than some operations. Without glibc nothing changes.
     """
     if mallopt := _of_glibc("mallopt"):
         mallopt(_M_MMAP_THRESHOLD, _LARGEST_MMAP_THRESHOLD)
@@ -72,7 +72,7 @@ def _keep_freed_memory() -> None:
 
 
 def _of_glibc(name: str) -> Callable[..., int] | None:
-    """Return a function of glibc; None where there is no glibc, or none with this function."""
+    """Return a function of glibc; None without glibc or without this function."""
     try:
         return getattr(ctypes.CDLL("libc.so.6"), name)
     except (OSError, AttributeError):

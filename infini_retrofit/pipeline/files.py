@@ -1,14 +1,15 @@
-"""Files that leave a stage: metrics, rows of a plot, manifests. Written whole or not at all.
+"""Files that a stage writes, whole or not at all: metrics, rows of a plot, manifests.
 
 Knows no stage and no metric by name.
 """
 
+import contextlib
 import csv
 import hashlib
 import io
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,21 +18,20 @@ from jaxtyping import Int32
 
 TokenIds = Int32[np.ndarray, "_"]
 MANIFEST = "manifest.json"
-_CHUNK_BYTES = 1 << 20
 
 
 def write_metrics(path: Path, metrics: Mapping[str, Any]) -> None:
     """Write one JSON object, flat or nested, with sorted keys.
 
     Raises:
-        ValueError: if a value is NaN or infinite; a stage that diverged must not look finished.
+        ValueError: if a value is NaN or infinite: a stage that diverged must not look finished.
     """
     _refuse_non_finite(metrics, path.name)
     write_text(path, json.dumps(metrics, indent=2, sort_keys=True, allow_nan=False) + "\n")
 
 
 def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write rows of equal keys as tab-separated values, the first line naming the columns.
+    """Write rows of equal keys as tab-separated values below a line of column names.
 
     Raises:
         ValueError: if a value is NaN or infinite.
@@ -48,10 +48,17 @@ def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write UTF-8 text under another name first, so that no reader sees half a file."""
+    """Write UTF-8 text, whole or not at all."""
+    with whole_file(path) as partial:
+        partial.write_text(text, encoding="utf-8", newline="\n")
+
+
+@contextlib.contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """Lend the path of a file that replaces `path` at the end: no reader sees half a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8", newline="\n")
+    yield partial
     partial.replace(path)
 
 
@@ -62,9 +69,9 @@ def write_manifest(folder: Path) -> None:
 
 
 def verify_manifest(folder: Path, made_by: str = "dvc repro") -> None:
-    """Compare a folder with its manifest.
+    """Compare a folder with its manifest before weights are loaded.
 
-    DVC does not notice a flipped byte in its cache, so whoever loads weights calls this first.
+    DVC does not notice a flipped byte in its cache.
 
     Args:
         folder: the folder that `write_manifest` was given.
@@ -72,7 +79,7 @@ def verify_manifest(folder: Path, made_by: str = "dvc repro") -> None:
 
     Raises:
         FileNotFoundError: if the folder or its manifest does not exist.
-        ValueError: if a file differs, is missing or is unlisted; it is named.
+        ValueError: naming the first file that differs, is missing or is not in the manifest.
     """
     path = folder / MANIFEST
     check_made(path, made_by)
@@ -89,26 +96,26 @@ def verify_manifest(folder: Path, made_by: str = "dvc repro") -> None:
 
 
 def check_made(path: Path, made_by: str) -> None:
-    """Refuse a file that is not there, and say which command makes it.
+    """Refuse a missing file.
 
     Raises:
-        FileNotFoundError: if it is missing.
+        FileNotFoundError: naming the command that makes the file.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing: run `{made_by}` to make it")
 
 
 def check_folder(folder: Path, file: str, kind: str, made_by: str) -> None:
-    """Refuse a folder that is not there or holds something else, and say which ones do not.
+    """Refuse a folder that is missing or is of another kind.
 
     Args:
         folder: as the user named it.
-        file: that every folder of this kind holds.
-        kind: what the folder is to be, for the message.
+        file: the file that every folder of this kind holds.
+        kind: what the folder should be, for the message.
         made_by: the command that makes one, for the message.
 
     Raises:
-        FileNotFoundError: with the folders of this kind that stand beside it.
+        FileNotFoundError: naming the folders of this kind beside it.
     """
     if (folder / file).is_file():
         return
@@ -124,11 +131,8 @@ def check_folder(folder: Path, file: str, kind: str, made_by: str) -> None:
 
 def sha256(path: Path) -> str:
     """Return the SHA-256 of a file's bytes in hexadecimal."""
-    digest = hashlib.sha256()
     with path.open("rb") as file:
-        while chunk := file.read(_CHUNK_BYTES):
-            digest.update(chunk)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _file_names(folder: Path) -> list[str]:
@@ -138,7 +142,7 @@ def _file_names(folder: Path) -> list[str]:
 
 
 def _refuse_non_finite(value: Any, name: str) -> None:
-    """Walk through nested values and refuse the first that is NaN or infinite."""
+    """Refuse the first of nested values that is NaN or infinite."""
     if isinstance(value, Mapping):
         for key, item in value.items():
             _refuse_non_finite(item, f"{name}: {key}")
@@ -160,10 +164,10 @@ def _row(cells: Sequence[str], widths: Sequence[int]) -> str:
 
 
 def read_token_rows(path: Path) -> list[TokenIds]:
-    """Read the tokens of each row of a file of articles or documents, as writable arrays.
+    """Read the tokens of each article or document of a file, as writable arrays.
 
     Raises:
-        FileNotFoundError: if the file is missing; the stage that makes it is named.
+        FileNotFoundError: naming the stage that makes the file.
     """
     rows: list[np.ndarray] = []
     for chunk in read_table(path, ["input_ids"])["input_ids"].chunks:

@@ -1,7 +1,7 @@
-"""What DVC leaves to a stage: one sentence for an error, and the guard around a training run.
+"""The guard of a run: what DVC does not check, and one sentence for an error.
 
-DVC deletes a stage's outputs before it starts it, outlives or orphans it without noticing, and
-records the parameters it finds at the end. Knows no stage, section or file by name.
+DVC deletes a stage's outputs before the stage starts, and a killed DVC leaves the stage running.
+DVC records the code and parameters that it finds at the end. Knows no stage or section by name.
 """
 
 import contextlib
@@ -19,52 +19,58 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from filelock import AcquireReturnProxy, FileLock, Timeout
+
 from infini_retrofit.pipeline.files import MANIFEST, check_made, sha256
-from infini_retrofit.pipeline.folder_lock import locked
 from infini_retrofit.pipeline.params import PARAMS_PATH, load_section
 
-# Seconds for torchrun to end a process that failed because another did, or as another did.
-_PATIENCE = 3
 FREE_BYTES = 4 << 30  # a checkpoint with its optimizer state, the model, its copy in the cache
-_PR_SET_PDEATHSIG = 1
-
-
-# The folder that holds the library, the stages and dvc.yaml.
-_ROOT = Path(__file__).resolve().parents[2]
+_ROOT = Path(__file__).resolve().parents[2]  # holds the library, the stages and dvc.yaml
+_TORCHRUN_SECONDS = 3  # in which torchrun ends the processes beside a failed one
+_PR_SET_PDEATHSIG = 1  # of Linux's prctl.h
 
 
 class ChangedWhileRunningError(RuntimeError):
-    """Code or parameters are no longer what the run began with."""
+    """Code or parameters are no longer those that the run began with."""
 
 
-# What a user can mend.
+# Errors that a user can mend.
 _MISTAKES = (ValueError, OSError, FloatingPointError, ChangedWhileRunningError)
 
 
 @dataclass(frozen=True)
 class TrainingFolder:
-    """Where a run keeps what it needs to go on after a kill.
+    """Where a run keeps its checkpoints.
 
     Attributes:
         path: the folder.
-        is_first: whether this process is the one of several (torchrun) that writes results.
+        is_first: whether this process writes the results, of several processes (torchrun).
     """
 
     path: Path
     is_first: bool
 
 
+def is_first_process() -> bool:
+    """Return whether this process is alone or rank 0; torch.distributed need not have begun."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def num_processes() -> int:
+    """Return how many processes torchrun started; torch.distributed need not have begun."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def run_stage(main: Callable[[], None]) -> None:
     """Run a stage's `main`; a user's mistake ends in one sentence and exit code 1.
 
-    Other exceptions keep their traceback, because they are ours. Of several processes (torchrun)
-    one speaks, and torchrun ends the others. Under DVC the stage dies with
-    its parent: a killed `dvc` would leave it running, and the next one would start a second.
+    Other exceptions are mistakes of the code and keep their traceback. Under DVC the stage ends
+    with its parent, because the next `dvc` would start the same stage beside it.
     """
     if "DVC_ROOT" in os.environ:
         _die_with_parent()
     try:
-        with _one_voice():
+        with _rank_0_speaks_first():
             main()
     except _MISTAKES as error:
         sys.exit("error: " + " ".join(str(error).split()))
@@ -72,20 +78,13 @@ def run_stage(main: Callable[[], None]) -> None:
         sys.exit(130)
 
 
-def is_first_process() -> bool:
-    """Tell whether this process is alone or the first of several (torchrun)."""
-    return os.environ.get("RANK", "0") == "0"
-
-
 def stage_code(stage: str) -> list[Path]:
     """Return the source files of a stage: its module and rooms, as dvc.yaml lists them."""
     from ruamel.yaml import YAML  # here, for chat and export run without it
 
-    stages = YAML(typ="safe").load(_ROOT / "dvc.yaml")["stages"]
-    deps = [_ROOT / dep for dep in stages[stage]["deps"]]
-    folders = [dep for dep in deps if (dep / "__init__.py").is_file()]
-    files = [dep for dep in deps if dep.suffix == ".py"]
-    return sorted([*files, *(file for folder in folders for file in folder.rglob("*.py"))])
+    deps = YAML(typ="safe").load(_ROOT / "dvc.yaml")["stages"][stage]["deps"]
+    code = [_ROOT / dep for dep in deps if dep.startswith(("stages/", "infini_retrofit/"))]
+    return sorted(file for dep in code for file in (dep.rglob("*.py") if dep.is_dir() else [dep]))
 
 
 @contextlib.contextmanager
@@ -96,16 +95,15 @@ def training_run(
     code: Sequence[Path],
     free_bytes: int = FREE_BYTES,
 ) -> Iterator[TrainingFolder]:
-    """Guard a training run and lend it the checkpoint folder that is its own.
+    """Guard a training run and lend it a checkpoint folder.
 
-    The folder's name is a hash of everything the result depends on, so that a restarted run
-    finds its checkpoints and a different run never does. It is removed when the block ends well
-    and kept otherwise. It stands in DVC's main root, because DVC deletes a stage's outputs, and
-    a temporary run's whole folder. Of several processes (torchrun) the first holds the lock.
+    The folder's name is a hash of everything that the result depends on: a restarted run finds
+    its checkpoints, and no other run does. A run that ends well removes the folder. It stands in
+    DVC's main root: DVC deletes a stage's outputs, and the whole folder of a temporary run.
 
     Args:
         stage: name of the stage.
-        inputs: files and folders that the run reads; a folder with a manifest stands by it.
+        inputs: files and folders that the run reads; a manifest stands for its folder.
         params: the dataclasses or plain values that the run uses, by their names in params.yaml.
         code: source files of the run (see `stage_code`).
         free_bytes: what the disk must have free at the start.
@@ -113,57 +111,74 @@ def training_run(
     Raises:
         ChangedWhileRunningError: if `code` or `params` differ from the files, at start or end.
         FileNotFoundError: if an input is missing.
-        OSError: if the disk is full or read-only, or, of several processes, an equal run is under
-            way; a single process waits for its end.
+        OSError: if the disk is full or read-only. Or if an equal run of several processes is
+            under way; a single process waits for its end.
     """
     root = Path(os.environ.get("DVC_ROOT", "."))
     folder = root / "checkpoints" / f"{stage}-{_fingerprint(inputs, params, code)}"
-    is_first = is_first_process()
+    lock, is_first = FileLock(f"{folder}.lock"), is_first_process()
     _check_writable(folder, free_bytes)
-    with (
-        _end_on_sigterm(),
-        locked(folder, "the same training", waits=_num_processes() == 1)
-        if is_first
-        else contextlib.nullcontext(),
-    ):
+    with _end_on_sigterm(), _acquire(lock) if is_first else contextlib.nullcontext():
+        folder.mkdir(exist_ok=True)  # an equal run may have removed it
         with unchanged(stage, params, code):
             yield TrainingFolder(folder, is_first)
         if is_first:
             shutil.rmtree(folder)
+            Path(lock.lock_file).unlink()  # a process that waits for it makes a new one
 
 
 @contextlib.contextmanager
 def unchanged(stage: str, params: Mapping[str, Any], code: Sequence[Path]) -> Iterator[None]:
     """Refuse to end well if code or parameters were edited since the block began.
 
-    DVC records what it finds at the end of a stage, as if that had made the result.
-
     Raises:
         ChangedWhileRunningError: naming what changed.
     """
     digests = {path: sha256(path) for path in code}
-    _check_unchanged(stage, digests, params)
+
+    def check() -> None:
+        changed = [
+            str(p) for p, digest in digests.items() if not p.is_file() or sha256(p) != digest
+        ]
+        changed += [f"{PARAMS_PATH}: {k}" for k, value in params.items() if not _is_still(k, value)]
+        if changed:
+            raise ChangedWhileRunningError(
+                f"{stage}: changed while it was running: {', '.join(changed)}; run it again"
+            )
+
+    check()
     yield
-    _check_unchanged(stage, digests, params)
+    check()
 
 
 @contextlib.contextmanager
-def _one_voice() -> Iterator[None]:
-    """Hold back what a process fails with while another may be saying why.
+def _rank_0_speaks_first() -> Iterator[None]:
+    """Hold an error back while rank 0 may report the same one; torchrun ends the others then.
 
-    A mistake that all notice is the first one's to say. A process that has lost another to
-    talk to has nothing to say.
+    An error that is no user's mistake waits in rank 0 as well, for another rank's report.
     """
     try:
         yield
     except Exception as error:
-        if _num_processes() > 1 and not (is_first_process() and isinstance(error, _MISTAKES)):
-            time.sleep(_PATIENCE if is_first_process() else 2 * _PATIENCE)
+        if num_processes() > 1 and not (is_first_process() and isinstance(error, _MISTAKES)):
+            time.sleep(_TORCHRUN_SECONDS if is_first_process() else 2 * _TORCHRUN_SECONDS)
         raise
 
 
-def _num_processes() -> int:
-    return int(os.environ.get("WORLD_SIZE", "1"))
+def _acquire(lock: FileLock) -> AcquireReturnProxy:
+    """Take the lock of a training; the system releases it however the process ends.
+
+    Raises:
+        BlockingIOError: if another process holds it and this one is one of several.
+    """
+    try:
+        return lock.acquire(blocking=False)
+    except Timeout as error:
+        told = f"the same training is under way in another process, which holds {lock.lock_file}"
+        if num_processes() > 1:
+            raise BlockingIOError(f"{told}: wait for it or end it") from error
+        print(f"waiting: {told}", file=sys.stderr, flush=True)
+        return lock.acquire()
 
 
 def _fingerprint(inputs: Sequence[Path], params: Mapping[str, Any], code: Sequence[Path]) -> str:
@@ -172,8 +187,7 @@ def _fingerprint(inputs: Sequence[Path], params: Mapping[str, Any], code: Sequen
     files = {f"{path.parent.name}/{path.name}": sha256(path) for path in code}
     digests = {str(path): _input_digest(path) for path in inputs}
     # A step sees a batch of every process.
-    everything = [digests, plain, files, _num_processes()]
-    text = json.dumps(everything, sort_keys=True)
+    text = json.dumps([digests, plain, files, num_processes()], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -187,25 +201,8 @@ def _input_digest(path: Path) -> str | dict[str, str]:
     return {str(p.relative_to(path)): sha256(p) for p in path.rglob("*") if p.is_file()}
 
 
-def _check_unchanged(stage: str, code: Mapping[Path, str], params: Mapping[str, Any]) -> None:
-    """Refuse to let DVC record code or parameters that did not make the result."""
-    changed = [str(path) for path, digest in code.items() if _sha256_or_none(path) != digest]
-    changed += [
-        f"{PARAMS_PATH}: {name}" for name, value in params.items() if not _is_still(name, value)
-    ]
-    if changed:
-        raise ChangedWhileRunningError(
-            f"{stage}: changed while it was running: {', '.join(changed)}; run it again"
-        )
-
-
-def _sha256_or_none(path: Path) -> str | None:
-    """Hash a file that may have been deleted."""
-    return sha256(path) if path.is_file() else None
-
-
 def _is_still(name: str, value: Any) -> bool:
-    """Tell whether params.yaml still holds `value`; an invalid new value is another one."""
+    """Return whether params.yaml still holds `value`; an invalid value is another one."""
     try:
         return load_section(type(value), name) == value
     except (ValueError, FileNotFoundError):
@@ -213,16 +210,15 @@ def _is_still(name: str, value: Any) -> bool:
 
 
 def _check_writable(folder: Path, free_bytes: int) -> None:
-    """Make the folder, and find out now rather than after training that a disk is full."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for place in (folder, Path.cwd()):
+    """Make the folder; refuse a full or read-only disk now rather than after training."""
+    for place in (folder, Path.cwd()):
+        try:
+            place.mkdir(parents=True, exist_ok=True)
             probe = place / f".writable-{os.getpid()}"
             probe.write_bytes(b"")
             probe.unlink(missing_ok=True)  # on another node a process may have the same number
-    except OSError as error:
-        raise OSError(f"cannot write to {error.filename}: {error.strerror}") from error
-    for place in (folder, Path.cwd()):
+        except OSError as error:
+            raise OSError(f"cannot write to {error.filename}: {error.strerror}") from error
         if (free := shutil.disk_usage(place).free) < free_bytes:
             raise OSError(
                 f"{place} must have {free_bytes / 2**30:.1f} GiB free for checkpoints and the "

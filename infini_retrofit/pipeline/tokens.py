@@ -1,4 +1,4 @@
-"""The tokens of prepared texts as tensors.
+"""Read the tokens of prepared texts as tensors.
 
 Knows no path and no model.
 
@@ -22,12 +22,12 @@ from infini_retrofit.pipeline.files import read_token_rows
 
 @dataclass(frozen=True)
 class TestText:
-    """What models are scored on.
+    """The texts on which models are scored.
 
     Attributes:
         stream: the test split's articles, one after another.
         documents: long documents of the test split.
-        titles: of the article that each document is cut from.
+        titles: the title of each document's article.
     """
 
     stream: Int[Tensor, "Stream"]
@@ -59,15 +59,15 @@ def read_documents(path: Path, max_documents: int) -> Int[Tensor, "B T"]:
 
 
 def read_titles(path: Path, max_documents: int) -> list[str]:
-    """Return the title of the article that each of the first documents is cut from."""
+    """Return the article's title of each of the first documents."""
     return pq.read_table(path, columns=["title"])["title"].to_pylist()[:max_documents]
 
 
 def read_samples(path: Path, tokens_per_sample: int, max_samples: int) -> Int[Tensor, "B T"]:
-    """Cut articles into samples, the first of every article before the second of any.
+    """Cut articles into samples: the first of every article, then the second of every article.
 
     Raises:
-        ValueError: if no article is as long as one sample.
+        ValueError: if every article is shorter than one sample.
     """
     articles = read_token_rows(path)
     samples = [

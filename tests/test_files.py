@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from infini_retrofit.pipeline import files as report
 from infini_retrofit.pipeline.files import (
+    MANIFEST,
     verify_manifest,
     write_manifest,
     write_metrics,
@@ -64,7 +64,7 @@ def test_an_untouched_folder_verifies(folder):
     verify_manifest(folder)
     write_manifest(folder)
     verify_manifest(folder)
-    assert json.loads((folder / report.MANIFEST).read_text()).keys() == {
+    assert json.loads((folder / MANIFEST).read_text()).keys() == {
         "config.json",
         "weights/model.bin",
     }

@@ -1,4 +1,4 @@
-"""The guard around a training run, mostly in processes of their own that are really killed."""
+"""The guard of a run, mostly around processes of their own that are really killed."""
 
 import contextlib
 import os
@@ -13,7 +13,12 @@ from pathlib import Path
 
 import pytest
 
-from infini_retrofit.pipeline.guard import ChangedWhileRunningError, training_run
+from infini_retrofit.pipeline.guard import (
+    ChangedWhileRunningError,
+    run_stage,
+    stage_code,
+    training_run,
+)
 
 ROOT = Path(__file__).parent.parent
 STAGE = """
@@ -27,9 +32,12 @@ def main():
         (run.path / "epoch").write_text("1")
         Path("starting").write_text(str(run.path))
         Path("starting").rename("started")  # whole, or whoever waits for it might read nothing
+        Path("exclusive").open("x").close()  # fails if another run is inside
         limit = time.monotonic() + 60
         while not Path("go").exists() and time.monotonic() < limit:
             time.sleep(0.01)
+        time.sleep(0.05)
+        Path("exclusive").unlink()
 
 run_stage(main)
 """
@@ -65,7 +73,8 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def start() -> subprocess.Popen[str]:
     """Start the stage and wait until it trains."""
-    Path("started").unlink(missing_ok=True)
+    for left_by_a_killed_run in ("started", "exclusive"):
+        Path(left_by_a_killed_run).unlink(missing_ok=True)
     process = subprocess.Popen([sys.executable, "stage.py"], stderr=subprocess.PIPE, text=True)
     wait_for(Path("started").exists)
     return process
@@ -91,6 +100,32 @@ def guarded(**changes: object) -> str:
     arguments = {"inputs": [Path("data")], "params": {"epochs": 3}, "code": [Path("code.py")]}
     with training_run("train", **(arguments | changes), free_bytes=0) as run:
         return run.path.name
+
+
+@pytest.mark.parametrize("kind", [ValueError, FileNotFoundError, OSError, FloatingPointError])
+def test_a_user_s_mistake_ends_in_one_sentence(kind):
+    with pytest.raises(SystemExit) as caught:
+        run_stage(raiser(kind("two\nlines")))
+    assert caught.value.code == "error: two lines"
+
+
+def test_a_mistake_of_the_code_keeps_its_traceback():
+    with pytest.raises(AssertionError):
+        run_stage(raiser(AssertionError()))
+
+
+def raiser(error: BaseException) -> Callable[[], None]:
+    def main() -> None:
+        raise error
+
+    return main
+
+
+def test_a_stage_s_code_is_its_module_and_its_rooms():
+    code = {str(path.relative_to(ROOT)) for path in stage_code("distill")}
+    assert {"stages/distill.py", "infini_retrofit/training/distillation.py"} <= code
+    rooms = {name.split("/")[1] for name in code - {"stages/distill.py"}}
+    assert rooms == {"layer", "model", "pipeline", "scoring", "training"}
 
 
 def test_the_folder_goes_when_the_run_ends_well_and_stays_when_it_fails(project):
@@ -188,18 +223,23 @@ def test_only_the_first_of_several_processes_locks_and_removes(project, monkeypa
             assert (first.is_first, second.is_first) == (True, False)
         assert first.path.is_dir()
         monkeypatch.setenv("RANK", "0")
-        with pytest.raises(OSError, match="under way"):
+        message = f"^the same training is under way in another process, which holds {first.path}"
+        with pytest.raises(BlockingIOError, match=message + r"\.lock: wait for it or end it$"):
             training_run("train", [], {}, [], 0).__enter__()
+    assert list(first.path.parent.iterdir()) == []
 
 
-def test_a_second_starter_waits_for_the_end_of_the_first_and_runs_on_its_own(project):
+def test_equal_runs_wait_and_train_one_after_another_each_in_a_new_folder(project):
     first = start()
-    second = subprocess.Popen([sys.executable, "stage.py"], stderr=subprocess.PIPE, text=True)
-    assert second.stderr.readline().startswith("waiting: the same training is under way in ")
-    Path("started").unlink()
-    assert finish(first) == (0, "")
-    wait_for(Path("started").exists)
-    assert finish(second) == (0, "")
+    command = [sys.executable, "stage.py"]
+    others = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    for other in others:
+        assert other.stderr.readline().startswith("waiting: the same training is under way in ")
+    Path("go").touch()
+    for process in (first, *others):
+        _, errors = process.communicate(timeout=90)
+        assert (process.returncode, errors) == (0, "")
+    assert list(Path("checkpoints").iterdir()) == []
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from infini_retrofit.pipeline import device as runtime
+from infini_retrofit.pipeline import device
 
 
 @pytest.mark.parametrize(
@@ -20,8 +20,8 @@ def test_a_processor_computes_in_bfloat16_only_where_it_has_such_products(
 ):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
-    monkeypatch.setattr(runtime, "_keep_freed_memory", lambda: None)
-    assert runtime.start_run() == (torch.device("cpu"), dtype)
+    monkeypatch.setattr(device, "_keep_freed_memory", lambda: None)
+    assert device.start_run() == (torch.device("cpu"), dtype)
     said = capsys.readouterr().err
     assert said.startswith(f"computing on cpu in {str(dtype).removeprefix('torch.')}\n")
     assert ("about five times the time" in said) == (dtype is torch.float32)
@@ -32,9 +32,9 @@ def test_a_gpu_is_used_without_being_told(has_bfloat16, name, monkeypatch, capsy
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: has_bfloat16)
     monkeypatch.setenv("LOCAL_RANK", "1")
-    assert runtime.start_run() == (torch.device("cuda", 1), getattr(torch, name))
+    assert device.start_run() == (torch.device("cuda", 1), getattr(torch, name))
     monkeypatch.delenv("LOCAL_RANK")
-    assert runtime.pick_device() == torch.device("cuda", 0)
+    assert device.pick_device() == torch.device("cuda", 0)
     assert capsys.readouterr().err.endswith(f"in {name}\n")
 
 
@@ -45,14 +45,14 @@ def test_without_glibc_the_allocator_is_left_alone(monkeypatch):
         asked.append(name)
         raise OSError(name)
 
-    monkeypatch.setattr(runtime.ctypes, "CDLL", no_library)
-    runtime._keep_freed_memory()
-    runtime.return_freed_memory()
+    monkeypatch.setattr(device.ctypes, "CDLL", no_library)
+    device._keep_freed_memory()
+    device.return_freed_memory()
     assert asked == ["libc.so.6"] * 2
 
 
 def test_a_library_of_another_kind_has_nothing_to_give_back(monkeypatch):
-    monkeypatch.setattr(runtime.ctypes, "CDLL", lambda name: object())
-    assert runtime._of_glibc("malloc_trim") is None
-    runtime._keep_freed_memory()
-    runtime.return_freed_memory()
+    monkeypatch.setattr(device.ctypes, "CDLL", lambda name: object())
+    assert device._of_glibc("malloc_trim") is None
+    device._keep_freed_memory()
+    device.return_freed_memory()
