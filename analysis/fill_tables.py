@@ -1,4 +1,4 @@
-"""Write the tables of results into README.md and docs/, and draw their picture.
+"""Write the tables of results into docs/, and draw their picture.
 
 They are made from metrics/ and results/.
 
@@ -83,12 +83,12 @@ def tables() -> dict[tuple[str, str], str]:
     recipes = recipes_by_ppl(experiments)
     default = json.loads(Path("metrics/eval_sliding.json").read_text())
     return {
-        ("README.md", "results"): table(default),
-        ("README.md", "protocols"): markdown(protocols, [BASE, *recipes], PROTOCOLS),
-        ("README.md", "gains"): markdown(experiments, recipes, GAINS),
-        ("README.md", "won"): won(experiments),
-        ("README.md", "choices"): layout(experiments, CHOICES, "choices"),
-        ("README.md", "earned"): earned(experiments),
+        ("docs/results.md", "results"): table(default),
+        ("docs/results.md", "protocols"): markdown(protocols, [BASE, *recipes], PROTOCOLS),
+        ("docs/results.md", "gains"): markdown(experiments, recipes, GAINS),
+        ("docs/results.md", "won"): won(experiments),
+        ("docs/results.md", "choices"): layout(experiments, CHOICES, "choices"),
+        ("docs/results.md", "earned"): earned(experiments),
         ("docs/seeds.md", "labels"): markdown(experiments, SEED_RECIPES, LABELS),
     }
 
@@ -128,7 +128,7 @@ def fill(text: str, marker: str, content: str) -> str:
     before, _, rest = text.partition(begin)
     _, found, after = rest.partition(end)
     if not found:
-        raise ValueError(f"README.md and docs/seeds.md must keep {begin} and, below it, {end}")
+        raise ValueError(f"the page must keep {begin} and, below it, {end}")
     return f"{before}{begin}\n{content}\n{end}{after}"
 
 

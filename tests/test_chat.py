@@ -119,13 +119,13 @@ def test_sampling_and_templates_reach_the_model(reader, monkeypatch):
 
 
 def test_the_example_of_the_readme_runs(folders, document, monkeypatch, capsys):
-    section = (ROOT / "README.md").read_text().split("\n## Long texts and generation")[1]
+    section = (ROOT / "docs" / "generation.md").read_text()
     example = section.split("```python\n")[1].split("```")[0]
     monkeypatch.chdir(document.parent)
     Path("models").mkdir()
     for name, folder in zip(("base", "finetuned"), folders, strict=True):
         Path("models", name).symlink_to(folder)
-    exec(compile(example, "README.md", "exec"), {})
+    exec(compile(example, "generation.md", "exec"), {})
     first, second = capsys.readouterr().out.split("In short,")[1:]
     assert first == second
 

@@ -14,7 +14,15 @@ STAGES = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
 WHOLE_LIBRARY = {"check_params", "prepare_comparison"}
 TOP_LEVEL = {
     *("dvc.yaml", "params.yaml", "stages", "data", "models", "metrics", "plots", "tests"),
-    *("requirements.txt", "infini_retrofit", "benchmarks", "README.md", "LICENSE", "Makefile"),
+    *(
+        "requirements.txt",
+        "infini_retrofit",
+        "benchmarks",
+        "README.md",
+        "CONTRIBUTING.md",
+        "LICENSE",
+        "Makefile",
+    ),
     *("pyproject.toml", "requirements-dev.txt", "LOG.md", "dvc.lock", ".ci", ".dvc", ".dvcignore"),
     *(".gitignore", "recipes", "analysis", "docs", "eval_tasks", "results"),
 }

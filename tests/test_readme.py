@@ -55,7 +55,7 @@ def test_the_picture_has_a_line_for_each_recipe_that_compares(monkeypatch):
     drawn = [label.get_text() for label in fill_tables.draw_recipes().axes[0].get_yticklabels()]
     assert [*drawn, "scratch"] == fill_tables.recipes_by_ppl(read_kept())
     assert (ROOT / "docs" / "recipes.png").read_bytes().startswith(b"\x89PNG")
-    assert "(docs/recipes.png)" in README
+    assert "(recipes.png)" in (ROOT / "docs" / "results.md").read_text()
 
 
 def test_rows_that_compare_are_of_the_same_documents_and_base(monkeypatch):
