@@ -1,4 +1,4 @@
 """What finished experiments show: tables, pictures, comparisons, how far back a memory helps.
 
-Reads what recipes leave; runs no experiment and times nothing.
+Reads what `recipes` leaves. Runs no experiment and times nothing.
 """

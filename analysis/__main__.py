@@ -1,52 +1,45 @@
-"""Command line of the analyses: `python -m analysis --table [NAME ...]` and the like.
+"""Command line of the analyses: `python -m analysis COMMAND ...`.
 
-Reads finished experiments, those run here and those kept in results/; runs none.
+Each command is a module of this folder. Only the module of the command is imported.
 """
 
 import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
+from importlib import import_module
 
-from analysis.reading import draw_picture, print_gains, print_repeats, print_table
-from analysis.table import COLUMNS
+from infini_retrofit.pipeline.guard import run_stage
+
+COMMANDS = {
+    "table": "finished experiments side by side",
+    "picture": "the same as a picture",
+    "against": "what one experiment's model gains over others, with intervals",
+    "repeats": "what a memory gains under each random seed, and on average",
+    "zero_cost": "score the form of each recipe before any training",
+    "fixed_share": "score memories of fixed shares, untrained",
+    "carried_context": "score ever more carried keys and values",
+    "memory_reach": "score a model by how many segments it has read",
+    "fill_tables": "rewrite the tables in README.md and docs/ from results/",
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Do what the command line asks for; a user's mistake ends in one sentence."""
-    parser = make_parser()
-    args = parser.parse_intermixed_args(arguments)
-    if args.columns and not args.table:
-        parser.error(f"--columns {args.columns} must come with --table: it says which columns")
-    try:
-        if args.picture:
-            draw_picture(args.picture, args.names)
-        elif args.against:
-            print_gains(args.names)
-        elif args.repeats:
-            print_repeats(args.names)
-        else:
-            print_table(args.names, args.columns or "memory")
-    except (ValueError, OSError) as error:
-        sys.exit("error: " + " ".join(str(error).split()))
+    """Run one command; a user's mistake ends in one sentence."""
+    words = sys.argv[1:] if arguments is None else list(arguments)
+    command = make_parser().parse_args(words[:1]).command
+    run_stage(lambda: import_module(f"analysis.{command}").main(words[1:]))
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """Describe the command line."""
-    parser = argparse.ArgumentParser("python -m analysis", description="Show finished experiments.")
-    add = parser.add_argument
-    add("names", nargs="*", metavar="NAME", help="experiments; none: all recipes")
-    one = parser.add_mutually_exclusive_group(required=True).add_argument
-    one("--table", action="store_true", help="print a table in Markdown")
-    one("--picture", type=Path, metavar="FILE", help="draw them: recipes.png, .svg")
-    one("--against", action="store_true", help="what the first of NAMEs gains over others")
-    repeats = "what the memory gains in NAMEs that differ in seeds, and on average"
-    one("--repeats", action="store_true", help=repeats)
-    about = (
-        "of --table: what a memory wins back (default), its protocols or gains alone, in which "
-        "parameters experiments differ, or what labels do"
+    """Describe the commands."""
+    lines = "\n".join(f"  {name:16} {what}" for name, what in COMMANDS.items())
+    parser = argparse.ArgumentParser(
+        "python -m analysis",
+        description=f"Show finished experiments, and score models of this project.\n\n{lines}",
+        epilog="`python -m analysis COMMAND --help` describes a command.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    add("--columns", choices=COLUMNS, help=about)
+    parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help="one of the above")
     return parser
 
 

@@ -1,152 +1,258 @@
-"""Write the tables of results into docs/, and draw their picture.
+"""Fill the tables of README.md and docs/ with numbers of metrics/ and results/, and draw them.
 
-They are made from metrics/ and results/.
-
-Run `python -m analysis.fill_tables` in the top folder after either has changed.
+`python -m analysis fill_tables` in the top folder rewrites every table between the comments
+`<!-- name -->` and `<!-- /name -->`, on whichever page these stand.
 """
 
+import argparse
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import pandas as pd
 from matplotlib.figure import Figure
 
-from analysis.against import comparable, gain, read_scores
+from analysis.against import write_lead
+from analysis.comparing import check_comparable, document_nlls, split_comparable
+from analysis.loading import load_metrics, load_scores, load_settings
 from analysis.picture import draw, save
-from analysis.reading import layout
-from analysis.table import GAINS, LABELS, PROTOCOLS, find, markdown
-from analysis.table_rows import BEST, CHOICES, DROPPED, SEED_RECIPES, WITHOUT, WON, Shown
-from infini_retrofit.pipeline.files import render
-from recipes.finished import Finished, sources_of
-from recipes.kept import read_kept
+from analysis.table import PARAMETERS, SEGMENT, lay_out, markdown, ppl, rows_as_markdown, write
+from recipes.kept import kept_experiments
 from recipes.overlays import recipe_names
 
+PICTURE = Path("docs/recipes.png")
 BASE = "(the base as it was)"
-BASE_PROTOCOLS = ("sliding", "full", "segment", "t2")  # those that need no form
-MODELS = ("base", "control", "distilled", "finetuned")
-KEYS = (
-    "sliding_test_ppl",
-    "full_test_ppl",
-    "segment_test_ppl",
-    "segment_off_test_ppl",
-    "segment_swapped_test_ppl",
-    "segment_kv_test_ppl",
-    "t2_test_ppl",
+MODELS = ["base", "control", "distilled", "finetuned"]
+DEFAULT_METRICS = [
+    *("sliding_test_ppl", "full_test_ppl", "segment_test_ppl", "segment_off_test_ppl"),
+    *("segment_swapped_test_ppl", "segment_kv_test_ppl", "t2_test_ppl", "unigram_test_ppl"),
+    *("gap_test_nats", "gap_recovered", "state_bytes", "num_documents", "num_articles"),
+]
+SEED_RECIPES = ("v1", "v1-fixed", "v2", "v2-fixed", "two-stage", "two-stage-fixed")  # docs/seeds.md
+DROPPED = ("lolcats",)  # of the recipes' budget; their form and recipe are gone from the code
+# Of one control and one budget; each differs from another in what README speaks of.
+CHOICES = (
+    *("infini-all-delta", "infini-all", "infini-all-gamma", "infini-all-forgetting"),
+    *("memory-and-attention-no-forgetting", "memory-and-attention-gamma"),
+    *("memory-and-attention-one-rate", "memory-and-attention-head-gate", "memory-and-attention"),
 )
-OTHERS = (
-    *("unigram_test_ppl", "gap_test_nats", "gap_recovered", "state_bytes"),
-    *("num_documents", "num_articles"),
+# A row, and for each of two columns an experiment, one of its models and a protocol; None: not run.
+Cell = tuple[str, str, str] | None
+WON: tuple[tuple[str, Cell, Cell], ...] = (
+    (
+        "nothing crosses a border (the base; the control)",
+        ("memory-only", "base", "segment"),
+        ("memory-and-attention", "control", "segment"),
+    ),
+    (
+        "Infini-attention as published, memory of 65 tokens' bytes (recipe `infini-all`)",
+        None,
+        ("infini-all", "finetuned", "segment"),
+    ),
+    (
+        "the same, by the delta rule with ARMT's normaliser (recipe `infini-all-gamma`)",
+        None,
+        ("infini-all-gamma", "finetuned", "segment"),
+    ),
+    (
+        "a memory of 8.1 tokens' bytes (recipes `memory-only`, `memory-and-attention`)",
+        ("memory-only", "finetuned", "segment"),
+        ("memory-and-attention", "finetuned", "segment"),
+    ),
+    (
+        "the same, reading only what the segment just before wrote",
+        ("memory-only", "finetuned", "segment_recent"),
+        ("memory-and-attention", "finetuned", "segment_recent"),
+    ),
+    (
+        "the same, reading another document's memory",
+        ("memory-only", "finetuned", "segment_swapped"),
+        ("memory-and-attention", "finetuned", "segment_swapped"),
+    ),
+    (
+        "keys and values of 9 tokens",
+        ("memory-only", "base", "segment_kv"),
+        ("memory-and-attention", "control", "segment_kv"),
+    ),
+    (
+        "keys and values of 64 tokens",
+        ("memory-and-context", "finetuned", "segment_off"),
+        ("memory-and-context", "control", "segment"),
+    ),
+    (
+        "keys and values of 64 tokens, and the memory in float32 (recipe `memory-and-context`; "
+        "right: `mca-4e-4` in `results/`)",
+        ("memory-and-context", "finetuned", "segment"),
+        ("mca-4e-4", "finetuned", "segment"),
+    ),
+    (
+        "the same, reading another document's memory",
+        ("memory-and-context", "finetuned", "segment_swapped"),
+        ("mca-4e-4", "finetuned", "segment_swapped"),
+    ),
+    (
+        "keys and values of 73 tokens: the bytes of 64 and of that memory in float32",
+        ("memory-and-context", "base", "segment_kv"),
+        ("mca-4e-4", "control", "segment_kv"),
+    ),
+    (
+        "keys and values of 64 tokens, and the memory in 16 bits (recipe "
+        "`memory-context-attention`)",
+        None,
+        ("memory-context-attention", "finetuned", "segment"),
+    ),
+    (
+        "the same, reading another document's memory",
+        None,
+        ("memory-context-attention", "finetuned", "segment_swapped"),
+    ),
+    (
+        "keys and values of 69 tokens: the bytes of 64 and of the memory in 16 bits (right: "
+        "`control-69-tokens` in `results/`, trained with all of them)",
+        ("memory-context-attention", "base", "segment_kv"),
+        ("control-69-tokens", "finetuned", "segment"),
+    ),
+    (
+        "full attention over the document",
+        ("memory-only", "base", "full"),
+        ("memory-and-attention", "control", "full"),
+    ),
+)
+BEST = "memory-and-attention"
+WITHOUT = (  # one choice of BEST, what replaces it, and the experiment with that
+    (
+        "each feature forgets at a learned rate (`decay: feature`)",
+        "nothing is forgotten",
+        "memory-and-attention-no-forgetting",
+    ),
+    ("the same", "ARMT's delta rule, which takes no decay", "memory-and-attention-gamma"),
+    (
+        "8 learned features a head (`feature_map: hedgehog`)",
+        "64 fixed ones, eight times the bytes",
+        "infini-all-forgetting",
+    ),
+    (
+        "they and the gate's queries learn at 25 times the attention's rate",
+        "at that rate",
+        "memory-and-attention-one-rate",
+    ),
+    (
+        "the query moves the gate (`gate: query`)",
+        "one share a head",
+        "memory-and-attention-head-gate",
+    ),
 )
 
-
-def table(metrics: dict[str, dict[str, float]]) -> str:
-    """Lay out the numbers of eval_sliding.json: a column a model, a row a metric."""
-    keys = KEYS + OTHERS
-    rows = [[f"`{key}`", *(shown(metrics[m].get(key)) for m in MODELS)] for key in keys]
-    return render(["metric", *MODELS], rows)
+_TABLE = re.compile(r"<!-- (?P<name>\w+) -->\n.*?<!-- /(?P=name) -->", re.DOTALL)
 
 
-def shown(value: float | None) -> str:
-    """Write a number with the digits that two machines agree on."""
-    if value is None:
-        return ""
-    if isinstance(value, int):
-        return f"{value:,}"
-    if value >= 1000:
-        return f"{value:,.0f}"
-    return f"{value:.4f}" if abs(value) < 1 else f"{value:.2f}"
-
-
-def recipes_by_ppl(experiments: Mapping[str, Finished]) -> list[str]:
-    """Name the recipes that share a budget and those dropped, the best under `segment` first."""
-
-    def ppl(name: str) -> float:
-        return find(experiments[name].metrics, "eval_sliding", "finetuned", "segment_test_ppl")
-
-    shared = [name for name in (*recipe_names(), *DROPPED) if name not in SEED_RECIPES]
-    return sorted((name for name in shared if name in experiments), key=ppl)
-
-
-def base_of(experiment: Finished) -> Finished:
-    """Show the base that an experiment scored as its model."""
-    keys = [f"{name}_test_ppl" for name in BASE_PROTOCOLS]
-    scores = {key: find(experiment.metrics, "eval_sliding", "base", key) for key in keys}
-    return experiment._replace(
-        metrics={"metrics/eval_sliding.json": {"data": {"finetuned": scores}}}
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Rewrite the pages in place, and the picture."""
+    about = "Rewrite the tables of README.md and docs/, and their picture."
+    argparse.ArgumentParser("python -m analysis fill_tables", description=about).parse_args(
+        arguments
     )
+    made = tables()
+    for page in pages():
+        page.write_text(fill(page.read_text(encoding="utf-8"), made), encoding="utf-8")
+    save(draw_recipes(), PICTURE)
 
 
-def tables() -> dict[tuple[str, str], str]:
-    """Lay out every table, by its file and its marker there."""
-    experiments = read_kept()
-    protocols = experiments | {BASE: base_of(experiments["infini-all"])}
-    recipes = recipes_by_ppl(experiments)
-    default = json.loads(Path("metrics/eval_sliding.json").read_text())
+def pages() -> list[Path]:
+    """Return the pages that may hold tables."""
+    return [Path("README.md"), *sorted(Path("docs").glob("*.md"))]
+
+
+def fill(text: str, made: Mapping[str, str]) -> str:
+    """Replace the tables of a page.
+
+    Raises:
+        ValueError: if the page names a table that is not made.
+    """
+
+    def replace(match: re.Match[str]) -> str:
+        name = match["name"]
+        if name not in made:
+            raise ValueError(f"a table must be one of {', '.join(sorted(made))}, got {name}")
+        return f"<!-- {name} -->\n{made[name]}\n<!-- /{name} -->"
+
+    return _TABLE.sub(replace, text)
+
+
+def tables() -> dict[str, str]:
+    """Make every table, by its name on the pages."""
+    kept = kept_experiments()
+    metrics = load_metrics(kept)
+    recipes = metrics.loc[recipes_by_ppl(metrics)]
+    chosen = load_settings({name: kept[name] for name in CHOICES})
+    protocols = pd.concat([base_row(metrics), recipes]).rename_axis(metrics.index.name)
     return {
-        ("docs/results.md", "results"): table(default),
-        ("docs/results.md", "protocols"): markdown(protocols, [BASE, *recipes], PROTOCOLS),
-        ("docs/results.md", "gains"): markdown(experiments, recipes, GAINS),
-        ("docs/results.md", "won"): won(experiments),
-        ("docs/results.md", "choices"): layout(experiments, CHOICES, "choices"),
-        ("docs/results.md", "earned"): earned(experiments),
-        ("docs/seeds.md", "labels"): markdown(experiments, SEED_RECIPES, LABELS),
+        "results": default_results(),
+        "protocols": markdown(lay_out(protocols, "protocols")),
+        "gains": markdown(lay_out(recipes, "gains")),
+        "won": won(metrics),
+        "choices": markdown(lay_out(metrics.loc[list(CHOICES)], "choices", chosen)),
+        "earned": earned(metrics),
+        "labels": markdown(lay_out(metrics.loc[list(SEED_RECIPES)], "labels")),
     }
 
 
-def won(experiments: Mapping[str, Finished]) -> str:
-    """Lay out `WON`, in perplexities."""
+def default_results() -> str:
+    """Write the scores of the default run: a row a metric, a column a model."""
+    metrics = pd.DataFrame(json.loads(Path("metrics/eval_sliding.json").read_text()))
+    rows = [
+        [f"`{name}`", *(write(name, value) for value in row)]
+        for name, row in metrics.reindex(index=DEFAULT_METRICS, columns=MODELS).iterrows()
+    ]
+    return rows_as_markdown(["metric", *MODELS], rows)
 
-    def cell(wanted: Shown) -> str:
-        if wanted is None:
+
+def recipes_by_ppl(metrics: pd.DataFrame) -> list[str]:
+    """Return the recipes that share a budget and those dropped, the best under `segment` first."""
+    shared = {*recipe_names(), *DROPPED} - {*SEED_RECIPES}
+    ranked = metrics[SEGMENT].sort_values(kind="stable").index
+    return [name for name in ranked if name in shared]
+
+
+def base_row(metrics: pd.DataFrame) -> pd.DataFrame:
+    """Return the scores of the base in the columns of a model, under protocols of every form."""
+    columns = {ppl(name, "base"): ppl(name) for name in ("sliding", "full", "segment")}
+    return metrics.loc[["infini-all"], list(columns)].set_axis([BASE]).rename(columns=columns)
+
+
+def won(metrics: pd.DataFrame) -> str:
+    """Write `WON`, in perplexities."""
+
+    def show(cell: Cell) -> str:
+        if cell is None:
             return "not run"
-        name, model, protocol = wanted
-        key = f"{protocol}_test_ppl"
-        return f"{find(experiments[name].metrics, 'eval_sliding', model, key):.3f}"
+        name, model, protocol = cell
+        return f"{metrics.loc[name, ppl(protocol, model)]:.3f}"
 
-    header = ["test PPL", "base left as it is", "attention of all layers trained"]
-    return render(header, [[label, cell(base), cell(trained)] for label, base, trained in WON])
+    rows = [[label, show(base), show(trained)] for label, base, trained in WON]
+    return rows_as_markdown(
+        ["test PPL", "base left as it is", "attention of all layers trained"], rows
+    )
 
 
-def earned(experiments: Mapping[str, Finished]) -> str:
-    """Lay out what `BEST` wins over what lacks one of its choices, and what trained in that."""
+def earned(metrics: pd.DataFrame) -> str:
+    """Write what `BEST` wins over the same without one choice, and how many parameters train."""
+    kept, names = kept_experiments(), [BEST, *(name for *_, name in WITHOUT)]
+    scores = load_scores({name: kept[name] for name in names})
+    check_comparable(scores, names)
+    nlls = document_nlls(scores).xs("finetuned", axis=1, level="model")
     rows = []
     for choice, instead, name in WITHOUT:
-        own, other = (read_scores(n, experiments[n].source, MODELS[-1]) for n in (BEST, name))
-        trained = find(experiments[name].metrics, "finetune", "num_trainable_parameters")
-        rows.append([choice, instead, *gain(own, other), f"{trained:,}"])
+        trained = write(PARAMETERS, metrics.loc[name, PARAMETERS])
+        rows.append([choice, instead, *write_lead(nlls[name] - nlls[BEST]), trained])
     header = ["choice", "in its place", "what it earns", "95% interval", "trained parameters"]
-    return render(header, rows)
-
-
-def fill(text: str, marker: str, content: str) -> str:
-    """Replace what stands between the two comments of a marker in a page.
-
-    Raises:
-        ValueError: if they are not there.
-    """
-    begin, end = f"<!-- {marker} -->", f"<!-- /{marker} -->"
-    before, _, rest = text.partition(begin)
-    _, found, after = rest.partition(end)
-    if not found:
-        raise ValueError(f"the page must keep {begin} and, below it, {end}")
-    return f"{before}{begin}\n{content}\n{end}{after}"
+    return rows_as_markdown(header, rows)
 
 
 def draw_recipes() -> Figure:
-    """Draw the recipes that compare with the best; others have another base."""
-    experiments = read_kept()
-    best, *_ = comparable(sources_of(experiments), recipes_by_ppl(experiments))
-    return draw(experiments, [best])
-
-
-def main() -> None:
-    """Rewrite the pages in place, and the picture."""
-    for (page, marker), content in tables().items():
-        path = Path(page)
-        text = fill(path.read_text(encoding="utf-8"), marker, content)
-        path.write_text(text, encoding="utf-8")
-    save(draw_recipes(), Path("docs/recipes.png"))
-
-
-if __name__ == "__main__":
-    main()
+    """Draw the recipes that compare with the best one."""
+    kept = kept_experiments()
+    metrics = load_metrics(kept)
+    best, *_ = split_comparable(load_scores(kept), recipes_by_ppl(metrics))
+    return draw(metrics, [("", best)])

@@ -17,32 +17,33 @@ Axes:
 """
 
 import argparse
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+import pandas as pd
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from analysis.against import write_interval
-from infini_retrofit.evaluation.gains import MIN_GROUPS_FOR_INTERVAL, paired_bootstrap
-from infini_retrofit.model.base import load_base
-from infini_retrofit.model.checkpoints import load_retrofit
+from analysis.against import write_lead
+from analysis.programs import (
+    DOCUMENTS,
+    at_least,
+    make_parser,
+    open_documents,
+    open_model,
+    print_growing,
+)
 from infini_retrofit.model.running import run_folded, run_in_layer
-from infini_retrofit.pipeline.device import start_run
-from infini_retrofit.pipeline.files import render, verify_manifest
-from infini_retrofit.pipeline.guard import run_stage
-from infini_retrofit.pipeline.params import load_section
-from infini_retrofit.pipeline.tokens import read_documents, read_titles
+from infini_retrofit.pipeline.tokens import read_titles
 from infini_retrofit.scoring.labels import next_token_nlls
 
-BASE, DOCUMENTS = Path("models/base"), Path("data/longdocs/test.parquet")
 BEGINNINGS_PER_BATCH = 2  # they go through the model at once
-HEADER = ["segments read before", "PPL", "nats a token over the row above", "95% interval"]
-FULL = ["PPL, as one segment", "nats over the row above", "95% interval"]
+WON, INTERVAL = "nats a token over the row above", "95% interval"
+HEADER = ["segments read before", "PPL", WON, INTERVAL]
+FULL_HEADER = ["PPL, as one segment", f"{WON}, as one segment", f"{INTERVAL}, as one segment"]
 
 # Rows of text in, the last hidden states of each out.
 RunModel = Callable[[Int[Tensor, "R T"]], Float[Tensor, "R T D"]]
@@ -51,28 +52,24 @@ RunModel = Callable[[Int[Tensor, "R T"]], Float[Tensor, "R T D"]]
 def main(arguments: Sequence[str] | None = None) -> None:
     """Score one model from ever earlier beginnings and print the table."""
     options = _options(arguments)
-    verify_manifest(BASE, made_by="dvc repro prepare_base")
-    documents = read_documents(DOCUMENTS, options.documents)
+    documents = open_documents(options.documents)
     titles = read_titles(DOCUMENTS, options.documents)
-    device, dtype = start_run()
-    if options.model == BASE:
-        model, length = load_base(BASE, dtype), load_section(int, "infini.segment_length")
-    else:
-        model, form = load_retrofit(BASE, options.model, dtype)
-        length = form.segment_length
+    model, length = open_model(options.model)
     num_segments = documents.shape[1] // length
     if max(options.segments) + options.scored > num_segments:
         raise ValueError(
             f"--segments and --scored together must be at most the {num_segments} segments of a "
             f"document, got {max(options.segments)} and {options.scored}"
         )
-    model, rows, before = model.to(device), [], None
-    for reach in sorted(set(options.segments)):
-        scored = score_reach(model, documents, length, reach, options.scored)
-        rows.append([str(reach), *cells(scored, before, titles)])
-        before = scored
-        print(render([*HEADER, *FULL], rows), file=sys.stderr)
-    print(render([*HEADER, *FULL], rows))
+
+    def rows() -> Iterator[list[str]]:
+        before = None
+        for reach in sorted(set(options.segments)):
+            scored = score_reach(model, documents, length, reach, options.scored)
+            yield [str(reach), *cells(scored, before, titles)]
+            before = scored
+
+    print_growing([*HEADER, *FULL_HEADER], rows())
 
 
 def score_reach(
@@ -126,7 +123,7 @@ def cells(
     before: Sequence[Float[Tensor, "B"]] | None,
     titles: Sequence[str],
 ) -> list[str]:
-    """Lay out a row: perplexity, and what it wins over a shorter reach, each way of reading.
+    """Write a row: perplexity and what it wins over a shorter reach, for each way of reading.
 
     Args:
         scored: nats a token of each document, one tensor for each way of reading.
@@ -135,36 +132,22 @@ def cells(
     """
     found = []
     for way, nlls in enumerate(scored):
-        found += [f"{nlls.mean().exp().item():.3f}", "", ""]
+        won, interval = "", ""
         if before is not None:
-            gain = paired_bootstrap((before[way] - nlls).numpy(), titles)
-            found[-2] = f"{gain.mean:+.4f}"
-            if len(set(titles)) >= MIN_GROUPS_FOR_INTERVAL:
-                found[-1] = write_interval(gain.low, gain.high)
+            articles = pd.Index(titles, name="article")
+            won, interval = write_lead(pd.Series(before[way] - nlls, articles))
+        found += [f"{nlls.mean().exp().item():.3f}", won, interval]
     return found
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     about = "Score a model's last segments from ever earlier beginnings of the document."
-    parser = argparse.ArgumentParser(
-        prog="python -m analysis.memory_reach",
-        description=about,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    parser = make_parser("memory_reach", about)
     add, default = parser.add_argument, Path("models/finetuned")
     add("model", nargs="?", type=Path, default=default, help="a retrofit, or the base")
-    reaches = "how many segments are read before each scored one, a row of the table for each"
-    add("--segments", type=int, nargs="+", default=[0, 1, 2, 4, 8], help=reaches)
-    add("--scored", type=int, default=4, help="last segments of each document that are scored")
-    add("--documents", type=int, default=2, help="test documents to score")
-    options = parser.parse_args(arguments)
-    for name, unit, least in (("scored", "segment", 1), ("documents", "document", 1)):
-        if (got := getattr(options, name)) < least:
-            parser.error(f"--{name} must be at least {least} {unit}, got {got}")
-    if min(options.segments) < 0:
-        parser.error(f"--segments must be at least 0 segments, got {min(options.segments)}")
-    return options
-
-
-if __name__ == "__main__":
-    run_stage(main)
+    number, segments = at_least(0, "segment"), [0, 1, 2, 4, 8]
+    about = "how many segments are read before each scored one, a row of the table for each"
+    add("--segments", type=number, nargs="+", default=segments, help=about)
+    about = "last segments of each document that are scored"
+    add("--scored", type=at_least(1, "segment"), default=4, help=about)
+    return parser.parse_args(arguments)

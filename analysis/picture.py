@@ -1,64 +1,80 @@
 """Finished experiments as a picture: each a line of marks on an axis of perplexity.
 
-Knows which metrics the stages write; not how experiments are run or found.
+Knows which metrics the stages write.
 """
 
-from collections.abc import Mapping, Sequence
+import argparse
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullLocator
 
-from analysis.table import find
-from recipes.finished import Finished
+from analysis.comparing import describe_texts, split_comparable
+from analysis.loading import find_experiments, load_metrics, load_scores
+from analysis.table import CONTROL, SEGMENT, STATE_BYTES, ppl
 
-INCHES_A_LINE, WIDTH_INCHES, DPI = 0.42, 8.5, 160
-_STATE_BYTES = ("eval_sliding", "finetuned", "state_bytes")
+INCHES_PER_LINE, WIDTH_INCHES, DPI = 0.42, 8.5, 160
 
 
 class Mark(NamedTuple):
-    """One number of each experiment: the least of its metrics that are there."""
+    """One number of each experiment: the lowest of some metrics."""
 
     label: str
-    metrics: tuple[tuple[str, str], ...]  # model and protocol
+    metrics: tuple[str, ...]
     marker: str
     colour: str
     size: float  # points
-    is_of_memory: bool = True  # no mark of a model that has none
+    needs_memory: bool = True  # a model without a memory has no such mark
 
 
 MARKS = (
-    Mark("full attention", (("finetuned", "full"),), "|", "black", 13, False),
-    Mark("its control, without a memory", (("control", "segment"),), "o", "0.55", 7, False),
-    Mark("memory off", (("finetuned", "segment_off"),), "x", "0.45", 6),
-    Mark("another document's memory", (("finetuned", "segment_swapped"),), "v", "tab:orange", 7),
+    Mark("full attention", (ppl("full"),), "|", "black", 13, needs_memory=False),
+    Mark("its control, without a memory", (CONTROL,), "o", "0.55", 7, needs_memory=False),
+    Mark("memory off", (ppl("segment_off"),), "x", "0.45", 6),
+    Mark("another document's memory", (ppl("segment_swapped"),), "v", "tab:orange", 7),
     Mark(
         "the same bytes of keys and values",
-        (("finetuned", "segment_kv"), ("control", "segment_kv")),
+        (ppl("segment_kv"), ppl("segment_kv", "control")),
         "D",
         "tab:green",
         6,
     ),
-    Mark("with its memory", (("finetuned", "segment"),), "o", "tab:blue", 9),
+    Mark("with its memory", (SEGMENT,), "o", "tab:blue", 9),
 )
 
 
-def draw(experiments: Mapping[str, Finished], parts: Sequence[tuple[str, Sequence[str]]]) -> Figure:
-    """Draw a line for each name, in that order from the top; what is not there has no mark.
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Draw the named experiments; those that do not compare have an axis of their own."""
+    about = "Draw finished experiments: each a line of marks on an axis of perplexity."
+    parser = argparse.ArgumentParser("python -m analysis picture", description=about)
+    parser.add_argument("path", type=Path, metavar="FILE", help="such as recipes.png or .svg")
+    parser.add_argument("names", nargs="*", metavar="NAME", help="experiments; none: all recipes")
+    options = parser.parse_args(arguments)
+    experiments = find_experiments("picture", options.names)
+    scores = load_scores(experiments)
+    groups = split_comparable(scores, list(experiments))
+    parts = [(describe_texts(scores, names[0]), names) for names in groups]
+    save(draw(load_metrics(experiments), parts), options.path)
+    print(options.path)
+
+
+def draw(metrics: pd.DataFrame, parts: Sequence[tuple[str, Sequence[str]]]) -> Figure:
+    """Draw a line for each experiment, in that order from the top.
 
     Args:
-        experiments: by name.
-        parts: what was scored, in words, and the names of those that scored it, which have an
-            axis of their own.
+        metrics: as `load_metrics` returns them; a missing number has no mark.
+        parts: what experiments scored, and their names; each part has its own axis.
     """
     heights = [len(names) for _, names in parts]
-    inches = 0.8 + 0.8 * len(parts) + INCHES_A_LINE * sum(heights)
+    inches = 0.8 + 0.8 * len(parts) + INCHES_PER_LINE * sum(heights)
     figure = Figure(figsize=(WIDTH_INCHES, inches), layout="constrained")
     grid = figure.subplots(len(parts), squeeze=False, gridspec_kw={"height_ratios": heights})
     for axes, (what, names) in zip(grid[:, 0], parts, strict=True):
-        _mark(axes, experiments, names)
+        _mark(axes, metrics.loc[list(names)])
         _label(axes, names)
         if len(parts) > 1:
             axes.set_title(what, loc="left", fontsize="small")
@@ -70,46 +86,35 @@ def draw(experiments: Mapping[str, Finished], parts: Sequence[tuple[str, Sequenc
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Write the picture, in the format that the file's ending names, all of it or nothing.
+    """Write the whole picture or nothing, in the format that the path's suffix names.
 
     Raises:
         ValueError: if there is no such format.
     """
     formats = sorted(figure.canvas.get_supported_filetypes())
-    if (ending := path.suffix.removeprefix(".")) not in formats:
-        raise ValueError(f"--picture must end in one of {', '.join(formats)}, got {path}")
+    if (suffix := path.suffix.removeprefix(".")) not in formats:
+        raise ValueError(f"FILE must end in one of {', '.join(formats)}, got {path}")
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
-    figure.savefig(partial, dpi=DPI, format=ending)
+    figure.savefig(partial, dpi=DPI, format=suffix)
     partial.replace(path)
 
 
-def _least(experiment: Finished, mark: Mark) -> float | None:
-    if mark.is_of_memory and not find(experiment.metrics, *_STATE_BYTES):
-        return None
-    found = (
-        find(experiment.metrics, "eval_sliding", model, f"{protocol}_test_ppl")
-        for model, protocol in mark.metrics
-    )
-    return min((value for value in found if value is not None), default=None)
-
-
-def _mark(axes: Axes, experiments: Mapping[str, Finished], names: Sequence[str]) -> None:
-    """Put the numbers of each experiment on its line."""
+def _mark(axes: Axes, metrics: pd.DataFrame) -> None:
+    """Draw the numbers of each experiment on its line."""
+    lines = pd.Series(range(len(metrics)), index=metrics.index)
+    has_memory = metrics.get(STATE_BYTES, lines * 0).fillna(0) > 0
     for mark in MARKS:
-        points = [
-            (value, line)
-            for line, name in enumerate(names)
-            if name in experiments and (value := _least(experiments[name], mark)) is not None
-        ]
+        lowest = metrics.reindex(columns=list(mark.metrics)).min(axis=1)
+        shown = lowest[has_memory | (not mark.needs_memory)].dropna()
         axes.plot(
-            [value for value, _ in points],
-            [line for _, line in points],
+            shown,
+            lines[shown.index],
             mark.marker,
             color=mark.colour,
             markersize=mark.size,
             label=mark.label,
-            zorder=3 - mark.size / 100,  # where marks fall together the smaller ones stay visible
+            zorder=3 - mark.size / 100,  # where marks coincide, the smaller ones stay visible
         )
 
 

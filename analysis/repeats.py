@@ -1,22 +1,21 @@
-"""Repeats, experiments that differ in their random seeds alone: what the memory gains in each.
+"""Repeats are experiments that differ in random seeds alone: what the memory gains in each.
 
-Knows the files that experiments leave; not how they are run.
+Knows parameters and scores of documents; not how experiments are run.
 """
 
-from collections.abc import Mapping, Sequence
-from itertools import combinations, product
+import argparse
+from collections.abc import Sequence
 
-import numpy as np
+import pandas as pd
 
-from analysis.against import MODELS, read_rows, read_titles, scores_in, write_interval
-from analysis.settings import read_settings
-from infini_retrofit.evaluation.evaluation import DocumentNlls, read_document_rows
+from analysis.against import write_interval
+from analysis.comparing import MODELS, PROTOCOL, check_comparable
+from analysis.loading import differing, find_experiments, load_scores, load_settings
+from analysis.table import MISSING, rows_as_markdown
 from infini_retrofit.evaluation.gains import gains
-from recipes.experiments import Source
-from recipes.overlays import Settings, differing
 
-# By the name that `gains` gives to what a model is compared with.
-OTHERS = {
+# The rivals by the names that `gains` gives them.
+RIVALS = {
     "off": "its memory off",
     "swapped": "another document's memory",
     "recent": "the memory of the last segment only",
@@ -25,74 +24,69 @@ OTHERS = {
 }
 
 
-def columns(names: Sequence[str]) -> list[str]:
-    """Return the header of the table of these experiments."""
-    return ["nats a token better than", *names, "on average", "95% interval"]
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Print the gains of the memory in each experiment and on average."""
+    about = "Print what the memory gains under each random seed, and on average."
+    parser = argparse.ArgumentParser("python -m analysis repeats", description=about)
+    parser.add_argument("names", nargs="+", metavar="NAME", help="finished experiments")
+    names = parser.parse_args(arguments).names
+    experiments = find_experiments("repeats", names)
+    check_repeats(load_settings(experiments), names)
+    rows = gains_of_repeats(load_scores(experiments), names)
+    print(f"finetuned, protocol {PROTOCOL}:\n")
+    header = ["nats a token better than", *names, "on average", "95% interval"]
+    print(rows_as_markdown(header, rows))
 
 
-def gains_of_repeats(sources: Mapping[str, Source], names: Sequence[str]) -> list[list[str]]:
-    """Say what the memory gains in each experiment, and on average over all of them.
-
-    Args:
-        sources: where the files of each experiment are.
-        names: of the experiments.
-
-    Returns:
-        Rows as `columns` says. Averaged are each document's scores. The interval is of articles
-        resampled, for the seeds at hand; how much a seed matters show the columns beside it.
-
-    Raises:
-        ValueError: if their parameters differ in more than seeds, or in none; or if they scored
-            other documents. Whether they ran the same code is for the reader to know.
-    """
-    check_repeats(names, [read_settings(sources[name]) for name in names])
-    titles = read_titles(sources, names)
-    rows = [read_rows(sources[name]) for name in names]
-    for (name, own), scored in product(zip(names, rows, strict=True), MODELS):
-        scores_in(own, name, scored)
-    model, control = ([nlls_of(r, m) for r in rows] for m in MODELS)
-    each = [gains(m, c, titles) for m, c in zip(model, control, strict=True)]
-    each.append(gains(average(model), average(control), titles))
-    found = [(what, f"gain_over_{other}") for other, what in OTHERS.items()]
-    return [
-        [what, *(f"{g[key]:+.4f}" for g in each), interval(each[-1], key)]
-        for what, key in found
-        if all(key in g for g in each)
-    ]
-
-
-def check_repeats(names: Sequence[str], settings: Sequence[Settings]) -> None:
+def check_repeats(settings: pd.DataFrame, names: Sequence[str]) -> None:
     """Refuse experiments that are not one configuration under several random seeds.
+
+    The code that they ran is not compared.
 
     Raises:
         ValueError: if so.
     """
-    for name, own in zip(names, settings, strict=True):
-        differ = differing([settings[0], own])
-        if strange := sorted(key for key in differ if not key.endswith(".seed")):
-            raise ValueError(
-                f"--repeats must come with experiments that differ in seeds alone, got {names[0]} "
-                f"and {name}, which differ in {', '.join(strange)}"
-            )
-    if len(names) < 2 or any(one == other for one, other in combinations(settings, 2)):
+    if others := [key for key in differing(settings) if not key.endswith(".seed")]:
         raise ValueError(
-            "--repeats must come with two experiments or more, each of other seeds, got "
-            + ", ".join(names)
+            "repeats needs experiments that differ in seeds alone, got some that differ in "
+            + ", ".join(sorted(others))
+        )
+    if len(names) < 2 or len(set(names)) < len(names) or settings.duplicated().any():
+        raise ValueError(
+            "repeats needs two experiments or more, each of other seeds, got " + ", ".join(names)
         )
 
 
-def nlls_of(rows: Sequence[Mapping[str, str]], model: str) -> DocumentNlls:
-    """Return a model's scores under every protocol."""
-    return read_document_rows([row for row in rows if row["model"] == model])
+def gains_of_repeats(scores: pd.DataFrame, names: Sequence[str]) -> list[list[str]]:
+    """Write the gains of each experiment, and those of the scores averaged over experiments.
+
+    Returns:
+        For each rival the gains over it in nats a token, their average and its interval. The
+        interval resamples articles for the seeds at hand; the columns show what a seed changes.
+
+    Raises:
+        ValueError: if documents, articles or bases differ.
+    """
+    check_comparable(scores, names)
+    found = [_gains(scores[scores.experiment == name]) for name in names]
+    keys = ["model", "protocol", "document", "article"]
+    average = _gains(scores.groupby(keys, as_index=False).nll.mean())
+    found.append(average)
+    rows = []
+    for rival, description in RIVALS.items():
+        key = f"gain_over_{rival}"
+        if all(key in own for own in found):
+            ends = [average.get(f"{key}_{end}") for end in ("low", "high")]
+            interval = MISSING if None in ends else write_interval(*ends)
+            rows.append([description, *(f"{own[key]:+.4f}" for own in found), interval])
+    return rows
 
 
-def average(scored: Sequence[DocumentNlls]) -> DocumentNlls:
-    """Return each document's mean score over experiments, where all have it."""
-    shared = set.intersection(*(set(nlls) for nlls in scored))
-    return {name: np.mean([nlls[name] for nlls in scored], axis=0) for name in sorted(shared)}
-
-
-def interval(found: Mapping[str, float], key: str) -> str:
-    """Write the interval of a gain; `-` where there are too few articles for one."""
-    is_sure = f"{key}_low" in found
-    return write_interval(found[f"{key}_low"], found[f"{key}_high"]) if is_sure else "-"
+def _gains(scores: pd.DataFrame) -> dict[str, float]:
+    """Compare a model with its rivals, given one score for each model, protocol and document."""
+    keys = ["document", "article"]
+    nlls = scores.pivot(index=keys, columns=["model", "protocol"], values="nll").sort_index(axis=1)
+    model, control = (
+        {protocol: column.to_numpy() for protocol, column in nlls[name].items()} for name in MODELS
+    )
+    return gains(model, control, list(nlls.index.get_level_values("article")))

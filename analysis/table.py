@@ -1,144 +1,166 @@
-"""Finished experiments as one Markdown table.
+"""Finished experiments side by side: `python -m analysis table [NAME ...]`.
 
-Knows which metrics the stages write; not how experiments are run or found.
+Knows which metrics the stages write, and how to write them.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+import argparse
+from collections.abc import Sequence
 
-from infini_retrofit.pipeline.files import render
-from recipes.finished import Finished, Metrics
-from recipes.overlays import Settings, differing, literal
+import pandas as pd
+
+from analysis.comparing import describe_texts, split_comparable
+from analysis.loading import (
+    TOKENS_SEEN,
+    differing,
+    find_experiments,
+    load_metrics,
+    load_scores,
+    load_settings,
+)
 
 MISSING = "-"
-PARAMS = "params"  # stands for an experiment's params.yaml where a metric's file does
 
 
-class Column(NamedTuple):
-    """One column: its metric, or the sum of those that are there; `-` if none is."""
-
-    title: str
-    metrics: tuple[tuple[str, ...], ...]  # file under metrics/, or PARAMS, then the keys down
-    shown: Callable[[Any], str]
+def ppl(protocol: str, model: str = "finetuned") -> str:
+    """Return the column of a perplexity on the test split."""
+    return f"eval_sliding.{model}.{protocol}_test_ppl"
 
 
-def _shown_ppl(value: float) -> str:
-    return f"{value:,.0f}" if value >= 1000 else f"{value:.2f}"
+def gain(other: str) -> str:
+    """Return the column of the nats a token by which the model is better."""
+    return f"eval_sliding.finetuned.gain_over_{other}"
 
 
-def _ppl(title: str, key: str, model: str = "finetuned") -> Column:
-    return Column(title, (("eval_sliding", model, f"{key}_test_ppl"),), _shown_ppl)
+SEGMENT, CONTROL = ppl("segment"), ppl("segment", "control")
+GAP = "eval_sliding.finetuned.gap_recovered"
+STATE_BYTES = "eval_sliding.finetuned.state_bytes"
+PARAMETERS = "finetune.num_trainable_parameters"
 
 
-def _gain(title: str, over: str) -> Column:
-    return Column(title, (("eval_sliding", "finetuned", f"gain_over_{over}"),), "{:+.4f}".format)
-
-
-SEGMENT = _ppl("segment", "segment")
-CONTROL = _ppl("its control", "segment", "control")
-GAP = Column("gap_recovered", (("eval_sliding", "finetuned", "gap_recovered"),), "{:.1%}".format)
-OVER_CONTROL = _gain("over its control", "control")
-BYTES = Column("state_bytes", (("eval_sliding", "finetuned", "state_bytes"),), "{:,}".format)
-PROTOCOLS = (
-    _ppl("sliding", "sliding"),
-    _ppl("full", "full"),
-    SEGMENT,
-    CONTROL,
-    _ppl("memory off", "segment_off"),
-    _ppl("memory of one segment", "segment_recent"),
-    _ppl("memory swapped", "segment_swapped"),
-    _ppl("equal bytes", "segment_kv"),
-    _ppl("control, equal bytes", "segment_kv", "control"),
-    _ppl("t2", "t2"),
-)
-GAINS = (
-    GAP,
-    OVER_CONTROL,
-    _gain("over memory off", "off"),
-    _gain("over memory of one segment", "recent"),
-    _gain("over memory swapped", "swapped"),
-    _gain("over equal bytes", "kv"),
-    BYTES,
-    Column("trainable parameters", (("finetune", "num_trainable_parameters"),), "{:,}".format),
-    Column(
-        "tokens seen",
-        (("distill", "num_trained_tokens"), ("finetune", "num_trained_tokens")),
-        "{:,}".format,
-    ),
-)
-LABELS = (
-    Column("distillation loss", (("distill", "val_loss"),), "{:.4f}".format),
-    _ppl("distilled: sliding", "sliding", "distilled"),
-    _ppl("distilled: t2", "t2", "distilled"),
-    _ppl("fine-tuned: sliding", "sliding"),
-    _ppl("fine-tuned: segment", "segment"),
-    _ppl("fine-tuned: t2", "t2"),
-    _ppl("control: sliding", "sliding", "control"),
-    _ppl("control: t2", "t2", "control"),
-    Column("best epoch", (("finetune", "best_epoch"),), "{}".format),
-    Column("epochs run", (("finetune", "epochs_run"),), "{}".format),
-)
-CHOSEN = (SEGMENT, CONTROL, GAP, OVER_CONTROL, BYTES)
-MEMORY = PROTOCOLS + GAINS
+# Headings of the columns, and the metric in each.
 COLUMNS = {
-    "memory": MEMORY,
-    "protocols": PROTOCOLS,
-    "gains": GAINS,
-    "choices": CHOSEN,  # beside the parameters in which the experiments differ
-    "labels": LABELS,
+    "summary": {
+        "segment": SEGMENT,
+        "control": CONTROL,
+        "off": ppl("segment_off"),
+        "swapped": ppl("segment_swapped"),
+        "kv": ppl("segment_kv"),
+        "gap_recovered": GAP,
+        "bytes": STATE_BYTES,
+    },
+    "protocols": {
+        "sliding": ppl("sliding"),
+        "full": ppl("full"),
+        "segment": SEGMENT,
+        "control": CONTROL,
+        "off": ppl("segment_off"),
+        "recent": ppl("segment_recent"),
+        "swapped": ppl("segment_swapped"),
+        "kv": ppl("segment_kv"),
+        "control kv": ppl("segment_kv", "control"),
+    },
+    "gains": {
+        "gap_recovered": GAP,
+        "over control": gain("control"),
+        "over off": gain("off"),
+        "over recent": gain("recent"),
+        "over swapped": gain("swapped"),
+        "over kv": gain("kv"),
+        "bytes": STATE_BYTES,
+        "trained parameters": PARAMETERS,
+        "tokens seen": TOKENS_SEEN,
+    },
+    # Beside the parameters in which the experiments differ.
+    "choices": {
+        "segment": SEGMENT,
+        "control": CONTROL,
+        "gap_recovered": GAP,
+        "over control": gain("control"),
+        "bytes": STATE_BYTES,
+    },
+    # What the seeds' doubly shifted labels do.
+    "labels": {
+        "distillation loss": "distill.val_loss",
+        "distilled: sliding": ppl("sliding", "distilled"),
+        "distilled: t2": ppl("t2", "distilled"),
+        "fine-tuned: sliding": ppl("sliding"),
+        "fine-tuned: segment": SEGMENT,
+        "fine-tuned: t2": ppl("t2"),
+        "control: sliding": ppl("sliding", "control"),
+        "control: t2": ppl("t2", "control"),
+        "best epoch": "finetune.best_epoch",
+        "epochs run": "finetune.epochs_run",
+    },
 }
 
 
-def markdown(
-    experiments: Mapping[str, Finished], names: Sequence[str], columns: Sequence[Column] = MEMORY
-) -> str:
-    """Lay out a row for each name, in that order; what an experiment lacks is a dash."""
-    found = {name: experiments[name].metrics if name in experiments else {} for name in names}
-    rows = [[name, *(_cell(metrics, c) for c in columns)] for name, metrics in found.items()]
-    return render(["recipe", *(column.title for column in columns)], rows)
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Print the named experiments, those that do not compare in tables of their own."""
+    options = _options(arguments)
+    experiments = find_experiments("table", options.names)
+    metrics, scores = load_metrics(experiments), load_scores(experiments)
+    settings = load_settings(experiments) if options.columns == "choices" else None
+    best_first = metrics.reindex(columns=[SEGMENT]).sort_values(SEGMENT, kind="stable").index
+    tables = {}
+    for names in split_comparable(scores, best_first):
+        own = None if settings is None else settings.loc[names]
+        tables[names[0]] = markdown(lay_out(metrics.loc[names], options.columns, own))
+    if len(tables) > 1:
+        tables = {n: f"{describe_texts(scores, n)}:\n\n{table}" for n, table in tables.items()}
+    print("\n\n".join(tables.values()))
 
 
-def _cell(metrics: Metrics, column: Column) -> str:
-    values = [find(metrics, *path) for path in column.metrics]
-    there = [value for value in values if value is not None]
-    if not there:
-        return MISSING
-    return column.shown(sum(there) if len(there) > 1 else there[0])
+def lay_out(
+    metrics: pd.DataFrame, columns: str, settings: pd.DataFrame | None = None
+) -> pd.DataFrame:
+    """Return a table of text.
 
-
-def choices(settings: Mapping[str, Settings]) -> tuple[Column, ...]:
-    """Return a column for each parameter in which some experiments differ, then `CHOSEN`.
-
-    Values are written as `-S` takes them, a number in one way alone: 25, not 25.0.
+    Args:
+        metrics: as `load_metrics` returns them, a row for each row of the table.
+        columns: a key of `COLUMNS`.
+        settings: parameters of the same experiments; columns of those that differ come first.
     """
-    keys = differing(list(settings.values()))
-    return tuple(Column(key, ((PARAMS, key),), _setting) for key in keys) + CHOSEN
+    headings = COLUMNS[columns]
+    found = metrics.reindex(columns=list(headings.values()))
+    shown = found.apply(lambda column: column.map(lambda value: write(column.name, value)))
+    shown.columns = list(headings)
+    return shown if settings is None else differing(settings).fillna(MISSING).join(shown)
 
 
-def _setting(value: Any) -> str:
-    return literal(int(value) if isinstance(value, float) and value.is_integer() else value)
+def write(metric: str, value: float) -> str:
+    """Write a metric with the digits that two machines agree on."""
+    name = metric.rpartition(".")[2]
+    if pd.isna(value):
+        return MISSING
+    if name == "gap_recovered":
+        return f"{value:.1%}"
+    if name.startswith("gain_over"):
+        return f"{value:+.4f}"
+    if name.endswith(("_nats", "_loss")):
+        return f"{value:.4f}"
+    return f"{value:.2f}" if name.endswith("_ppl") and value < 1000 else f"{value:,.0f}"
 
 
-def with_settings(
-    experiments: Mapping[str, Finished], settings: Mapping[str, Settings]
-) -> dict[str, Finished]:
-    """Put the parameters of some experiments beside their metrics, for the columns of `choices`."""
-    return {
-        name: experiments[name]._replace(
-            metrics={**experiments[name].metrics, _path(PARAMS): {"data": own}}
-        )
-        for name, own in settings.items()
-    }
+def markdown(table: pd.DataFrame) -> str:
+    """Write a table of text in Markdown: the index on the left, columns flush right."""
+    sides = ["left", *["right"] * table.shape[1]]
+    return table.reset_index().to_markdown(index=False, disable_numparse=True, colalign=sides)
 
 
-def find(metrics: Metrics, file: str, *keys: str) -> Any:
-    """Walk down to a metric; what could not be read has no `data`."""
-    value: Any = metrics.get(_path(file), {}).get("data")
-    for key in keys:
-        value = value.get(key) if isinstance(value, Mapping) else None
-    return value
+def rows_as_markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Write rows of text in Markdown, the first column flush left."""
+    return markdown(pd.DataFrame(rows, columns=list(header)).set_index(header[0]))
 
 
-def _path(file: str) -> str:
-    """Return under which name the metrics of an experiment hold a file."""
-    return f"metrics/{file}.json"
+def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        "python -m analysis table",
+        description="Print finished experiments side by side, the best under `segment` first.",
+    )
+    parser.add_argument("names", nargs="*", metavar="NAME", help="experiments; none: all recipes")
+    about = (
+        "what a memory wins back (default: summary), perplexities by protocol, gains, the "
+        "parameters in which experiments differ, or what labels do"
+    )
+    parser.add_argument("--columns", choices=COLUMNS, default="summary", help=about)
+    return parser.parse_intermixed_args(arguments)

@@ -1,29 +1,25 @@
-"""Command line of the recipes: `python -m recipes NAME [NAME ...] [-S key=value ...]`.
-
-Knows what can be asked for; the other modules of this folder know how it is done.
-"""
+"""Command line of the recipes: `python -m recipes NAME [NAME ...] [-S key=value ...]`."""
 
 import argparse
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from infini_retrofit.pipeline.params import read_params
+from infini_retrofit.pipeline.params import leaves, read_params
 from recipes.experiments import (
-    all_experiments,
+    check_finished,
     committed_params,
     diff_commands,
     existing_experiments,
+    newest_experiments,
     printable,
     run,
     run_command,
 )
-from recipes.finished import check_finished, finished
 from recipes.kept import keep
 from recipes.overlays import (
     check_recipe,
     describe,
-    leaves,
     left_over,
     overrides,
     read_overlay,
@@ -32,7 +28,7 @@ from recipes.overlays import (
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Do what the command line asks for; a user's mistake ends in one sentence."""
+    """Run what the command line asks for; a user's mistake ends in one sentence."""
     parser = make_parser()
     args = parser.parse_intermixed_args(arguments)
     try:
@@ -56,42 +52,42 @@ def make_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("names", nargs="*", metavar="NAME", help="recipes, run one after another")
     one = parser.add_mutually_exclusive_group().add_argument
-    one("--list", action="store_true", help="say what each recipe is, and run none")
-    one("--diff", action="store_true", help="run of two NAMEs what is missing, and compare them")
-    one("--keep", action="store_true", help="write what tables need of finished NAMEs to results/")
+    one("--list", action="store_true", help="list the recipes, a line each, and run none")
+    one("--diff", action="store_true", help="compare two NAMEs, and first run those not run yet")
+    one("--keep", action="store_true", help="copy the small files of finished NAMEs to results/")
     add("--print", action="store_true", help="print the commands, and run none")
     own = "a parameter of your own; it wins over the recipe's"
     add("-S", "--set-param", action="append", default=[], metavar="key=value", help=own)
     add("--temp", action="store_true", help="run in a copy: the workspace stays as it is")
-    add("--force", action="store_true", help="overwrite the experiment, every stage run again")
-    add("--name", help="of the experiment, if not the recipe's (one recipe only)")
+    add("--force", action="store_true", help="overwrite the experiment, and run every stage again")
+    add("--name", help="name of the experiment, if not the recipe's (one recipe only)")
     return parser
 
 
 def print_list() -> None:
-    """Print each recipe with its line."""
+    """Print each recipe with the line that describes it."""
     width = max(map(len, recipe_names()))
     for name in recipe_names():
         print(f"{name:{width}}  {describe(name)}")
 
 
 def keep_results(names: Sequence[str]) -> None:
-    """Write the small files of finished experiments to results/.
+    """Copy the small files of finished experiments to results/.
 
     Raises:
-        ValueError: if none is named, one has not been run here, or is not fit to be published.
+        ValueError: if no name is given, or an experiment was not run here or cannot be kept.
     """
-    experiments = finished(all_experiments())
+    experiments = newest_experiments()
     check_finished("--keep", names, experiments)
     for name in names:
         print(keep(name, experiments[name]))
 
 
 def run_and_compare(args: argparse.Namespace) -> None:
-    """Compare two experiments, run first where the last commit has none of that name.
+    """Compare two experiments, and first run those that the last commit does not have.
 
     Raises:
-        ValueError: if they are not two, or were to have settings that one may have run without.
+        ValueError: if they are not two, or come with settings that an existing one may not have.
     """
     names = args.names
     if len(names) != 2 or names[0] == names[1]:
@@ -112,10 +108,10 @@ def run_and_compare(args: argparse.Namespace) -> None:
 
 
 def run_recipes(args: argparse.Namespace) -> None:
-    """Print and run the command of each recipe, and stop at the first that fails."""
+    """Print and run the command of each recipe, and stop at the first failure."""
     params, committed = read_params(), committed_params()
     commands = make_commands(args, params, committed)
-    say_what_is_put_back(left_over(params, committed))
+    note_changes(left_over(params, committed))
     if args.print:
         print("\n".join(map(printable, commands.values())))
         return
@@ -132,10 +128,10 @@ def run_recipes(args: argparse.Namespace) -> None:
 def make_commands(
     args: argparse.Namespace, params: Mapping[str, Any], committed: Mapping[str, Any]
 ) -> dict[str, list[str]]:
-    """Return the command of every recipe by its experiment's name, all of them checked.
+    """Return the command of every recipe by its experiment's name.
 
     Raises:
-        ValueError: if a recipe, a key or a combination of options is not to be had.
+        ValueError: if a recipe or key does not exist, or options exclude each other.
     """
     if args.name and len(args.names) > 1:
         raise ValueError(f"--name must come with one recipe, got {', '.join(args.names)}")
@@ -154,8 +150,8 @@ def make_commands(
     return commands
 
 
-def say_what_is_put_back(values: Mapping[str, Any]) -> None:
-    """Name the edits of params.yaml that a recipe does not start from."""
+def note_changes(values: Mapping[str, Any]) -> None:
+    """Name the edits of params.yaml that recipes ignore."""
     if values:
         print(
             "note: recipes start from the params.yaml of the last commit; changed since, and not "
@@ -165,7 +161,7 @@ def say_what_is_put_back(values: Mapping[str, Any]) -> None:
 
 
 def refuse_existing(names: Sequence[str]) -> None:
-    """Refuse to start what DVC would refuse to store.
+    """Refuse names that DVC would refuse after the run.
 
     Raises:
         ValueError: with the ways out.

@@ -1,9 +1,8 @@
-"""Results kept in the repository: the small files of experiments, read where these were not run.
+"""The small files of finished experiments, kept in results/ for readers who did not run them.
 
-Knows which files tables, pictures and comparisons are made from; not how experiments are run.
+Knows which files those are and what makes an experiment fit to be kept; no metric by name.
 """
 
-import json
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -12,35 +11,36 @@ from typing import Any
 from ruamel.yaml import YAML
 
 from infini_retrofit.pipeline.params import PARAMS_PATH
-from recipes.experiments import changed_files, is_in_history, read_file
-from recipes.finished import Finished, Metrics
+from recipes.experiments import Experiment, changed_files, is_in_history, list_files, read_file
 
-FOLDER = Path("results")  # a folder for each experiment
-CODE = "commit"  # a file: the commit whose code it ran; a folder without it holds no experiment
+FOLDER = Path("results")  # one folder for each experiment
+CODE = "commit"  # a file with the commit whose code ran; a folder without it is no experiment
 LOCK = "dvc.lock"
-PIPELINE = "dvc.yaml"  # the commands of the stages
+PIPELINE = "dvc.yaml"
+METRICS = "metrics"
 SCORES = "plots/eval_documents.tsv"
 PLOTTED = (SCORES, "plots/eval_positions.tsv")
 
 
-def keep(name: str, experiment: Finished) -> Path:
-    """Write the small files of a finished experiment, its folder whole or not at all.
+def keep(name: str, experiment: Experiment) -> Path:
+    """Write the small files of an experiment to a folder, all of them or none.
 
     Args:
         name: of the folder.
-        experiment: one that was run here.
+        experiment: one that DVC stored here.
 
     Returns:
         The folder.
 
     Raises:
-        ValueError: if it was run by halves, lacks a file, or ran code that no one else has.
+        ValueError: if not all stages ran, a file is missing, or the code is not in the history.
     """
+    source = experiment.source
     try:
-        stages = YAML(typ="safe").load(read_file(experiment.source, LOCK))["stages"]
+        stages = YAML(typ="safe").load(read_file(source, LOCK))["stages"]
         _check_code(experiment, [PIPELINE, *code_of(stages)])
-        paths = (PARAMS_PATH.name, *PLOTTED, *experiment.metrics)
-        texts = {path: read_file(experiment.source, path) for path in paths}
+        paths = (PARAMS_PATH.name, *PLOTTED, *list_files(source, METRICS))
+        texts = {path: read_file(source, path) for path in paths}
     except (ValueError, FileNotFoundError) as error:
         raise ValueError(f"{name} cannot be kept: {error}") from error
     partial = FOLDER / f".{name}.partial"
@@ -52,26 +52,20 @@ def keep(name: str, experiment: Finished) -> Path:
     return partial.rename(FOLDER / name)
 
 
-def read_kept() -> dict[str, Finished]:
-    """Read every experiment whose files are kept, by name.
-
-    Raises:
-        ValueError: if metrics cannot be read.
-    """
-    folders = [path.parent for path in sorted(FOLDER.glob(f"[!.]*/{CODE}"))]
+def kept_experiments() -> dict[str, Experiment]:
+    """Return the experiments in results/ by name."""
+    paths = sorted(FOLDER.glob(f"[!.]*/{CODE}"))
     return {
-        folder.name: Finished(
-            folder, _read_metrics(folder), (folder / CODE).read_text(encoding="utf-8").strip()
-        )
-        for folder in folders
+        path.parent.name: Experiment(path.parent, path.read_text(encoding="utf-8").strip())
+        for path in paths
     }
 
 
 def code_of(stages: Mapping[str, Any]) -> list[str]:
-    """Return what the stages of a dvc.lock read that no stage made.
+    """Return the dependencies in a dvc.lock that are no stage's output.
 
     Raises:
-        ValueError: if a stage read something else than what the stage before it made last.
+        ValueError: if a stage read another version of a file than the lock ends with.
     """
     made = {out["path"]: out["md5"] for stage in stages.values() for out in stage.get("outs", [])}
     read = [(name, dep) for name, stage in stages.items() for dep in stage.get("deps", [])]
@@ -84,9 +78,9 @@ def code_of(stages: Mapping[str, Any]) -> list[str]:
     return sorted({dep["path"] for _, dep in read} - made.keys())
 
 
-def _check_code(experiment: Finished, code_files: Iterable[str]) -> None:
-    """Refuse what ran code that no one else can find."""
-    if changed := changed_files(experiment.code, str(experiment.source), code_files):
+def _check_code(experiment: Experiment, paths: Iterable[str]) -> None:
+    """Refuse an experiment whose code nobody else can check out."""
+    if changed := changed_files(experiment.code, str(experiment.source), paths):
         raise ValueError(
             f"it ran with changes of {', '.join(changed)} that were not committed; commit them and "
             "run it again"
@@ -96,15 +90,3 @@ def _check_code(experiment: Finished, code_files: Iterable[str]) -> None:
             f"it ran the code of commit {experiment.code[:7]}, which the history of this branch "
             "lacks; merge that, or run it again"
         )
-
-
-def _read_metrics(folder: Path) -> Metrics:
-    """Read the metrics in a kept folder, in the form in which DVC shows them."""
-    metrics = {}
-    for path in sorted((folder / "metrics").glob("*.json")):
-        try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"{path} must hold JSON, try git checkout {path}: {error}") from error
-        metrics[path.relative_to(folder).as_posix()] = {"data": values}
-    return metrics

@@ -1,4 +1,4 @@
-"""The overlays as `-S` overrides: what `dvc exp run` must be told for each recipe.
+"""Recipes as `-S` overrides for `dvc exp run`.
 
 Knows the files of this folder and DVC's override grammar; no section of params.yaml, no metric.
 """
@@ -11,11 +11,9 @@ from typing import Any
 
 from infini_retrofit.pipeline.params import leaves, read_params
 
-Settings = Mapping[str, Any]  # values of params.yaml by dotted name
-
 FOLDER = Path(__file__).parent
 BUDGET = "budget"  # applied before every overlay; no recipe itself
-# Words that need no quotes in DVC's (Hydra's) grammar, and those that are no text there.
+# Words that need no quotes in DVC's (Hydra's) grammar, and words that it reads as no text.
 _WORD = re.compile(r"[A-Za-z_][\w./-]*")
 _NOT_TEXT = {"true", "false", "null", "inf", "nan"}
 
@@ -26,7 +24,7 @@ def recipe_names() -> list[str]:
 
 
 def check_recipe(name: str) -> None:
-    """Refuse a name that is no recipe's.
+    """Refuse a name that no recipe has.
 
     Raises:
         ValueError: with the choices.
@@ -36,7 +34,7 @@ def check_recipe(name: str) -> None:
 
 
 def describe(name: str) -> str:
-    """Return the line that says what a recipe is: the first of its file, a comment.
+    """Return the first line of a recipe's file, a comment that says what it is.
 
     Raises:
         ValueError: if that line is no comment.
@@ -49,23 +47,17 @@ def describe(name: str) -> str:
 
 
 def read_overlay(name: str) -> dict[str, Any]:
-    """Read a recipe's values by dotted name, the common budget below its own."""
+    """Read a recipe's values by dotted name; they win over those of the common budget."""
     return {
         k: v for part in (BUDGET, name) for k, v in leaves(read_params(FOLDER / f"{part}.yaml"))
     }
 
 
-def differing(settings: Sequence[Settings]) -> list[str]:
-    """Name the values that are not equal everywhere, in the order in which they come."""
-    keys = dict.fromkeys(key for own in settings for key in own)
-    return [key for key in keys if any(own.get(key) != settings[0].get(key) for own in settings)]
-
-
 def left_over(params: Mapping[str, Any], committed: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the committed values of what differs in params.yaml, by dotted name.
+    """Return the committed values that params.yaml now differs from, by dotted name.
 
-    A run in the workspace leaves its overrides there, and the next recipe must not inherit them.
-    Keys that only one of the two has are left alone.
+    A run in the workspace leaves its overrides in params.yaml, and the next recipe must not inherit
+    them. Keys that only one of the two has are ignored.
     """
     now = dict(leaves(params))
     return {k: v for k, v in leaves(committed) if k in now and now[k] != v}
@@ -78,26 +70,26 @@ def overrides(
 
     Args:
         name: of the recipe.
-        params: what params.yaml holds.
-        put_back: values to go back to, by dotted name; the recipe's own win.
-        given: the user's own overrides; they come last and win.
+        params: the content of params.yaml.
+        put_back: committed values to restore, by dotted name; the recipe's values win.
+        given: the user's own overrides; they win over all others.
 
     Raises:
-        ValueError: if a key does not stand in params.yaml; the choices are listed.
+        ValueError: if params.yaml lacks a key, with the choices.
     """
     overlay = read_overlay(name)
     for key in overlay:
         check_key(key, params, f"recipe {name}")
-    own = [_key(text, params) for text in given]
+    own = [check_override(text, params) for text in given]
     wanted = {**put_back, **overlay}
     return [f"{k}={literal(v)}" for k, v in wanted.items() if k not in own] + list(given)
 
 
 def check_key(key: str, params: Mapping[str, Any], where: str) -> Any:
-    """Refuse a key that params.yaml lacks; return what stands there.
+    """Refuse a key that params.yaml lacks, and return its value.
 
     Raises:
-        ValueError: with the keys that stand where the search ended.
+        ValueError: with the keys of the section where the search ended.
     """
     section: Any = params
     parts = key.split(".")
@@ -112,19 +104,12 @@ def check_key(key: str, params: Mapping[str, Any], where: str) -> Any:
     return section
 
 
-def literal(value: Any) -> str:
-    """Write a value so that DVC's override grammar reads it back as it is."""
-    if isinstance(value, list):
-        return "[" + ",".join(map(literal, value)) + "]"
-    if isinstance(value, Mapping):
-        return "{" + ",".join(f"{k}:{literal(v)}" for k, v in value.items()) + "}"
-    if isinstance(value, str) and _WORD.fullmatch(value) and value.lower() not in _NOT_TEXT:
-        return value
-    return json.dumps(value, ensure_ascii=False)
+def check_override(override: str, params: Mapping[str, Any]) -> str:
+    """Refuse an override that is no `key=value` of one parameter, and return its key.
 
-
-def _key(override: str, params: Mapping[str, Any]) -> str:
-    """Return the key of a user's override, checked."""
+    Raises:
+        ValueError: if so, with what it must be.
+    """
     key, equals, value = override.partition("=")
     if not (key and equals) or key != key.strip():
         raise ValueError(f"-S must be key=value, without blanks beside the =, got {override!r}")
@@ -135,3 +120,14 @@ def _key(override: str, params: Mapping[str, Any]) -> str:
             f"{override!r}"
         )
     return key
+
+
+def literal(value: Any) -> str:
+    """Write a value in DVC's override grammar."""
+    if isinstance(value, list):
+        return "[" + ",".join(map(literal, value)) + "]"
+    if isinstance(value, Mapping):
+        return "{" + ",".join(f"{k}:{literal(v)}" for k, v in value.items()) + "}"
+    if isinstance(value, str) and _WORD.fullmatch(value) and value.lower() not in _NOT_TEXT:
+        return value
+    return json.dumps(value, ensure_ascii=False)

@@ -15,7 +15,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from recipes import kept
 from tests.tiny_project import PROJECTS, make_project, run_stages
 
 torch.set_num_threads(1)
@@ -46,9 +45,3 @@ def project(finished: dict[str, Path], tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.chdir(folder)
     monkeypatch.delenv("DVC_ROOT", raising=False)
     return folder
-
-
-@pytest.fixture
-def nothing_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Show no results of the project's own beside what a test makes up."""
-    monkeypatch.setattr(kept, "FOLDER", tmp_path / "results")

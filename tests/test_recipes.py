@@ -1,7 +1,11 @@
-"""Recipes: what each overlay holds, and the command that it becomes."""
+"""Recipes: what each overlay holds, the command that it becomes, and what DVC makes of it."""
 
+import os
+import re
 import shlex
 import shutil
+import subprocess
+import sys
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -9,28 +13,62 @@ from typing import Any
 import pytest
 from dvc.utils.hydra import apply_overrides
 
-from infini_retrofit.pipeline.params import read_params
+from infini_retrofit.pipeline.params import leaves, read_params
 from recipes import __main__ as command_line
 from recipes import overlays
-from recipes.overlays import leaves, literal, overrides, read_overlay, recipe_names
-from tests.tiny_checkout import commit, make_checkout, own_recipes
+from recipes.experiments import newest_experiments
+from recipes.overlays import literal, overrides, read_overlay, recipe_names
+from tests.tiny_checkout import commit, git, make_checkout, own_recipes, write
 from tests.tiny_project import ROOT, run_stage, write_params
 
-PLANNED = {
-    *("infini-layer0", "parallel", "hybrid-last", "infini-all", "infini-all-delta"),
-    *("infini-all-gamma", "scratch", "control"),
-}
+SEEDS = {f"{name}{end}" for name in ("v1", "v2", "two-stage") for end in ("", "-fixed")}
 # Recipes whose rows do not compare with the others', and the keys in which they do not.
 OWN_BUDGET = {
     "scratch": {"finetune.epochs", "finetune.patience", "finetune.lr"},
     "memory-only": {"finetune.lr"},
     "memory-and-context": {"finetune.lr"},
 }
+SIZES = ("samples", "tokens_per_sample", "train_documents", "batch_size", "epochs", "seed")
+TINY = {"one": "# sets a\na: 2\n", "two": "# sets b\nb: 3\n", "broken": "# fails\nb: text\n"}
+STAGE = """import json
+from pathlib import Path
+from ruamel.yaml import YAML
+params = YAML(typ="safe").load(Path("params.yaml"))
+metrics = {"finetuned": {"segment_test_ppl": params["a"] * 10 + params["b"]}}
+Path("metrics").mkdir(exist_ok=True)
+Path("metrics/eval_sliding.json").write_text(json.dumps(metrics))
+"""
+PIPELINE = """stages:
+  eval_sliding:
+    cmd: python stage.py
+    deps: [stage.py]
+    params: [a, b]
+    metrics:
+    - metrics/eval_sliding.json:
+        cache: false
+"""
 
 
 @pytest.fixture(autouse=True)
 def _checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make_checkout(tmp_path, monkeypatch)
+
+
+@pytest.fixture
+def commands(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The commands that are run, of which that of `broken` fails; `one` exists already."""
+    write(**{"params.yaml": "a: 1\nb: 1\n"})
+    commit()
+    own_recipes(monkeypatch, **TINY)
+    seen = []
+
+    def run(command: list[str]) -> int:
+        seen.append(" ".join(command))
+        return 3 if "broken" in command else 0
+
+    monkeypatch.setattr(command_line, "run", run)
+    monkeypatch.setattr(command_line, "existing_experiments", lambda: {"one", "mine"})
+    return seen
 
 
 def recipes(capsys: pytest.CaptureFixture[str], line: str) -> str:
@@ -47,7 +85,7 @@ def refusal(line: str) -> str:
 
 
 def apply(command: str) -> dict[str, Any]:
-    """Let DVC's own parser carry a printed command's overrides into params.yaml."""
+    """Apply a printed command's overrides to params.yaml with DVC's own parser."""
     words = shlex.split(command)
     given = [value for flag, value in pairwise(words) if flag == "-S"]
     assert len(given) == words.count("-S") > 0
@@ -60,9 +98,9 @@ def own_values(name: str) -> dict[str, Any]:
     return dict(leaves(read_params(ROOT / "recipes" / f"{name}.yaml")))
 
 
-def test_every_planned_recipe_is_there():
-    assert set(recipe_names()) >= PLANNED
-    assert "budget" not in recipe_names()
+def test_recipes_run_experiments_and_know_nothing_of_what_they_show():
+    for file in (ROOT / "recipes").glob("*.py"):
+        assert not re.search(r"^\s*(from|import) analysis\b", file.read_text(), re.MULTILINE), file
 
 
 @pytest.mark.parametrize("name", recipe_names())
@@ -78,31 +116,21 @@ def test_a_recipe_with_a_bad_value_would_fail_those_checks():
         run_stage("check_params")
 
 
-@pytest.mark.parametrize("name", sorted({*PLANNED, *OWN_BUDGET}))
+@pytest.mark.parametrize("name", sorted({*recipe_names()} - SEEDS))
 def test_recipes_share_one_budget_and_none_of_them_stops_early(name):
-    budget = dict(leaves(read_params(ROOT / "recipes" / "budget.yaml")))
-    tokens = ("samples", "tokens_per_sample", "train_documents", "batch_size", "epochs", "seed")
-    fixed = {key for key in read_params_keys() if key.split(".")[-1] in tokens} | budget.keys()
+    values = dict(leaves(read_params()))
+    fixed = {key for key in values if key.split(".")[-1] in SIZES and "models." not in key}
+    fixed |= own_values("budget").keys()
     assert own_values(name).keys() & fixed == OWN_BUDGET.get(name, set())
-    merged = dict(leaves(read_params())) | read_overlay(name)
+    merged = values | read_overlay(name)
     for section in ("distill", "finetune"):
         assert merged[f"{section}.patience"] >= merged[f"{section}.epochs"]
 
 
-def read_params_keys() -> set[str]:
-    """List the keys of the sections that say how much is trained and scored."""
-    sections = ("longdocs", "distill", "finetune", "eval")
-    return {key for key in dict(leaves(read_params())) if key.split(".")[0] in sections}
-
-
 @pytest.mark.parametrize("rule", ["delta", "gamma"])
 def test_the_delta_rules_differ_from_the_linear_rule_in_nothing_else(rule):
-    values = {
-        key: (own_values("infini-all")[key], value)
-        for key, value in own_values(f"infini-all-{rule}").items()
-    }
-    assert values.keys() == own_values("infini-all").keys()
-    assert {key for key, (one, other) in values.items() if one != other} == {"infini.update_rule"}
+    one, other = own_values("infini-all"), own_values(f"infini-all-{rule}")
+    assert dict(one.items() ^ other.items()).keys() == {"infini.update_rule"}
 
 
 @pytest.mark.parametrize("name", recipe_names())
@@ -116,41 +144,30 @@ def test_dvc_reads_a_printed_command_as_the_recipe_means_it(name, capsys):
 def test_the_user_s_own_setting_wins_wherever_it_stands(capsys):
     line = "-S distill.epochs=9 infini-all -S infini.layers=[0,3] -S models.my-model.path=a/b"
     command = recipes(capsys, f"{line} --print --temp --force")
-    assert command.count("distill.epochs=") == command.count("infini.layers=") == 1
     assert command.startswith("dvc exp run -n infini-all --temp --force -S ")
+    assert command.count("distill.epochs=") == command.count("infini.layers=") == 1
     after = apply(command)
     assert after["distill.epochs"] == 9 != read_overlay("infini-all")["distill.epochs"]
-    assert after["infini.layers"] == [0, 3]
-    assert after["models.my-model.path"] == "a/b"
-    assert after["infini.positions"] == "rope"
+    assert (after["infini.layers"], after["models.my-model.path"]) == ([0, 3], "a/b")
 
 
 def test_a_recipe_does_not_inherit_what_an_earlier_one_left_in_the_workspace(capsys):
-    clean = apply(recipes(capsys, "memory-only --print"))
-    after_another = apply(recipes(capsys, "hybrid-last --print"))
-    assert after_another["infini.feature_map"] == "elu1" != clean["infini.feature_map"]
-    assert after_another["finetune.trainable"] == "infini" != clean["finetune.trainable"]
-    command_line.main(["infini-all", "--print"])
+    clean = apply(recipes(capsys, "hybrid-last --print"))
+    shutil.copyfile(ROOT / "params.yaml", "params.yaml")
+    other = apply(recipes(capsys, "memory-only --print"))
+    assert other["infini.feature_map"] == "hedgehog" != clean["infini.feature_map"]
+    command_line.main(["hybrid-last", "--print"])
     told = capsys.readouterr()
     assert told.err.startswith("note: recipes start from the params.yaml of the last commit")
-    assert "infini.layers" in told.err
-    assert apply(told.out)["infini.layers"] == "all"
-    commit()
-    command_line.main(["infini-all", "--print"])
-    assert capsys.readouterr().err == ""
-
-
-def test_recipes_of_one_call_do_not_inherit_from_each_other(capsys):
-    alone = apply(recipes(capsys, "hybrid-last --print"))
+    assert apply(told.out) == clean
     shutil.copyfile(ROOT / "params.yaml", "params.yaml")
-    copies = recipes(capsys, "memory-only hybrid-last --print --temp").splitlines()
-    assert "feature_map" not in copies[1]
+    assert (
+        "feature_map"
+        not in recipes(capsys, "memory-only hybrid-last --print --temp").split("\n")[1]
+    )
     first, second = recipes(capsys, "memory-only hybrid-last --print").splitlines()
     assert apply(first)["infini.feature_map"] == "hedgehog"
-    assert apply(second) == alone
-
-
-def test_only_values_that_both_know_are_put_back():
+    assert apply(second) == clean
     now, committed = {"a": {"b": 1, "new": 2}}, {"a": {"b": 3, "gone": 4}}
     assert overlays.left_over(now, committed) == {"a.b": 3}
 
@@ -165,15 +182,14 @@ def test_only_values_that_both_know_are_put_back():
     ids=repr,
 )
 def test_every_value_survives_dvc_s_grammar(value):
-    Path("other.yaml").write_text("key: x\n")
+    write(**{"other.yaml": "key: x\n"})
     apply_overrides("other.yaml", [f"key={literal(value)}"])
     after = read_params(Path("other.yaml"))["key"]
-    assert after == value
-    assert type(after) is type(value)
+    assert (after, type(after)) == (value, type(value))
 
 
 def test_a_text_without_quotes_would_not_survive():
-    Path("other.yaml").write_text("key: x\n")
+    write(**{"other.yaml": "key: x\n"})
     apply_overrides("other.yaml", ["key=true"])
     assert read_params(Path("other.yaml"))["key"] is True
 
@@ -191,18 +207,22 @@ def test_the_list_says_what_each_recipe_is_in_a_line(capsys, monkeypatch):
     ("line", "words"),
     [
         ("infini-al --print", ["must be one of control, ", ", scratch", "got 'infini-al'"]),
-        ("budget --print", ["must be one of", "got 'budget'"]),
-        ("control nope --print", ["got 'nope'"]),
+        ("control budget --print", ["must be one of", "got 'budget'"]),
         ("control --print -S distill.epoch=3", ["distill.epoch must", "distill has batch_size, "]),
         ("control --print -S distil.epochs=3", ["distil.epochs must", "params.yaml has corpora, "]),
         ("control --print -S model.x=3", ["model.x must", "model has no keys"]),
         ("control --print -S distill.epochs", ["-S must be key=value", "got 'distill.epochs'"]),
         ("control --print -S =3", ["-S must be key=value", "got '=3'"]),
         ("control --print -S 'finetune.seed = 3'", ["without blanks", "got 'finetune.seed = 3'"]),
-        ("control --print -S finetune=3", ["such as finetune.trainable=..."]),
         ("control --print -S finetune.lora=3", ["such as finetune.lora.rank=..."]),
         ("control scratch --name x --print", ["--name must come with one recipe"]),
         ("v1 control v1 --print", ["NAMEs must differ, got v1, control, v1"]),
+        ("--diff", ["--diff must come with two names, got none"]),
+        ("v1 v1 --diff", ["--diff must come with two names, got v1, v1"]),
+        ("v1 v2 control --diff", ["--diff must come with two names, got v1, v2, control"]),
+        ("v1 v2 --diff -S a=3", ["--diff must come without -S and --name, "]),
+        ("v1 v2 --diff --name x", ["--diff must come without -S and --name, "]),
+        ("v1 x --diff --print", ["a recipe must be one of", "got 'x'"]),
     ],
 )
 def test_what_cannot_be_meant_is_refused_with_the_choices(line, words):
@@ -212,24 +232,85 @@ def test_what_cannot_be_meant_is_refused_with_the_choices(line, words):
         assert word in message
 
 
-@pytest.mark.parametrize("line", ["--list --diff v1 v2", "--keep --diff v1 v2", "--diff --list"])
-def test_one_thing_is_asked_for_at_a_time(line, capsys):
-    with pytest.raises(SystemExit, match="2"):
-        command_line.main(line.split())
-    assert "not allowed with argument --" in capsys.readouterr().err
-
-
-def test_a_recipe_with_an_unknown_key_is_refused_by_name(monkeypatch):
-    own_recipes(monkeypatch, wrong="# a recipe with a slip\ndistill:\n  epoch: 3\n")
+def test_overlays_and_repositories_that_do_not_fit_are_refused(monkeypatch):
+    own_recipes(monkeypatch, wrong="# a slip\ndistill:\n  epoch: 3\n", part="# fits\na:\n  c: 3\n")
     assert refusal("wrong --print").startswith("error: recipe wrong: distill.epoch must be a key")
-
-
-def test_without_a_commit_to_start_from_nothing_runs():
-    shutil.rmtree(".git")
-    assert refusal("control").startswith("error: params.yaml is missing from the last commit")
-
-
-def test_the_user_s_mapping_comes_after_the_recipe_s_part_of_it(monkeypatch):
-    params = {"a": {"b": 1, "c": 2}}
-    own_recipes(monkeypatch, part="# a part\na:\n  c: 3\n")
+    params = {"a": {"b": 1, "c": 2}}  # the user's mapping comes after the recipe's part of it
     assert overrides("part", params, {"a.c": 2}, ["a={b: 5}"]) == ["a.c=3", "a={b: 5}"]
+    shutil.rmtree(".git")
+    assert refusal("part").startswith("error: params.yaml is missing from the last commit")
+
+
+COMPARISONS = ["dvc metrics diff one two --md", "dvc params diff one two --md"]
+
+
+@pytest.mark.parametrize(
+    ("line", "want"),
+    [
+        ("one two --diff", ["dvc exp run -n two -S b=3", *COMPARISONS]),
+        ("one --diff two --temp", ["dvc exp run -n two --temp -S b=3", *COMPARISONS]),
+        (
+            "one two --diff --force",
+            [
+                "dvc exp run -n one --force -S a=2",
+                "dvc exp run -n two --force -S a=1 -S b=3",
+                *COMPARISONS,
+            ],
+        ),
+        ("mine one --diff", [c.replace("one two", "mine one") for c in COMPARISONS]),
+    ],
+)
+def test_only_what_is_missing_is_run_before_a_comparison(commands, line, want, capsys):
+    assert recipes(capsys, line).splitlines() == commands == want
+    commands.clear()
+    assert recipes(capsys, f"{line} --print").splitlines() == want
+    assert commands == []
+
+
+def test_where_one_fails_nothing_is_compared_or_run_after_it(commands, capsys):
+    with pytest.raises(SystemExit, match="3"):
+        command_line.main(["broken", "two", "--diff"])
+    assert commands == ["dvc exp run -n broken -S b=text"]
+    assert "error: broken failed; left to run: two" in capsys.readouterr().err
+
+
+def python_m(module: str, *words: str) -> tuple[int, str]:
+    """Run `python -m MODULE` in the working folder; return its exit code and all it prints."""
+    process = subprocess.run(
+        [sys.executable, "-m", module, *words],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    return process.returncode, process.stdout
+
+
+def test_recipes_run_as_real_experiments_that_tables_and_dvc_find_by_name(monkeypatch):
+    shutil.copytree(ROOT / "recipes", "recipes", ignore=shutil.ignore_patterns("*.yaml", "__py*"))
+    own_recipes(monkeypatch, **TINY)
+    write(**{"params.yaml": "a: 1\nb: 1\n", "dvc.yaml": PIPELINE, "stage.py": STAGE})
+    write(**{".gitignore": "__pycache__/\n"})
+    subprocess.run([sys.executable, "-m", "dvc", "init", "--quiet"], check=True)
+    base = commit()
+    code, output = python_m("recipes", "one", "two")
+    assert code == 0, output
+    assert "\ndvc exp run -n two -S a=1 -S b=3\n" in output
+    assert {experiment.code for experiment in newest_experiments().values()} == {base}
+    code, output = python_m("recipes", "two", "one")
+    assert (code, "error: experiments that exist already: one, two." in output) == (1, True)
+    code, output = python_m("recipes", "broken", "two", "--force")
+    assert (code != 0, "error: broken failed; left to run: two" in output) == (True, True)
+    code, output = python_m("recipes", "two", "--name", "three", "--temp", "-S", "a=4")
+    assert code == 0, output
+    code, output = python_m("recipes", "one", "three", "--diff")
+    assert code == 0, output
+    for values in ("finetuned.segment_test_ppl | 21 | 43 | 22", "params.yaml | a | 2 | 4"):
+        assert values in " ".join(output.replace("|", " | ").split())
+    assert git("for-each-ref", "refs/exps").count("/broken") == 0
+    code, output = python_m("analysis", "table", "one", "two", "three")
+    assert code == 0, output
+    rows = [[cell.strip() for cell in row.split("|")[1:3]] for row in output.splitlines()[2:]]
+    assert rows == [["two", "13.00"], ["one", "21.00"], ["three", "43.00"]]
+    code, output = python_m("analysis", "table", "broken")
+    assert (code, "have not been run: broken" in output) == (1, True)

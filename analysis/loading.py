@@ -1,0 +1,124 @@
+"""Finished experiments as data frames: metrics, scores of documents, parameters.
+
+An experiment that was run here wins over one of the same name in results/. Knows no metric but one.
+"""
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from io import StringIO
+from pathlib import PurePath
+from typing import Any
+
+import pandas as pd
+
+from infini_retrofit.pipeline.params import leaves
+from recipes.experiments import (
+    Experiment,
+    Source,
+    check_finished,
+    list_files,
+    newest_experiments,
+    read_file,
+    read_params_of,
+)
+from recipes.kept import METRICS, SCORES, kept_experiments
+from recipes.overlays import literal, recipe_names
+
+COLUMNS = ["experiment", "model", "protocol", "document", "article", "nll"]
+TOKENS_SEEN = "num_trained_tokens"
+
+# Parameters that some params.yaml lack, and the value that does what those experiments did.
+ABSENT = {
+    "infini.state_dtype": "float32",
+    "infini.window": "64",
+    "infini.recall_norm": "none",
+    "infini.written_tokens": "all",
+    "infini.initial_state": "empty",
+    "finetune.num_segments": "all",
+}
+
+
+def find_experiments(command: str, names: Sequence[str]) -> dict[str, Experiment]:
+    """Return the named experiments, or those of all recipes, and note which were run here.
+
+    Raises:
+        ValueError: if one has not finished, or no recipe has.
+    """
+    own = newest_experiments()
+    known = kept_experiments() | own
+    names = names or [name for name in recipe_names() if name in known]
+    check_finished(command, names, known)
+    if kept := [name for name in names if name not in own]:
+        note = f"{len(kept)} of {len(names)} experiments were not run here: read from results/"
+        print(f"note: {note}", file=sys.stderr)
+    return {name: known[name] for name in names}
+
+
+def load_metrics(experiments: Mapping[str, Experiment]) -> pd.DataFrame:
+    """Return the metrics of each experiment, in columns such as `finetune.best_epoch`.
+
+    The column `TOKENS_SEEN` adds the tokens of distilling and fine-tuning.
+
+    Raises:
+        ValueError: if a file holds no JSON.
+    """
+    frame = _by_name({name: _read_metrics(e.source) for name, e in experiments.items()})
+    stages = [f"{stage}.{TOKENS_SEEN}" for stage in ("distill", "finetune")]
+    tokens = frame.reindex(columns=stages).sum(axis=1, min_count=1)
+    return pd.concat([frame, tokens.rename(TOKENS_SEEN)], axis=1)
+
+
+def load_scores(experiments: Mapping[str, Experiment]) -> pd.DataFrame:
+    """Return `COLUMNS`: the mean nats a token of each document under each model and protocol.
+
+    Experiments whose scores do not tell a document's article, as of old versions, have no rows.
+    """
+    frames = []
+    for name, experiment in experiments.items():
+        try:
+            text = read_file(experiment.source, SCORES)
+        except FileNotFoundError:
+            continue
+        frame = pd.read_csv(StringIO(text), sep="\t", dtype={"article": str})
+        frames.append(frame.assign(experiment=name))
+    found = [frame[COLUMNS] for frame in frames if "article" in frame]
+    return pd.concat(found, ignore_index=True) if found else pd.DataFrame(columns=COLUMNS)
+
+
+def load_settings(experiments: Mapping[str, Experiment]) -> pd.DataFrame:
+    """Return the parameters of each experiment by dotted name, as `-S` takes them.
+
+    `ABSENT` fills in what a params.yaml lacks because the project added or dropped the parameter.
+    """
+    rows = {
+        name: {key: _setting(value) for key, value in leaves(read_params_of(e.source))}
+        for name, e in experiments.items()
+    }
+    return _by_name(rows).fillna(ABSENT)
+
+
+def differing(settings: pd.DataFrame) -> pd.DataFrame:
+    """Return the parameters in which experiments differ."""
+    return settings.loc[:, settings.nunique(dropna=False) > 1]
+
+
+def _by_name(rows: Mapping[str, Mapping[str, Any]]) -> pd.DataFrame:
+    return pd.DataFrame(list(rows.values()), index=pd.Index(list(rows), name="experiment"))
+
+
+def _read_metrics(source: Source) -> dict[str, Any]:
+    """Read all metrics of an experiment by dotted name, the first part a file's."""
+    found: dict[str, Any] = {}
+    for path in list_files(source, METRICS):
+        try:
+            metrics = json.loads(read_file(source, path))
+        except ValueError as error:
+            raise ValueError(f"{source}/{path} must hold JSON: {error}") from error
+        found |= leaves(metrics, f"{PurePath(path).stem}.")
+    return found
+
+
+def _setting(value: Any) -> str:
+    """Write a parameter as `-S` takes it, a number in one way alone: 25, not 25.0."""
+    return literal(int(value) if isinstance(value, float) and value.is_integer() else value)

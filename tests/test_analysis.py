@@ -1,0 +1,344 @@
+"""What the tables, comparisons and the picture show of finished experiments."""
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from ruamel.yaml import YAML
+
+from analysis import loading
+from analysis.__main__ import COMMANDS, main
+from analysis.against import compare
+from analysis.comparing import describe_texts, split_comparable
+from analysis.loading import load_metrics, load_scores, load_settings
+from analysis.picture import draw, save
+from analysis.repeats import RIVALS, check_repeats, gains_of_repeats
+from analysis.table import COLUMNS, lay_out
+from infini_retrofit.evaluation.gains import paired_bootstrap
+from infini_retrofit.pipeline.params import leaves
+from recipes.experiments import Experiment
+from recipes.kept import SCORES, kept_experiments
+from tests.tiny_checkout import commit, make_checkout, store, write
+from tests.tiny_project import ROOT
+
+MODEL = {
+    "sliding_test_ppl": 23.456,
+    "full_test_ppl": 23.6,
+    "segment_test_ppl": 29.1,
+    "segment_off_test_ppl": 30.2,
+    "segment_recent_test_ppl": 30.1,
+    "segment_swapped_test_ppl": 29.9,
+    "segment_kv_test_ppl": 28.8,
+    "t2_test_ppl": 20118.6,
+    "gap_recovered": 0.0864,
+    "gain_over_control": 0.0189,
+    "gain_over_kv": -0.1269,
+    "state_bytes": 1497600,
+}
+METRICS = {
+    "eval_sliding": {
+        "finetuned": MODEL,
+        "control": {"segment_test_ppl": 29.8, "segment_kv_test_ppl": 28.2},
+    },
+    "distill": {"num_trained_tokens": 262144, "val_loss": 0.17833},
+    "finetune": {"num_trained_tokens": 327680, "num_trainable_parameters": 26542350},
+}
+ARTICLES = [0, 0, 1, 2, 2, 2, 3, 4, 5, 6, 7, 8, 9]
+DRAWN = np.random.default_rng(1).normal(3, 0.2, size=(3, 7, len(ARTICLES)))
+PROTOCOLS = ("segment", *(f"segment_{name}" for name in RIVALS if name != "control"))
+
+
+def files_of(metrics: Mapping = METRICS, number: int = 0, **params: object) -> dict[str, str]:
+    """Make the small files of an experiment."""
+    texts = {f"metrics/{name}.json": json.dumps(found) for name, found in metrics.items()}
+    scores = scores_of(number).drop(columns="experiment").to_csv(sep="\t", index=False)
+    return texts | {SCORES: scores, "params.yaml": json.dumps(params)}
+
+
+def scores_of(
+    number: int,
+    name: str = "",
+    articles: Sequence[int] = ARTICLES,
+    full: float | np.ndarray = 2.5,
+    segment: float = 2.75,
+) -> pd.DataFrame:
+    """Make up the scores of an experiment; those of the base are equal in all, unless given."""
+    *model, control, control_kv = DRAWN[number]
+    nlls = {("finetuned", protocol): own for protocol, own in zip(PROTOCOLS, model, strict=True)}
+    nlls |= {("control", "segment"): control, ("control", "segment_kv"): control_kv}
+    base = {"full": full, "segment": segment}
+    nlls |= {("base", key): np.broadcast_to(nll, len(ARTICLES)) for key, nll in base.items()}
+    return pd.DataFrame(
+        [
+            [name, *key, document, str(article), nll]
+            for key, found in nlls.items()
+            for document, (article, nll) in enumerate(zip(articles, found, strict=True))
+        ],
+        columns=loading.COLUMNS,
+    )
+
+
+def joined(**parts: Mapping) -> pd.DataFrame:
+    """Join the scores of several experiments, each made by `scores_of` with these arguments."""
+    return pd.concat([scores_of(**{"number": 0, "name": name, **p}) for name, p in parts.items()])
+
+
+def shown(capsys: pytest.CaptureFixture[str], *words: str) -> list[list[list[str]]]:
+    """Return the cells of each table that a command prints."""
+    main(words)
+    tables = re.findall(r"(?:^\|.*\n)+", capsys.readouterr().out, re.MULTILINE)
+    return [
+        [[cell.strip() for cell in row.split("|")[1:-1]] for row in t.split("\n")[:-1]]
+        for t in tables
+    ]
+
+
+@pytest.fixture
+def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_checkout(tmp_path, monkeypatch)
+
+
+def keep(name: str, **files: str) -> None:
+    """Write an experiment into results/ of the working folder."""
+    write(**{f"results/{name}/{path}": text for path, text in {"commit": "c", **files}.items()})
+
+
+def test_a_metric_has_its_column_and_what_is_missing_is_a_dash(checkout, capsys):
+    rest = {key: value for key, value in METRICS.items() if key != "distill"}
+    for name, metrics in (("all", METRICS), ("some", rest), ("none", {})):
+        keep(name, **files_of(metrics))
+    numbers = ["29.10", "29.80", "30.20", "29.90", "28.80", "8.6%", "1,497,600"]
+    (table,) = shown(capsys, "table", "none", "all", "some")
+    assert table[0] == ["experiment", *COLUMNS["summary"]]
+    assert table[2:] == [["all", *numbers], ["some", *numbers], ["none", *["-"] * len(numbers)]]
+    (table,) = shown(capsys, "table", "all", "some", "--columns", "gains")
+    more = ["8.6%", "+0.0189", "-", "-", "-", "-0.1269", "1,497,600", "26,542,350"]
+    assert table[2:] == [["all", *more, "589,824"], ["some", *more, "327,680"]]
+    (table,) = shown(capsys, "table", "all", "--columns", "labels")
+    assert table[2][1] == "0.1783"
+    assert table[2][6] == "20,119"
+
+
+def test_an_experiment_that_was_run_here_wins_the_newest_of_its_name(checkout, capsys, monkeypatch):
+    def with_ppl(ppl: float) -> dict[str, str]:
+        return files_of({"eval_sliding": {"finetuned": {"segment_test_ppl": ppl}}})
+
+    keep("both", **with_ppl(1))
+    keep("kept", **with_ppl(2))
+    for day, ppl in ((2, 4), (1, 3)):
+        monkeypatch.setenv("GIT_COMMITTER_DATE", f"2026-01-0{day}T00:00:00Z")
+        commit()
+        store("both", **with_ppl(ppl))
+    main(["table", "both", "kept"])
+    out, err = capsys.readouterr()
+    assert re.findall(r"\| (\w+) +\| +([\d.]+) ", out) == [("kept", "2.00"), ("both", "4.00")]
+    assert err == "note: 1 of 2 experiments were not run here: read from results/\n"
+
+
+def test_without_names_the_finished_recipes_are_shown_the_best_first(capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    tables = shown(capsys, "table")
+    assert {"infini-all", "control"} < {row[0] for row in tables[0]}
+    assert "infini-all-seed1" not in {row[0] for row in tables[0]}
+    for table in tables:
+        ppls = [float(row[1]) for row in table[2:]]
+        assert ppls == sorted(ppls)
+    main(["table", *kept_experiments()])  # names of up to 34 characters
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    assert max(map(len, rows)) <= 120
+
+
+def test_names_that_stand_for_nothing_are_refused(checkout):
+    for command in ("table", "against", "repeats"):
+        words = [command, "control", "x"]
+        with pytest.raises(SystemExit, match=r"error: .* some that have not been run: control, x$"):
+            main(words)
+    with pytest.raises(SystemExit, match="error: table needs names of finished experiments, got n"):
+        main(["table"])
+
+
+def test_a_table_is_there_in_a_second_because_it_needs_no_torch():
+    code = "import sys, analysis.table, analysis.picture; print(*sys.modules)"
+    command = [sys.executable, "-c", code]
+    found = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
+    assert {"torch", "transformers", "dvc"}.isdisjoint(found.stdout.split())
+
+
+def test_every_command_describes_itself_and_others_are_refused(capsys):
+    for name in COMMANDS:
+        with pytest.raises(SystemExit, match="0"):
+            main([name, "--help"])
+        assert f"python -m analysis {name}" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="2"):
+        main(["--table"])
+
+
+def test_metrics_that_are_no_json_and_scores_without_articles(tmp_path):
+    write(**{f"{tmp_path}/metrics/finetune.json": "<<<<", f"{tmp_path}/{SCORES}": "model\tnll\n"})
+    experiments = {"old": Experiment(tmp_path, "c")}
+    with pytest.raises(ValueError, match=r"metrics/finetune\.json must hold JSON: "):
+        load_metrics(experiments)
+    assert load_scores(experiments).empty
+
+
+def test_choices_are_the_parameters_that_differ_each_written_in_one_way(checkout, capsys):
+    first = {"infini": {"layers": [0], "window": 64}, "lr": 25.0, "seed": 1}
+    second = {"infini": {"layers": [0, -1]}, "lr": 25, "seed": 1, "new": True}
+    keep("first", **files_of(**first))
+    keep("second", **files_of(**second))
+    (table,) = shown(capsys, "table", "first", "second", "--columns", "choices")
+    assert table[0][1:4] == ["infini.layers", "new", "segment"]
+    assert [row[1:3] for row in table[2:]] == [["[0]", "-"], ["[0,-1]", "true"]]
+
+
+def test_parameters_that_were_added_or_dropped_have_a_value_in_every_experiment(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    experiments = kept_experiments() | {"now": Experiment(ROOT, "c")}
+    settings = load_settings(experiments)
+    sections = ("infini", "distill", "finetune", "finetune_control", "eval")
+    lacking = settings.columns[settings.isna().any()]
+    assert [key for key in lacking if key.split(".")[0] in sections] == []
+    older = YAML(typ="safe").load(Path("results/v1/params.yaml"))
+    assert "infini.state_dtype" not in dict(leaves(older))
+    assert settings.loc["v1", "infini.state_dtype"] == "float32"
+
+
+def test_experiments_that_do_not_compare_are_parted():
+    full = DRAWN[0, 0]
+    parts = {
+        "mine": {"full": full},
+        "theirs": {"full": full + 0.005, "number": 1},
+        "other texts": {"full": full, "articles": [min(a, 8) for a in ARTICLES]},
+        "other base": {"full": full + 0.02},
+        "rotated": {"full": np.roll(full, 1)},  # the same perplexity of other documents
+        "other segments": {"full": full, "segment": 2.8},
+    }
+    scores, names = joined(**parts), [*parts, "old"]
+    groups = split_comparable(scores, names)
+    assert groups == [["mine", "theirs"], *([name] for name in names[2:])]
+    assert split_comparable(scores, names, ["full"])[0] == ["mine", "theirs", "other segments"]
+    ppl = np.exp(full.mean())
+    words = f"13 documents of 10 articles, on which the base has a perplexity of {ppl:.4g} under "
+    assert describe_texts(scores, "mine") == f"{words}full and 15.64 under segment"
+    assert describe_texts(scores, "old").startswith("no scores by article")
+
+
+def test_those_that_do_not_compare_stand_in_tables_and_axes_of_their_own(checkout, capsys):
+    keep("one", **files_of())
+    other = scores_of(0, full=3.0).drop(columns="experiment").to_csv(sep="\t", index=False)
+    keep("other", **files_of() | {SCORES: other})
+    assert [table[2][0] for table in shown(capsys, "table", "one", "other")] == ["one", "other"]
+    main(["picture", "docs/a.svg", "one", "other"])
+    assert capsys.readouterr().out == "docs/a.svg\n"
+    assert [path.name for path in Path("docs").iterdir()] == ["a.svg"]
+    assert Path("docs/a.svg").read_text().startswith("<?xml")
+
+
+def test_the_first_is_compared_with_every_other_model_in_pairs():
+    rows = compare(joined(mine={"number": 0}, theirs={"number": 1}), ["mine", "theirs"])
+    own, control = DRAWN[:, 0], DRAWN[:, -2]
+    others = {
+        ("mine", "control"): control[0],
+        ("theirs", "finetuned"): own[1],
+        ("theirs", "control"): control[1],
+    }
+    assert [tuple(row[:2]) for row in rows] == list(others)
+    for row, other in zip(rows, others.values(), strict=True):
+        want = paired_bootstrap(other - own[0], list(map(str, ARTICLES)))
+        assert row[2:] == [f"{want.mean:+.4f}", f"[{want.low:+.4f}, {want.high:+.4f}]"]
+    few = {"articles": [min(article, 8) for article in ARTICLES]}
+    rows = compare(joined(mine=few, theirs={"number": 1, **few}), ["mine", "theirs"])
+    assert {row[3] for row in rows} == {"-"}
+
+
+@pytest.mark.parametrize("other", [{"full": 2.6}, {"articles": [0, *ARTICLES[:-1]]}], ids=str)
+def test_a_comparison_with_other_texts_or_bases_is_refused(other):
+    scores = joined(mine={}, theirs=other)
+    with pytest.raises(ValueError, match=r"the same documents .* base, got mine and theirs, which"):
+        compare(scores, ["mine", "theirs"])
+    with pytest.raises(ValueError, match=r"by article, got none of old: run it again$"):
+        compare(scores, ["mine", "old"])
+
+
+def test_each_repeat_has_its_gain_and_the_average_is_of_documents():
+    names = ["one", "two", "three"]
+    scores = joined(**{name: {"number": i} for i, name in enumerate(names)})
+    rows = {row[0]: row[1:] for row in gains_of_repeats(scores, names)}
+    assert list(rows) == list(RIVALS.values())
+    own, control = DRAWN[:, 0], DRAWN[:, -2]
+    *each, mean, interval = rows[RIVALS["control"]]
+    assert each == [f"{d.mean():+.4f}" for d in control - own]
+    want = paired_bootstrap((control - own).mean(axis=0), list(map(str, ARTICLES)))
+    assert [mean, interval] == [f"{want.mean:+.4f}", f"[{want.low:+.4f}, {want.high:+.4f}]"]
+    of_off = DRAWN[:, PROTOCOLS.index("segment_off")] - own
+    assert rows[RIVALS["off"]][:-1] == [f"{d:+.4f}" for d in (*of_off.mean(axis=1), of_off.mean())]
+    own_kv, control_kv = DRAWN[:, PROTOCOLS.index("segment_kv")], DRAWN[:, -1]
+    assert len({*(own_kv.mean(axis=1) < control_kv.mean(axis=1))}) == 2  # not one rival in all
+    better = min(own_kv.mean(), control_kv.mean()) - own.mean()
+    assert rows[RIVALS["kv"]][-2] == f"{better:+.4f}"
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([{"a.seed": "0", "b": "1"}, {"a.seed": "1", "b": "2"}], r"that differ in b$"),
+        ([{"a.seed": "0", "b": "1"}, {"a.seed": "1"}], r"that differ in b$"),
+        ([{"a.seed": "0"}], r"two experiments or more, each of other seeds, got x0$"),
+        ([{"a.seed": "0"}, {"a.seed": "1"}, {"a.seed": "0"}], r"other seeds, got x0, x1, x2$"),
+    ],
+)
+def test_what_is_no_repeat_is_refused(rows, message):
+    with pytest.raises(ValueError, match=message):
+        check_repeats(pd.DataFrame(rows), [f"x{i}" for i in range(len(rows))])
+
+
+def test_the_commands_print_comparisons_and_repeats(checkout, capsys):
+    for seed, name in enumerate(("mine", "theirs")):
+        store(name, **files_of(number=seed, finetune={"seed": seed}))
+    (table,) = shown(capsys, "against", "mine", "theirs")
+    assert [row[:2] for row in table[2:]] == [
+        ["mine", "control"],
+        ["theirs", "finetuned"],
+        ["theirs", "control"],
+    ]
+    (table,) = shown(capsys, "repeats", "mine", "theirs")
+    assert table[0][1:] == ["mine", "theirs", "on average", "95% interval"]
+    assert len(table) == 2 + len(RIVALS)
+
+
+def test_each_number_is_a_mark_on_the_line_of_its_experiment(tmp_path):
+    rows = {
+        "old": {"finetuned": {"segment_test_ppl": 25.0, "state_bytes": 8}},
+        "new": METRICS["eval_sliding"],
+        "plain": {"finetuned": {"segment_test_ppl": 24.0, "state_bytes": 0}},
+    }
+    flat = [dict(leaves({"eval_sliding": row})) for row in rows.values()]
+    figure = draw(pd.DataFrame(flat, index=list(rows)), [("ten documents", list(rows))])
+    (axes,) = figure.axes
+    assert [label.get_text() for label in axes.get_yticklabels()] == list(rows)
+    assert {line.get_label(): line.get_xydata().tolist() for line in axes.lines} == {
+        "full attention": [[23.6, 1]],
+        "its control, without a memory": [[29.8, 1]],
+        "memory off": [[30.2, 1]],
+        "another document's memory": [[29.9, 1]],
+        "the same bytes of keys and values": [[28.2, 1]],  # the better of the two
+        "with its memory": [[25.0, 0], [29.1, 1]],
+    }
+    from_below = sorted(axes.lines, key=lambda line: line.get_zorder())
+    sizes = [line.get_markersize() for line in from_below]
+    assert sizes == sorted(sizes, reverse=True)  # or the larger would hide the smaller
+    with pytest.raises(ValueError, match=r"FILE must end in one of .*png.*, got .*\.txt"):
+        save(figure, tmp_path / "recipes.txt")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_metric_is_written_with_the_digits_that_two_machines_agree_on():
+    metrics = {"eval_sliding.finetuned.t2_test_ppl": [22895.04], "distill.val_loss": [0.17836]}
+    table = lay_out(pd.DataFrame(metrics, index=["x"]), "labels")
+    assert table.loc["x", ["fine-tuned: t2", "distillation loss"]].tolist() == ["22,895", "0.1784"]
