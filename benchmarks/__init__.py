@@ -1,4 +1,4 @@
-"""Speed and memory, as ratios to this machine's matrix products; not part of the pipeline.
+"""Speed and memory, as ratios to this machine's matrix products; no part of the pipeline.
 
-Run by `python -m benchmarks` (or `make benchmark`); needs models/base.
+`python -m benchmarks` (or `make benchmark`) runs them on models/base.
 """

@@ -31,30 +31,27 @@ from infini_retrofit.training.loop import Trainee
 from infini_retrofit.training.parameters import LoraParams
 from infini_retrofit.training.schedule import FullLrScale, LrScale
 
-# Infini-attention as published, on the base's weights.
-PUBLISHED = InfiniParams(layers=[0])
-# LoLCATs: a softmax window, and linear sums over everything older.
-WINDOWED = InfiniParams(layers="all", local="window_linear", feature_map="hedgehog")
-# The form of the pipeline's default layer.
+PUBLISHED = InfiniParams(layers=[0])  # on the base's weights
+# As in params.yaml.
 DEFAULT_LAYER = replace(PUBLISHED, init="random_attention", local="linear", positions="none")
 SCHEDULE = {"batch_size": 1, "epochs": 1, "lr": 1e-3, "patience": 1, "min_delta": 0.0, "seed": 0}
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much text a case computes on, in tokens."""
+    """How many tokens of text a case takes."""
 
-    document: int = 4096  # of forward passes, training steps and distilling
-    stream: int = 4096  # of sliding evaluation
+    document: int = 4096  # forward passes, training steps and distilling
+    stream: int = 4096  # sliding evaluation
     window: int = 512
     stride: int = 256
     segment: int = 256
-    sample: int = 1024  # of distilling
+    sample: int = 1024  # a row of distilling
 
 
 @dataclass(frozen=True)
 class Setting:
-    """Where, on what and in which number type a case computes."""
+    """The base, device, number type and sizes of a case."""
 
     base_dir: Path
     device: torch.device
@@ -66,7 +63,7 @@ class Setting:
         return load_base(self.base_dir, dtype).to(self.device)
 
     def draw_ids(self, model: PreTrainedModel, *shape: int) -> Tensor:
-        """Draw token ids: which they are makes no difference to the time."""
+        """Draw token ids; the time does not depend on which they are."""
         generator = torch.Generator().manual_seed(0)
         ids = torch.randint(model.config.vocab_size, shape, generator=generator)
         return ids.to(self.device)
@@ -77,9 +74,9 @@ class Job:
     """One computation that can be repeated.
 
     Attributes:
-        run: computes, and returns what it found in nats (0 if it looks for nothing).
-        num_tokens: that it works on.
-        head_operations: what it needs for scoring, where that calls no module of the model.
+        run: computes; returns the loss in nats a token, or 0 if there is none.
+        num_tokens: how many tokens it takes.
+        head_operations: operations of scoring, where that calls no module of the model.
     """
 
     run: Callable[[], float]
@@ -87,17 +84,17 @@ class Job:
     head_operations: int = 0
 
     def count(self) -> tuple[float, int]:
-        """Run once; return what was found and the operations that it needs."""
+        """Run once; return the loss and the number of operations."""
         with count_operations() as count:
             found = self.run()
         return found, count.total + self.head_operations
 
 
 def _body(at_once: bool, infini: InfiniParams | None = None) -> Callable[[Setting], Job]:
-    """Return a case in which a document runs through a model's body, without its head.
+    """Return a case that runs a document through a model's body, without its head.
 
     Args:
-        at_once: as one segment, as under the protocol `full`; False: folded.
+        at_once: as one segment, as the protocol `full` does; False: folded.
         infini: the form of all layers; None: the base as it is.
     """
 
@@ -146,7 +143,7 @@ def sliding(setting: Setting) -> Job:
 
 
 def reference_sliding(setting: Setting) -> Job:
-    """Score the same windows by the reference loop, with the attention it would have."""
+    """Score the same windows by the reference loop, with the attention of transformers."""
     model, sizes = setting.load_base(setting.dtype), setting.sizes
     model.set_attn_implementation("sdpa")
     stream = setting.draw_ids(model, sizes.stream)
@@ -158,7 +155,7 @@ def reference_sliding(setting: Setting) -> Job:
 
 
 class LoopedFinetuning(Finetuning):
-    """Fine-tuning with one segment after another, as memory would have it without folding."""
+    """Fine-tuning by a loop over the segments, instead of folding them into the batch."""
 
     def forward(self, input_ids: Int[Tensor, "B T"]) -> dict[str, Tensor]:
         """Return the mean loss in nats a token; gradients reach through all segments."""
@@ -176,11 +173,11 @@ class LoopedFinetuning(Finetuning):
 def _training(
     layers: list[int] | str, memory: bool, kind: type[Finetuning] = Finetuning
 ) -> Callable[[Setting], Job]:
-    """Return a case in which the attention of some layers trains on a document.
+    """Return a case that trains the attention of some layers on a document.
 
     Args:
-        layers: whose attention trains; the rest of the base is frozen.
-        memory: give these layers a memory; without it they are the base's own attention.
+        layers: which layers; the rest of the base is frozen.
+        memory: give these layers a memory; False: leave them the base's own attention.
         kind: folded or looped.
     """
 
@@ -210,7 +207,7 @@ def _training(
 
 
 def distilling(setting: Setting) -> Job:
-    """Distil layer 0 in the pipeline's default form."""
+    """Distil layer 0 in the default form."""
     model, sizes = setting.load_base(torch.float32), setting.sizes
     params = DistillParams(
         objective="layer_output",
@@ -227,7 +224,7 @@ def distilling(setting: Setting) -> Job:
 
 
 def _step(trainee: Trainee, input_ids: Int[Tensor, "B T"], head_operations: int = 0) -> Job:
-    """Return a training step as the Trainer makes it, the optimiser's part apart."""
+    """Return a training step as the Trainer takes it, without the optimiser's part."""
     trainee.train()
 
     def run() -> float:
@@ -241,17 +238,16 @@ def _step(trainee: Trainee, input_ids: Int[Tensor, "B T"], head_operations: int 
 
 
 def _head_operations(model: PreTrainedModel, num_tokens: int, products: int) -> int:
-    """Count what scoring all tokens but the first takes."""
+    """Count the operations of scoring all tokens but the first."""
     return 2 * (num_tokens - 1) * model.get_output_embeddings().weight.numel() * products
 
 
-# Cases of a group are measured in turns; the first is what the others are compared with.
+# Cases of a group are measured in turns, and compared with the first.
 GROUPS: dict[str, dict[str, Callable[[Setting], Job]]] = {
     "forward": {"base forward, body": base_body, "base forward with head": base_with_head},
     "whole": {
         "document at once, base": _body(at_once=True),
         "document at once, published": _body(at_once=True, infini=replace(PUBLISHED, layers="all")),
-        "document at once, windowed": _body(at_once=True, infini=WINDOWED),
     },
     "sliding": {"sliding evaluation": sliding, "reference loop": reference_sliding},
     "layer0": {

@@ -1,7 +1,7 @@
-"""Time and memory of cases, each in a process of its own, in turns with the machine's own rate.
+"""Time and memory of cases, each in a process of its own, in turns with matrix products.
 
-A shared machine's speed changes from minute to minute. So a case is compared with matrix products
-right before and after it, and with its rivals in turns: only these ratios mean anything.
+The speed of a shared machine changes from minute to minute. So a case is compared with matrix
+products right before and after it, and with its rivals in turns. Only these ratios mean anything.
 """
 
 import contextlib
@@ -23,7 +23,7 @@ from infini_retrofit.pipeline.device import start_run
 
 
 def seconds_of(run: Callable[[], object], device: torch.device) -> float:
-    """Time one run, to the end of what it started on the device."""
+    """Return the seconds of one run, until the device has finished."""
     _finish(device)
     begin = time.perf_counter()
     run()
@@ -40,10 +40,10 @@ class ProductRate:
     """The machine's matrix-product rate, measured whenever it is called.
 
     Args:
-        device: where it computes.
-        dtype: of the matrices.
-        size: rows and columns of each.
-        repeats: products; the median counts.
+        device: computes the products.
+        dtype: the matrices' number type.
+        size: rows and columns of a matrix.
+        repeats: number of products; their median counts.
     """
 
     def __init__(
@@ -66,16 +66,16 @@ class ProductRate:
 
 @dataclass
 class Measured:
-    """One case.
+    """What was measured of one case.
 
     Attributes:
-        name: of the case.
-        found: what its computation returned.
-        num_tokens: that it works on.
-        operations: that it needs.
-        peak_bytes: of memory, of its whole process or on its GPU.
-        seconds: of each run.
-        rates: operations a second of matrix products around each run.
+        name: the case's.
+        found: the loss, in nats a token.
+        num_tokens: how many tokens it takes.
+        operations: how many a run needs.
+        peak_bytes: largest memory of its process, or on its GPU.
+        seconds: one for each run.
+        rates: operations a second of the matrix products around each run.
     """
 
     name: str
@@ -88,12 +88,12 @@ class Measured:
 
     @property
     def share(self) -> float:
-        """Its rate as a share of the matrix products'."""
+        """The case's rate as a share of the matrix products' rate."""
         pairs = zip(self.seconds, self.rates, strict=True)
         return statistics.median(self.operations / s / rate for s, rate in pairs)
 
     def times(self, other: "Measured") -> float:
-        """Its time over that of another that was measured in turns with it."""
+        """Return its time over the time of another case, measured in turns with it."""
         pairs = zip(self.seconds, other.seconds, strict=True)
         return statistics.median(own / others for own, others in pairs)
 
@@ -136,8 +136,8 @@ def _start(
 
 
 def _serve(connection: Connection, group: str, name: str, base_dir: Path, sizes: Sizes) -> None:
-    """Run a case whenever asked to; the first run, which counts, also warms up."""
-    with contextlib.redirect_stderr(io.StringIO()):  # The parent has said it already.
+    """Run a case once for each message; the first run counts the operations and warms up."""
+    with contextlib.redirect_stderr(io.StringIO()):  # the parent process has printed the same
         device, dtype = start_run()
     job = GROUPS[group][name](Setting(base_dir, device, dtype, sizes))
     found, operations = job.count()

@@ -1,7 +1,7 @@
-"""How many operations a computation needs: what its time is compared with.
+"""How many operations a computation needs.
 
-2 x tokens x (forward weights + weights that need input gradients + weights that need weight
-gradients), head included, attention, norms and memory excluded.
+2 x tokens x (weights + weights that need input gradients + weights that need weight gradients). The
+head is included; attention, norms and memory are not.
 """
 
 from collections.abc import Iterator
@@ -15,12 +15,12 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 
 @dataclass
 class OperationCount:
-    """Operations of all linear layers that were called while it counted."""
+    """Operations of the linear layers that were called."""
 
     total: int = 0
 
     def add(self, x: Tensor, weight: Tensor) -> None:
-        """Count x @ weight.T, and the gradients that a backward pass will compute for it."""
+        """Count x @ weight.T, and the gradients that a backward pass computes for it."""
         num_tokens = x.numel() // weight.shape[1]
         records = torch.is_grad_enabled()
         products = 1 + (records and x.requires_grad) + (records and weight.requires_grad)
@@ -29,7 +29,7 @@ class OperationCount:
 
 @contextmanager
 def count_operations() -> Iterator[OperationCount]:
-    """Count the operations of every `nn.Linear` that is called inside, of whatever model."""
+    """Count the operations of every `nn.Linear` that is called inside the block."""
     count = OperationCount()
 
     def on_call(module: nn.Module, args: tuple) -> None:

@@ -1,8 +1,8 @@
 """The usual way to score a text in overlapping windows, for comparison.
 
-One window after another goes through the model, which computes the loss itself from labels that
-are -100 where a token was scored before. Unlike the page, this weighs each window's mean by the
-number of tokens that the loss averaged, so that its score can be compared with ours.
+The model takes one window after another and computes the loss itself. Labels are -100 where a token
+was scored before. Unlike the page, this weights each window's mean by its number of scored tokens,
+so that its score can be compared with ours.
 
 Source: https://huggingface.co/docs/transformers/perplexity
 """
@@ -14,13 +14,13 @@ from transformers import PreTrainedModel
 
 from infini_retrofit.scoring.score import Score
 
-IGNORED = -100  # label of a token that the loss of `transformers` leaves out
+IGNORED = -100  # the loss of `transformers` skips tokens with this label
 
 
 def score_by_reference_loop(
     model: PreTrainedModel, tokens: Int[Tensor, "T"], window: int, stride: int
 ) -> Score:
-    """Score every token but the first once, with up to `window` tokens in sight."""
+    """Score every token but the first once, in windows of up to `window` tokens."""
     stream = tokens[None].to(model.device)
     nll_sum, num_scored, scored_to = 0.0, 0, 0
     for begin in range(0, len(tokens), stride):
@@ -30,7 +30,7 @@ def score_by_reference_loop(
         labels[:, : scored_to - begin] = IGNORED
         with torch.no_grad():
             loss = model(input_ids, labels=labels).loss
-        # The model shifts the labels, so the window's first is never scored.
+        # The model shifts the labels, so it never scores the first token of a window.
         averaged = int((labels[:, 1:] != IGNORED).sum())
         nll_sum += loss.item() * averaged
         num_scored += averaged

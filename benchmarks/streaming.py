@@ -1,11 +1,9 @@
-"""Stream tokens through a model: resident memory and time per token, at the start and at the end.
+"""Stream random tokens through a model: memory and time a token, from the start to the end.
 
-`python -m benchmarks.streaming models/finetuned` prints a table; which tokens they are makes no
-difference. Writes nothing.
+`python -m benchmarks.streaming models/finetuned` prints a table. Writes nothing.
 
-Resident memory is told twice. As it stands it holds what was freed and glibc keeps, which
-`start_run` asks for: more or less of it as tensors happen to fall between others, though what is
-used stays the same. After that was given back, what is left is what the stream needs.
+Resident memory is measured twice, because `start_run` lets glibc keep freed memory, sometimes more
+and sometimes less. After glibc has given it back, the rest is what the stream needs.
 """
 
 import argparse
@@ -17,6 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import pandas as pd
 import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel
@@ -28,13 +27,11 @@ from infini_retrofit.model.base import load_base
 from infini_retrofit.model.checkpoints import load_retrofit
 from infini_retrofit.model.retrofit import insert_infini
 from infini_retrofit.pipeline.device import return_freed_memory, start_run
-from infini_retrofit.pipeline.files import render
 from infini_retrofit.pipeline.guard import run_stage
 
 BASE = Path("models/base")
 SEGMENTS_PER_CALL = 4
 NUM_PARTS, NUM_TURNS = 10, 25
-HEADER = ["tokens", "us a token", "resident MiB", "freed given back, MiB", "cache KiB"]
 
 
 @dataclass(frozen=True)
@@ -43,10 +40,10 @@ class Part:
 
     Attributes:
         num_tokens: from the stream's start to the part's end.
-        seconds: a token, the median of the part's calls.
-        resident_bytes: of this process at the part's end, or allocated on its GPU.
-        needed_bytes: the same after what was freed was given back.
-        cache_bytes: of the cache at the part's end.
+        seconds: time a token, the median of the part's calls.
+        resident_bytes: memory of this process at the part's end, or allocated on its GPU.
+        needed_bytes: the same, after freed memory was given back.
+        cache_bytes: size of the cache at the part's end.
     """
 
     num_tokens: int
@@ -57,20 +54,20 @@ class Part:
 
 
 class Stream:
-    """Random tokens that go into one cache, some segments at each call.
+    """Random tokens that a model reads into one cache, some segments at each call.
 
     Args:
-        model: that generates with an `InfiniCache`.
+        model: generates with an `InfiniCache`.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model, self.cache = model, InfiniCache(model)
         self.per_call = SEGMENTS_PER_CALL * segment_length(model)
         self.generator = torch.Generator().manual_seed(0)
-        self()  # Sets up what lasts.
+        self()  # warms up
 
     def __call__(self) -> float:
-        """Read on and return the seconds that a token took."""
+        """Read some segments; return the seconds a token."""
         size = (1, self.per_call)
         ids = torch.randint(self.model.config.vocab_size, size, generator=self.generator)
         begin = time.perf_counter()
@@ -81,15 +78,15 @@ class Stream:
 
 
 def measure_stream(stream: Stream, num_tokens: int, num_parts: int = NUM_PARTS) -> Iterator[Part]:
-    """Read on, and measure each part of what is read.
+    """Read a stream and measure each part.
 
     Args:
-        stream: just begun.
-        num_tokens: at least; filled up to whole calls in equal parts.
-        num_parts: to measure.
+        stream: a new one.
+        num_tokens: how many to read, rounded up to equal parts of whole calls.
+        num_parts: how many parts.
 
     Raises:
-        ValueError: if there are too few tokens to tell parts apart.
+        ValueError: if a part would have fewer than two calls.
     """
     if num_tokens < (least := 2 * num_parts * stream.per_call):
         raise ValueError(
@@ -106,16 +103,16 @@ def measure_stream(stream: Stream, num_tokens: int, num_parts: int = NUM_PARTS) 
 
 
 def late_over_early(late: Stream, num_turns: int = NUM_TURNS) -> float:
-    """Compare the time of a token of a long stream with one of a new stream, in turns.
+    """Return the time a token of a long stream over that of a new one, measured in turns.
 
-    A shared machine's speed changes while a stream lasts; between two turns it hardly does.
+    The speed of a shared machine changes while a stream lasts, but hardly between two turns.
     """
     early = Stream(late.model)
     return statistics.median(late() / early() for _ in range(num_turns))
 
 
 def resident_bytes(device: torch.device) -> int:
-    """Return the bytes that this process holds now: on its GPU, or in memory (Linux)."""
+    """Return how many bytes this process holds: on its GPU, or in memory (Linux)."""
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device)
     pages = int(Path("/proc/self/statm").read_text().split()[1])
@@ -136,25 +133,30 @@ def main() -> None:
     stream = Stream(model)
     found = measure_stream(stream, options.tokens)
     parts = list(tqdm(found, total=NUM_PARTS, desc="tenths of the stream"))
-    print(render(HEADER, list(map(_row, parts))) + "\n")
+    print(table(parts) + "\n")
     first, last = parts[0], parts[-1]
     ratio = last.resident_bytes / first.resident_bytes
     print(f"Resident memory, last tenth over first: {ratio:.4f};", end=" ")
     ratio = last.needed_bytes / first.needed_bytes
-    print(f"after what was freed was given back: {ratio:.4f}.")
+    print(f"after freed memory was given back: {ratio:.4f}.")
     print(f"Time a token, end over a new stream in turns with it: {late_over_early(stream):.3f}.")
     if not stream.cache.is_bounded:
         print("other_layers is full: the cache grows with the stream", file=sys.stderr)
 
 
-def _row(part: Part) -> list[str]:
-    return [
-        f"{part.num_tokens:,}",
-        f"{part.seconds * 1e6:,.1f}",
-        f"{part.resident_bytes / 2**20:,.1f}",
-        f"{part.needed_bytes / 2**20:,.1f}",
-        f"{part.cache_bytes / 2**10:,.1f}",
+def table(parts: list[Part]) -> str:
+    """Return the parts as Markdown."""
+    rows = [
+        {
+            "tokens": part.num_tokens,
+            "us a token": part.seconds * 1e6,
+            "resident MiB": part.resident_bytes / 2**20,
+            "freed given back, MiB": part.needed_bytes / 2**20,
+            "cache KiB": part.cache_bytes / 2**10,
+        }
+        for part in parts
     ]
+    return pd.DataFrame(rows).to_markdown(index=False, floatfmt=(",.0f", *4 * [",.1f"]))
 
 
 def _options() -> argparse.Namespace:
@@ -162,7 +164,7 @@ def _options() -> argparse.Namespace:
     add = parser.add_argument
     add("model", type=Path, nargs="?", help="a retrofit; none: Infini-attention in all layers")
     add("--base", type=Path, default=BASE, help="folder of its base (default: %(default)s)")
-    add("--tokens", type=int, default=200_000, help="to stream (default: %(default)s)")
+    add("--tokens", type=int, default=200_000, help="how many (default: %(default)s)")
     add("--segment-length", type=int, default=256, help="without a retrofit (default: %(default)s)")
     add("--other-layers", choices=["segment", "full"], help="default: as the retrofit says")
     return parser.parse_args()
