@@ -150,9 +150,8 @@ _TABLE = re.compile(r"<!-- (?P<name>\w+) -->\n.*?<!-- /(?P=name) -->", re.DOTALL
 def main(arguments: Sequence[str] | None = None) -> None:
     """Rewrite the pages in place, and the picture."""
     about = "Rewrite the tables of README.md and docs/, and their picture."
-    argparse.ArgumentParser("python -m analysis fill_tables", description=about).parse_args(
-        arguments
-    )
+    parser = argparse.ArgumentParser("python -m analysis fill_tables", description=about)
+    parser.parse_args(arguments)
     made = tables()
     for page in pages():
         page.write_text(fill(page.read_text(encoding="utf-8"), made), encoding="utf-8")
@@ -230,10 +229,9 @@ def won(metrics: pd.DataFrame) -> str:
         name, model, protocol = cell
         return f"{metrics.loc[name, ppl(protocol, model)]:.3f}"
 
+    header = ["test PPL", "base left as it is", "attention of all layers trained"]
     rows = [[label, show(base), show(trained)] for label, base, trained in WON]
-    return rows_as_markdown(
-        ["test PPL", "base left as it is", "attention of all layers trained"], rows
-    )
+    return rows_as_markdown(header, rows)
 
 
 def earned(metrics: pd.DataFrame) -> str:

@@ -56,18 +56,14 @@ def _checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def commands(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The commands that are run, of which that of `broken` fails; `one` exists already."""
+    """The commands that are run; `one` exists already."""
     write(**{"params.yaml": "a: 1\nb: 1\n"})
     commit()
     own_recipes(monkeypatch, **TINY)
     seen = []
 
-    def run(command: list[str]) -> int:
-        seen.append(" ".join(command))
-        return 3 if "broken" in command else 0
-
-    monkeypatch.setattr(command_line, "run", run)
-    monkeypatch.setattr(command_line, "existing_experiments", lambda: {"one", "mine"})
+    monkeypatch.setattr(command_line, "run", lambda command: seen.append(" ".join(command)))
+    monkeypatch.setattr(command_line, "existing_experiments", lambda: {"one"})
     return seen
 
 
@@ -207,21 +203,17 @@ def test_the_list_says_what_each_recipe_is_in_a_line(capsys, monkeypatch):
     ("line", "words"),
     [
         ("infini-al --print", ["must be one of control, ", ", scratch", "got 'infini-al'"]),
-        ("control budget --print", ["must be one of", "got 'budget'"]),
         ("control --print -S distill.epoch=3", ["distill.epoch must", "distill has batch_size, "]),
         ("control --print -S distil.epochs=3", ["distil.epochs must", "params.yaml has corpora, "]),
         ("control --print -S model.x=3", ["model.x must", "model has no keys"]),
         ("control --print -S distill.epochs", ["-S must be key=value", "got 'distill.epochs'"]),
-        ("control --print -S =3", ["-S must be key=value", "got '=3'"]),
         ("control --print -S 'finetune.seed = 3'", ["without blanks", "got 'finetune.seed = 3'"]),
         ("control --print -S finetune.lora=3", ["such as finetune.lora.rank=..."]),
         ("control scratch --name x --print", ["--name must come with one recipe"]),
         ("v1 control v1 --print", ["NAMEs must differ, got v1, control, v1"]),
         ("--diff", ["--diff must come with two names, got none"]),
-        ("v1 v1 --diff", ["--diff must come with two names, got v1, v1"]),
         ("v1 v2 control --diff", ["--diff must come with two names, got v1, v2, control"]),
         ("v1 v2 --diff -S a=3", ["--diff must come without -S and --name, "]),
-        ("v1 v2 --diff --name x", ["--diff must come without -S and --name, "]),
         ("v1 x --diff --print", ["a recipe must be one of", "got 'x'"]),
     ],
 )
@@ -257,7 +249,6 @@ COMPARISONS = ["dvc metrics diff one two --md", "dvc params diff one two --md"]
                 *COMPARISONS,
             ],
         ),
-        ("mine one --diff", [c.replace("one two", "mine one") for c in COMPARISONS]),
     ],
 )
 def test_only_what_is_missing_is_run_before_a_comparison(commands, line, want, capsys):
@@ -265,13 +256,6 @@ def test_only_what_is_missing_is_run_before_a_comparison(commands, line, want, c
     commands.clear()
     assert recipes(capsys, f"{line} --print").splitlines() == want
     assert commands == []
-
-
-def test_where_one_fails_nothing_is_compared_or_run_after_it(commands, capsys):
-    with pytest.raises(SystemExit, match="3"):
-        command_line.main(["broken", "two", "--diff"])
-    assert commands == ["dvc exp run -n broken -S b=text"]
-    assert "error: broken failed; left to run: two" in capsys.readouterr().err
 
 
 def python_m(module: str, *words: str) -> tuple[int, str]:
@@ -299,8 +283,9 @@ def test_recipes_run_as_real_experiments_that_tables_and_dvc_find_by_name(monkey
     assert {experiment.code for experiment in newest_experiments().values()} == {base}
     code, output = python_m("recipes", "two", "one")
     assert (code, "error: experiments that exist already: one, two." in output) == (1, True)
-    code, output = python_m("recipes", "broken", "two", "--force")
+    code, output = python_m("recipes", "broken", "two", "--diff", "--force")
     assert (code != 0, "error: broken failed; left to run: two" in output) == (True, True)
+    assert "dvc metrics diff" not in output
     code, output = python_m("recipes", "two", "--name", "three", "--temp", "-S", "a=4")
     assert code == 0, output
     code, output = python_m("recipes", "one", "three", "--diff")
