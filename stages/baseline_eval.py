@@ -1,4 +1,4 @@
-"""Stage `baseline_eval`: the base model under every protocol, and what it must at least beat.
+"""Stage `baseline_eval`: score the base under every protocol.
 
 Reads:  params.yaml (eval), data/rival.json, models/base, data/wikitext, data/longdocs
 Writes: metrics/baseline_eval.json, plots/baseline_documents.tsv, plots/baseline_positions.tsv

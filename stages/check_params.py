@@ -1,4 +1,4 @@
-"""Stage `check_params`: refuse bad parameters before any other stage's outputs are touched.
+"""Stage `check_params`: check params.yaml before any other stage.
 
 Reads:  params.yaml (all of it), the base's configuration if it is on disk
 Writes: data/params_ok

@@ -1,4 +1,4 @@
-"""Stage `control_eval`: the control under every protocol, and what a memory could win back.
+"""Stage `control_eval`: score the control under every protocol.
 
 Reads:  params.yaml (eval), data/rival.json, models/base, models/control,
         data/wikitext, data/longdocs
@@ -27,8 +27,7 @@ RIVAL = Path("data/rival.json")
 TEST_TEXT, TEST_DOCUMENTS = Path("data/wikitext/test.parquet"), Path("data/longdocs/test.parquet")
 METRICS = Path("metrics/control_eval.json")
 DOCUMENTS, POSITIONS = Path("plots/control_documents.tsv"), Path("plots/control_positions.tsv")
-# Where a segment's cold start shows, what full attention predicts at the same places, and what
-# carried keys and values do.
+# They show a segment's cold start, and what full attention and carried keys and values do there.
 POSITION_PROTOCOLS = ("segment", "full", "segment_kv")
 
 

@@ -1,4 +1,4 @@
-"""Stage `finetune`: train the distilled model on long documents, memory carried across segments.
+"""Stage `finetune`: train the distilled model on documents.
 
 Reads:  params.yaml (finetune), models/base, models/distilled, data/longdocs
 Writes: models/finetuned, metrics/finetune.json, plots/finetune.tsv, plots/finetune_memory.tsv

@@ -1,4 +1,4 @@
-"""Stage `finetune_control`: the base's own attention, fine-tuned alike, without a memory.
+"""Stage `finetune_control`: train the base without a memory.
 
 Reads:  data/control.json, models/base, data/longdocs
 Writes: models/control, metrics/finetune_control.json, plots/finetune_control.tsv

@@ -1,6 +1,6 @@
-"""Stage `prepare_base`: bring the base model to disk once, in Hugging Face form.
+"""Stage `prepare_base`: bring the base model to disk.
 
-Reads:  params.yaml (model, models; for a base trained from scratch corpus, corpora)
+Reads:  params.yaml (model, models; corpus and corpora for a base trained from scratch)
 Writes: models/base
 """
 

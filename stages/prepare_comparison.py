@@ -1,7 +1,7 @@
-"""Stage `prepare_comparison`: what the retrofit is compared with, without what that ignores.
+"""Stage `prepare_comparison`: plan the control and the rival.
 
-Forms that differ in their memory alone have one control, and those of equal bytes one rival of the
-base: DVC runs what depends on these files once for all of them.
+Neither file holds a parameter that makes no difference to its model. So DVC runs one control for
+all forms that differ only in their memory, and one rival for all forms of equal bytes.
 
 Reads:  params.yaml (infini, finetune, finetune_control), models/base
 Writes: data/control.json, data/rival.json

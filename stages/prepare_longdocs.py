@@ -1,4 +1,6 @@
-"""Stage `prepare_longdocs`: documents of one length from the same split of the articles.
+"""Stage `prepare_longdocs`: cut documents of equal length.
+
+A document is in the split in which the sliding text has its article.
 
 Reads:  params.yaml (longdocs, corpora), data/wikitext/{train,val,test}.parquet,
         models/base/tokenizer.json
@@ -54,11 +56,11 @@ def main() -> None:
 
 
 def read_other_corpus(split_of: dict[str, str]) -> dict[str, list[Article]]:
-    """Read and split the documents' own corpus, and leave out what would leak.
+    """Read and split the documents' own corpus without articles of another split.
 
     Args:
-        split_of: where each title of the sliding text stands. Two corpora may have an article in
-            common, and other shares put it into another split.
+        split_of: the split of each title of the sliding text. The two corpora may share an
+            article, and other shares may put it into another split.
     """
     corpus = load_choice(CORPORA, "longdocs.corpus", "corpora")
     splits = split_articles(read_corpus(corpus), corpus.val_share, corpus.test_share)
@@ -71,7 +73,7 @@ def read_other_corpus(split_of: dict[str, str]) -> dict[str, list[Article]]:
 def take_enough(
     articles: Iterable[TokenizedArticle], params: LongdocsParams
 ) -> Iterator[TokenizedArticle]:
-    """Take articles until so many are long enough: `cut_documents` puts first parts first."""
+    """Yield articles until enough are long: `cut_documents` takes all first parts first."""
     found = 0
     for article in tqdm(articles, "tokenise documents", unit=" articles"):
         yield article
@@ -81,7 +83,7 @@ def take_enough(
 
 
 def check_lengths(articles: dict[str, list[TokenizedArticle]], tokens_per_document: int) -> None:
-    """Refuse a length that no article of some split reaches."""
+    """Refuse a length that leaves a split without documents."""
     for split, of_split in articles.items():
         longest = max((len(article.input_ids) for article in of_split), default=0)
         if longest < tokens_per_document:
@@ -92,7 +94,7 @@ def check_lengths(articles: dict[str, list[TokenizedArticle]], tokens_per_docume
 
 
 def check_sources(documents: list[Document], tokens_per_document: int) -> None:
-    """Refuse test documents that are all of one article."""
+    """Refuse test documents of a single article, whose memories cannot be swapped."""
     sources = {document.title for document in documents}
     if len(sources) < 2:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Stage `prepare_wikitext`: articles -> clean text -> tokens, split by article.
+"""Stage `prepare_wikitext`: clean, split and tokenise the corpus.
 
 Reads:  params.yaml (corpus, corpora), models/base/tokenizer.json
 Writes: data/wikitext/{train,val,test}.parquet

@@ -9,11 +9,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from dvc.repo import Repo
 
 from tests.tiny_checkout import keep_settings_apart
 from tests.tiny_project import ROOT, STAGES, contents
 
-CODE = ("infini_retrofit", "stages", ".dvc/plots", ".dvc/config", "dvc.yaml")
+CODE = ("infini_retrofit", "stages", "analysis", "recipes", ".dvc/plots", ".dvc/config", "dvc.yaml")
 CODE += (".dvcignore", ".gitignore", "data/.gitignore", "models/.gitignore")
 
 
@@ -72,3 +73,30 @@ def test_an_experiment_runs_what_it_must_and_shows_what_it_changed(repository):
         kept = {name for name in before if name.startswith(folder + "/")}
         assert kept, folder
         assert all(after.get(name) == before[name] for name in kept)
+
+
+TRAINING = {"distill", "finetune", "finetune_control"}
+LIBRARY = sorted(path.parent.name for path in ROOT.glob("infini_retrofit/*/__init__.py"))
+
+
+def stages_after_an_edit_of(file: Path) -> set[str]:
+    """Return which stages DVC would run again if a comment were added to a file."""
+    before = file.read_text()
+    file.write_text(before + "# a comment\n")
+    with Repo() as repo:
+        status = repo.status()
+    file.write_text(before)
+    return set(status)
+
+
+def test_only_an_edit_of_what_a_model_is_made_of_trains_again(repository):
+    rerun = {}
+    for folder in [*(f"infini_retrofit/{room}" for room in LIBRARY), "analysis", "recipes"]:
+        file = max(Path(folder).glob("*.py"), key=lambda path: path.stat().st_size)
+        rerun[Path(folder).name] = stages_after_an_edit_of(file)
+    for room in ("layer", "model", "scoring", "training", "pipeline"):
+        assert rerun[room] >= TRAINING, room
+    assert rerun["evaluation"] >= {"baseline_eval", "control_eval", "eval_sliding"}
+    assert not rerun["evaluation"] & TRAINING
+    for folder in ("generation", "share", "analysis", "recipes"):
+        assert rerun[folder] == set(), folder

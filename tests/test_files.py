@@ -58,6 +58,8 @@ def test_rows_are_tab_separated(tmp_path):
     write_rows(tmp_path / "plots" / "a.tsv", ROWS)
     text = (tmp_path / "plots" / "a.tsv").read_bytes()
     assert text == b"epoch\tsplit\tppl\n1\tval\t2.5\n2\tval\t0.1\n"
+    write_rows(tmp_path / "b.tsv", [], ("epoch", "ppl"))
+    assert (tmp_path / "b.tsv").read_bytes() == b"epoch\tppl\n"
 
 
 def test_an_untouched_folder_verifies(folder):

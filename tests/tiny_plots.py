@@ -33,7 +33,7 @@ def evaluation(seed: int, protocols: Sequence[str]) -> Evaluation:
 
 
 SCORED = dict.fromkeys(("base", "control", "distilled", "finetuned"), PROTOCOLS)
-SCORED["distilled"] = eval_sliding.DISTILLED_PROTOCOLS
+SCORED["distilled"] = eval_sliding.PROTOCOLS_OF[eval_sliding.DISTILLED]
 MODELS = {name: evaluation(i, SCORED[name]) for i, name in enumerate(SCORED)}
 PERPLEXITIES = {f"{name}_test_ppl": 34.567 for name in (*PROTOCOLS, "sliding", "unigram")}
 PERPLEXITIES["t2_test_ppl"] = 20345.6
@@ -73,7 +73,7 @@ ROWS: dict[str, list[Row]] = {
     "plots/distill_memory.tsv": memory_rows(),
     "plots/finetune_memory.tsv": memory_rows(),
     "plots/eval_sliding.tsv": [
-        row for name in MODELS for row in eval_sliding.rows_of_metrics(name, PERPLEXITIES)
+        row for name in MODELS for row in eval_sliding.rows_of_ppl(name, PERPLEXITIES)
     ],
     "plots/eval_documents.tsv": [
         row for name, e in MODELS.items() for row in rows_of_documents(name, e, TITLES)

@@ -30,18 +30,25 @@ def write_metrics(path: Path, metrics: Mapping[str, Any]) -> None:
     write_text(path, json.dumps(metrics, indent=2, sort_keys=True, allow_nan=False) + "\n")
 
 
-def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+def write_rows(
+    path: Path, rows: Sequence[Mapping[str, Any]], columns: Sequence[str] | None = None
+) -> None:
     """Write rows of equal keys as tab-separated values below a line of column names.
+
+    Args:
+        path: the file.
+        rows: at least one, if `columns` are not given.
+        columns: names, in their order; those of the first row if not given.
 
     Raises:
         ValueError: if a value is NaN or infinite.
     """
-    assert rows, path
-    assert all(row.keys() == rows[0].keys() for row in rows), path
+    columns = list(columns or rows[0])
+    assert all(set(row) == set(columns) for row in rows), path
     for row in rows:
         _refuse_non_finite(row, path.name)
     text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, list(rows[0]), delimiter="\t", lineterminator="\n")
+    writer = csv.DictWriter(text, columns, delimiter="\t", lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     write_text(path, text.getvalue())
