@@ -157,19 +157,6 @@ def _refuse_non_finite(value: Any, name: str) -> None:
         raise ValueError(f"{name} must be finite, got {value}; nothing was written")
 
 
-def render(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Align rows under the header: the first column to the left, the others to the right."""
-    widths = [max(3, *map(len, column)) for column in zip(header, *rows, strict=True)]
-    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
-    return "\n".join(_row(line, widths) for line in (header, rule, *rows))
-
-
-def _row(cells: Sequence[str], widths: Sequence[int]) -> str:
-    first, *rest = cells
-    aligned = [first.ljust(widths[0]), *map(str.rjust, rest, widths[1:])]
-    return f"| {' | '.join(aligned)} |"
-
-
 def read_token_rows(path: Path) -> list[TokenIds]:
     """Read the tokens of each article or document of a file, as writable arrays.
 
