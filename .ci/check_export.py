@@ -1,9 +1,8 @@
-"""Open an exported model where this project is not installed, and compare what it generates.
+"""Compare an exported model, opened without this project, with the model here.
 
 Run `python .ci/check_export.py [models/finetuned]` in the top folder after `make repro`. It exports
-the model, makes a virtual environment with torch, transformers and safetensors alone, of the
-versions of requirements.txt, and generates there and here from the same prompt, in float32.
-Writes only to a temporary folder. The numbers come from the first test document.
+the model and opens it in a virtual environment of torch, transformers and safetensors alone, as
+requirements.txt pins them. Both models continue the first test document in float32.
 """
 
 import os
@@ -69,7 +68,7 @@ def make_environment(folder: Path) -> str:
 
 
 def first_tokens() -> list[int]:
-    """Return the prompt, of the first test document."""
+    """Return the prompt: the beginning of the first test document."""
     import pandas
 
     document = pandas.read_parquet("data/longdocs/test.parquet").iloc[0]
@@ -77,7 +76,7 @@ def first_tokens() -> list[int]:
 
 
 def generate(python: str, opening: str, model: str, prompt: str, folder: Path) -> str:
-    """Return the new tokens, and a number made of the last position's logits."""
+    """Return the new tokens, and the sum of squares of the prompt's last logits."""
     alone = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "VIRTUAL_ENV")}
     words = [python, "-c", opening + GENERATE, model, prompt, str(NEW_TOKENS)]
     done = subprocess.run(words, cwd=folder, env=alone, check=True, stdout=subprocess.PIPE)

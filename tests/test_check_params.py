@@ -1,4 +1,4 @@
-"""Whatever is wrong in params.yaml is said by the first stage, which changes nothing then."""
+"""Stage `check_params` names each mistake in params.yaml and keeps the earlier result."""
 
 import json
 from pathlib import Path
@@ -14,7 +14,7 @@ OLD = "of an earlier run"
 
 @pytest.fixture
 def earlier(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A working folder with an earlier result."""
+    """A working folder with an earlier result of the stage."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "data").mkdir()
     check_params.PARAMS_OK.write_text(OLD)

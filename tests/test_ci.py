@@ -1,4 +1,4 @@
-"""The checker of continuous integration accepts what differs between machines, and no more."""
+"""The check of metrics accepts differences between machines and refuses larger ones."""
 
 import copy
 import importlib.util

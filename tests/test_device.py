@@ -1,4 +1,4 @@
-"""Where and in which number type a run computes, and that it says so."""
+"""Device and number type of a run, and the line that names them."""
 
 import pytest
 import torch

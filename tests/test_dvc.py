@@ -1,4 +1,4 @@
-"""The pipeline under DVC, in a git repository of its own with a tiny project."""
+"""DVC on a tiny project in a git repository: experiments, and what an edit runs again."""
 
 import json
 import os

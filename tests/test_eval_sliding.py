@@ -1,4 +1,4 @@
-"""What stage `eval_sliding` leaves of the tiny projects: whose numbers, and what they count."""
+"""Stage `eval_sliding`: models, protocols, counts and gains among its results."""
 
 import pyarrow.parquet as pq
 import pytest

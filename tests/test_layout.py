@@ -1,4 +1,4 @@
-"""The pipeline file, the imports and the parameters must tell one story."""
+"""dvc.yaml, the imports and params.yaml must agree."""
 
 import ast
 import re
@@ -12,20 +12,21 @@ import yaml
 ROOT = Path(__file__).parent.parent
 STAGES = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
 TOP_LEVEL = {
-    *("dvc.yaml", "params.yaml", "stages", "data", "models", "metrics", "plots", "tests"),
     *(
-        "requirements.txt",
-        "infini_retrofit",
-        "benchmarks",
-        "README.md",
+        ".ci",
+        ".dvc",
+        ".dvcignore",
+        ".gitignore",
         "CONTRIBUTING.md",
         "LICENSE",
+        "LOG.md",
         "Makefile",
     ),
-    *("pyproject.toml", "requirements-dev.txt", "LOG.md", "dvc.lock", ".ci", ".dvc", ".dvcignore"),
-    *(".gitignore", "recipes", "analysis", "docs", "eval_tasks", "results"),
+    *("README.md", "analysis", "benchmarks", "data", "docs", "dvc.lock", "dvc.yaml", "eval_tasks"),
+    *("infini_retrofit", "metrics", "models", "params.yaml", "plots", "pyproject.toml", "recipes"),
+    *("requirements-dev.txt", "requirements.txt", "results", "stages", "tests"),
 }
-# Which rooms a room may import from; what it reaches through them is its own too.
+# The rooms from which each room may import.
 ROOMS = {
     "layer": set(),
     "pipeline": set(),
@@ -41,7 +42,7 @@ ROOMS = {
 
 
 def calls(stage: str, function: str) -> list[list[str]]:
-    """Return the texts among the arguments of every call of a function in a stage's file."""
+    """Return the text arguments of every call of a function in a stage's file."""
     tree = ast.parse((ROOT / "stages" / f"{stage}.py").read_text())
     return [
         [argument.value for argument in node.args if isinstance(argument, ast.Constant)]
@@ -51,7 +52,7 @@ def calls(stage: str, function: str) -> list[list[str]]:
 
 
 def loaded_params(stage: str) -> set[str]:
-    """Return what a stage loads, as dvc.yaml would name it."""
+    """Return the parameters that a stage loads, by their names in dvc.yaml."""
     sections = {name for (name,) in calls(stage, "load_section")}
     choices = calls(stage, "load_choice")
     presets = {f"{table}.${{{chooser}}}" for chooser, table in choices}

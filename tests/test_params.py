@@ -1,4 +1,4 @@
-"""Bad parameters are refused by name, and values are read as DVC reads them."""
+"""Parameters: bad ones are refused by name, and DVC reads the same values."""
 
 import re
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""What stages say to bad parameters and missing inputs, and that earlier results stay."""
+"""Stages refuse bad parameters and missing inputs by name, and keep earlier results."""
 
 import os
 import shutil
@@ -18,7 +18,7 @@ PIPELINE = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
 
 
 def changed_files(before: dict[str, str], after: dict[str, str]) -> set[str]:
-    """Return which files differ, but for the locks of training runs that did not begin."""
+    """Return which files differ, except below checkpoints/."""
     changed = {name for name, _ in before.items() ^ after.items()}
     return {name for name in changed if not name.startswith("checkpoints/")}
 

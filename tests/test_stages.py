@@ -1,4 +1,4 @@
-"""Every stage's `main` on tiny projects, in the order of the pipeline: what it leaves and says."""
+"""The files and metrics of every stage's `main`, run in order on tiny projects."""
 
 import json
 import math
@@ -48,7 +48,7 @@ GAINS = {f"gain_over_{other}" for other in ("off", "recent", "swapped", "control
 
 
 def outputs_of(stage: str) -> set[str]:
-    """Return what dvc.yaml says that a stage writes."""
+    """Return the outputs of a stage as dvc.yaml lists them."""
     entries = [e for kind in ("outs", "metrics", "plots") for e in PIPELINE[stage].get(kind, [])]
     return {e if isinstance(e, str) else next(iter(e)) for e in entries}
 
@@ -171,7 +171,7 @@ def test_no_title_stands_in_two_splits(name, finished):
 
 
 def layer_weights(folder: Path, model: str) -> Tensor:
-    """Return what layer 0 projects to queries with."""
+    """Return the query projection of layer 0."""
     file = "model" if model == "base" else "retrofit"
     weights = load_file(folder / "models" / model / f"{file}.safetensors")
     return weights["model.layers.0.self_attn.q_proj.weight"].float()

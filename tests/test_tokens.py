@@ -1,4 +1,4 @@
-"""Prepared tokens as tensors: in which order, and how many."""
+"""Prepared tokens as tensors: their order and their number."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""A project in which every stage takes seconds: few short texts, and a base that knows them."""
+"""A project in which every stage takes seconds: few short texts and a base trained on them."""
 
 import csv
 import hashlib
@@ -71,11 +71,11 @@ STAGES = [
 
 
 def write_params(folder: Path, changes: dict[str, object]) -> None:
-    """Write the project's own parameters with some changed, or removed where the value is None.
+    """Write the project's own parameters with some changed, or removed if the value is None.
 
     Args:
-        folder: gets a params.yaml.
-        changes: by dotted name.
+        folder: the folder of the params.yaml.
+        changes: values by dotted name.
     """
     params = YAML(typ="safe").load(ROOT / "params.yaml")
     for name, value in changes.items():
@@ -90,7 +90,7 @@ def write_params(folder: Path, changes: dict[str, object]) -> None:
 
 
 def make_project(folder: Path, family: Family = "llama", **changes: object) -> None:
-    """Write texts, a base in Hugging Face form that was trained on them, and params.yaml."""
+    """Write texts, a base that is trained on them, and params.yaml."""
     write_params(folder, SMALL | changes)
     texts, tokenizer = folder / "own-texts", tiny_tokenizer()
     texts.mkdir()
