@@ -12,19 +12,11 @@ import yaml
 ROOT = Path(__file__).parent.parent
 STAGES = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
 TOP_LEVEL = {
-    *(
-        ".ci",
-        ".dvc",
-        ".dvcignore",
-        ".gitignore",
-        "CONTRIBUTING.md",
-        "LICENSE",
-        "LOG.md",
-        "Makefile",
-    ),
-    *("README.md", "analysis", "benchmarks", "data", "docs", "dvc.lock", "dvc.yaml", "eval_tasks"),
-    *("infini_retrofit", "metrics", "models", "params.yaml", "plots", "pyproject.toml", "recipes"),
-    *("requirements-dev.txt", "requirements.txt", "results", "stages", "tests"),
+    *(".ci", ".dvc", ".dvcignore", ".gitignore", "CONTRIBUTING.md", "LICENSE", "LOG.md"),
+    *("Makefile", "README.md", "analysis", "benchmarks", "data", "docs", "dvc.lock", "dvc.yaml"),
+    *("eval_tasks", "infini_retrofit", "metrics", "models", "params.yaml", "plots"),
+    *("pyproject.toml", "recipes", "requirements-dev.txt", "requirements.txt"),
+    *("results", "stages", "tests"),
 }
 # The rooms from which each room may import.
 ROOMS = {
