@@ -53,7 +53,6 @@ def test_the_project_s_own_parameters_pass_and_the_output_is_constant(earlier):
         ({"corpora__pg19__revision": "main"}, r"^corpora\.pg19: .*revision must be a commit of 40"),
         ({"longdocs__corpus": "x"}, r"^longdocs\.corpus must be one of .*pg19, .* got 'x'$"),
         ({"longdocs__documents": 1}, r"^longdocs\.documents must be all or at least 2 .* got 1$"),
-        ({"infini__layers": "some"}, r"infini\.layers must be .* got 'some'"),
         ({"infini__layers": [0.5]}, r"infini\.layers\.0 must be a valid integer, got 0\.5"),
         ({"infini__memory": True}, r"infini\.memory must be 'on' or 'off', got True"),
         ({"infini__local_context": 257}, r"infini\.local_context must be .* got 257"),
@@ -69,9 +68,7 @@ def test_the_project_s_own_parameters_pass_and_the_output_is_constant(earlier):
             r"finetune_control\.trainable must be one of all, attention, lora .* got infini",
         ),
         ({"distill__lr": -1}, r"distill\.lr must be greater than 0, got -1"),
-        ({"distill__epochs": -1}, r"distill\.epochs must be at least 0, got -1"),
         ({"distill__epochs": None}, r"^distill\.epochs is missing$"),
-        ({"finetune__lr_scale__rest": "x"}, r"finetune\.lr_scale\.rest must be a valid number"),
         ({"finetune__label_shift": 3}, r"finetune\.label_shift must be 1 or 2, got 3"),
         ({"finetune__label_shift": True}, r"finetune\.label_shift must be a number, got True"),
         (
@@ -129,29 +126,28 @@ def test_a_layer_beyond_a_base_that_is_not_brought_yet_is_refused(earlier, chang
     assert check_params.PARAMS_OK.read_text() == OLD
 
 
+def bring_base(name: str) -> None:
+    """Make a base of three layers on disk, as the preset `name` would."""
+    tiny_base_folder(check_params.BASE)
+    about = check_params.BASE / "base.json"
+    about.write_text(json.dumps(json.loads(about.read_text()) | {"name": name}))
+
+
 def test_a_base_that_will_be_replaced_by_a_deeper_one_refuses_nothing(earlier):
-    tiny_base_folder(check_params.BASE)
-    about = json.loads((check_params.BASE / "base.json").read_text())
-    (check_params.BASE / "base.json").write_text(json.dumps(about | {"name": "my-model"}))
+    bring_base("my-model")
     tiny_base_folder(earlier / "own-model", num_hidden_layers=4)
-    change = {"model": "my-model", "models__my-model__path": "own-model"}
-    write(**change, infini__layers=[3])
+    write(model="my-model", **{"models__my-model__path": "own-model"}, infini__layers=[3])
     check_params.main()
-    change["models__my-model__path"] = str(check_params.BASE)
-    write(**change, infini__layers=[3])
+    path = str(check_params.BASE)
+    write(model="my-model", **{"models__my-model__path": path}, infini__layers=[3])
     with pytest.raises(ValueError, match=r"infini\.layers must be in -3\.\.2 .* got 3"):
         check_params.main()
 
 
-@pytest.mark.parametrize("model", ["my-model", "pythia-70m"])
-def test_layers_are_compared_with_the_base_only_if_it_is_the_chosen_one(earlier, model):
-    tiny_base_folder(check_params.BASE)
-    about = json.loads((check_params.BASE / "base.json").read_text())
-    (check_params.BASE / "base.json").write_text(json.dumps(about | {"name": "my-model"}))
-    write(model=model, infini__layers=[3])
-    if model != "my-model":
-        check_params.main()
-        return
+def test_layers_are_compared_with_the_base_only_if_it_is_the_chosen_one(earlier):
+    bring_base("my-model")
+    write(model="pythia-70m", infini__layers=[3])
+    check_params.main()
+    write(model="my-model", infini__layers=[3])
     with pytest.raises(ValueError, match=r"infini\.layers must be in -3\.\.2 .* got 3"):
         check_params.main()
-    assert check_params.PARAMS_OK.read_text() == OLD

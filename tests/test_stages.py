@@ -10,7 +10,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 import yaml
-from ruamel.yaml import YAML
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -22,6 +21,7 @@ from infini_retrofit.pipeline.tokens import read_documents, read_samples, read_s
 from infini_retrofit.scoring.score import score_rows, score_segments, total
 from tests.reference import largest
 from tests.tiny_project import (
+    LINEAR,
     ROOT,
     SEGMENT,
     SMALL,
@@ -31,6 +31,7 @@ from tests.tiny_project import (
     metrics_of,
     rows_of,
     run_stage,
+    write_params,
 )
 
 PIPELINE = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
@@ -203,9 +204,8 @@ def test_the_control_needs_no_distilled_model_and_comes_out_the_same(project):
 
 def test_the_control_may_train_at_a_rate_of_its_own(project):
     before = contents(project / "models" / "control")
-    params = YAML(typ="safe").load(project / "params.yaml")
-    params["finetune_control"] = {"trainable": "attention", "lr": 10 * params["finetune"]["lr"]}
-    YAML(typ="safe").dump(params, project / "params.yaml")
+    own = {"finetune_control.trainable": "attention", "finetune_control.lr": 2e-3}
+    write_params(project, SMALL | LINEAR | own)
     run_stage("prepare_comparison")
     run_stage("finetune_control")
     assert contents(project / "models" / "control") != before
