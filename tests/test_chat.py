@@ -4,6 +4,8 @@ import io
 import re
 import signal
 import sys
+from argparse import Namespace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -38,11 +40,17 @@ def folders(tmp_path_factory) -> tuple[Path, Path]:
     return base, top / "retrofit"
 
 
+def options_of(**over: object) -> Namespace:
+    """Return options of the command."""
+    defaults = {"max_new_tokens": 6, "temperature": 0.0, "template": False, "goes_on": False}
+    return Namespace(**(defaults | over))
+
+
 @pytest.fixture
 def reader(folders) -> Reader:
     model, params = load_retrofit(*folders, torch.float32)
     enable_generation(model, params)
-    return Reader(model, load_tokenizer(folders[0]), 6, 0.0, False)
+    return Reader(model, load_tokenizer(folders[0]), options_of())
 
 
 @pytest.fixture
@@ -62,7 +70,7 @@ def run_chat(monkeypatch, folders, lines: str, *options: object) -> None:
 def answers(reader: Reader, prompts: list[str], goes_on: bool, capsys) -> list[str]:
     cache = reader.read(TEXT)
     capsys.readouterr()
-    converse(reader, cache, prompts, goes_on)
+    converse(replace(reader, options=options_of(goes_on=goes_on)), cache, prompts)
     return capsys.readouterr().out.splitlines()
 
 
@@ -112,8 +120,8 @@ def test_sampling_and_templates_reach_the_model(reader, monkeypatch):
         reader.model, "generate", lambda ids, **k: seen.update(k, ids=ids) or generate(ids, **k)
     )
     reader.tokenizer.chat_template = "[{{ messages[0]['content'] }}]"
-    warm = Reader(reader.model, reader.tokenizer, 3, 0.7, True)
-    warm.answer("The dog", InfiniCache(reader.model), [])
+    warm = options_of(max_new_tokens=3, temperature=0.7, template=True)
+    replace(reader, options=warm).answer("The dog", InfiniCache(reader.model), [])
     assert (seen["do_sample"], seen["temperature"], seen["max_new_tokens"]) == (True, 0.7, 3)
     assert reader.tokenizer.decode(seen["ids"][0]) == "[The dog]"
 

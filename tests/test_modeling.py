@@ -1,17 +1,16 @@
-"""Exported models inside this process: types, padding, and what a file does not hold."""
+"""Exported models inside this process: number types, and what no file holds."""
 
 import pytest
 import torch
 
 from infini_retrofit.generation.modeling import KEPT_FLOAT32, MODELS
 from infini_retrofit.layer.local_attention import alibi_slopes
-from infini_retrofit.layer.state import Carrier
 from infini_retrofit.model.base import load_base
 from infini_retrofit.model.retrofit import infini_modules, insert_infini
 from infini_retrofit.share.exported_folder import as_exported
 from infini_retrofit.training.parameters import OF_MEMORY, set_trainable
-from tests.reference import infini_params, largest
-from tests.tiny import FAMILIES, random_ids, tiny_base_folder
+from tests.reference import infini_params
+from tests.tiny import FAMILIES, tiny_base_folder
 
 both_families = pytest.mark.parametrize("family", FAMILIES)
 RICH = {
@@ -55,25 +54,6 @@ def test_slopes_which_no_file_holds_are_made_again(family, dtype, tmp_path):
     opened = MODELS[family].from_pretrained(tmp_path / "exported", dtype=dtype)
     for module in infini_modules(opened).values():
         assert torch.equal(module.slopes, alibi_slopes(module.shape.num_heads))
-
-
-@both_families
-@pytest.mark.parametrize("insertion", ["replace", "parallel"])
-def test_padding_on_either_side_changes_nothing(family, insertion, tmp_path):
-    model = make_exported(tmp_path, family, insertion=insertion)
-    ids, pad = random_ids(model.config.vocab_size, 1, 13), 4
-    alone = model(input_ids=ids, use_cache=False).logits
-    junk = random_ids(model.config.vocab_size, 1, pad, seed=1)
-    for left in (0, pad):
-        sides = (junk[:, :left], ids, junk[:, left:])
-        mask = torch.cat([torch.full_like(x, x is ids) for x in sides], dim=1)
-        positions = (mask.cumsum(dim=1) - 1).clamp_min(0)
-        call = {"input_ids": torch.cat(sides, dim=1), "position_ids": positions}
-        padded = model(**call, attention_mask=mask, use_cache=False).logits
-        assert largest(padded[:, left : left + 13] - alone) < 1e-5
-        # A carrier that knows of no padding lets the memory have it.
-        deaf = model(**call, attention_mask=mask, carrier=Carrier(), use_cache=False).logits
-        assert not left or largest(deaf[:, left : left + 13] - alone) > 1e-3
 
 
 @both_families

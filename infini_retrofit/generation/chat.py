@@ -28,13 +28,11 @@ def read_text(path: Path) -> str:
 
     Raises:
         FileNotFoundError: if there is no such file.
-        IsADirectoryError: if the path is a folder.
         ValueError: if the file holds no text, or none in UTF-8.
     """
-    if path.is_dir():
-        raise IsADirectoryError(f"{path} is a folder: --document must name a text file")
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing: --document must name a text file")
+        fault = "is a folder" if path.is_dir() else "is missing"
+        raise FileNotFoundError(f"{path} {fault}: --document must name a text file")
     try:
         text = path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:

@@ -21,23 +21,45 @@ from infini_retrofit.model.checkpoints import load_retrofit
 from infini_retrofit.pipeline.device import start_run
 
 
+def chat(options: Namespace, text: str | None, prompts: Iterable[str]) -> None:
+    """Read a document, or load what was read, then answer prompts.
+
+    Args:
+        options: of the command `chat`.
+        text: the document; None: `options.cache` holds what was read.
+        prompts: one after another.
+    """
+    _check_cache(options, text)
+    device, dtype = start_run()
+    model, params = load_retrofit(options.base, options.model, dtype)
+    enable_generation(model.to(device), params, options.other_layers)
+    reader = Reader(model, load_tokenizer(options.base), options)
+    cache = InfiniCache.load(options.cache, model) if text is None else reader.read(text)
+    if text is not None and options.cache is not None:
+        cache.save(options.cache, model)
+    print(f"{cache.num_seen:,} tokens read, {size_of(cache)} kept", file=sys.stderr)
+    converse(reader, cache, prompts)
+
+
+def _check_cache(options: Namespace, text: str | None) -> None:
+    """Refuse a cache that can be neither loaded nor saved, before a model is loaded."""
+    if text is None:
+        check_file(options.cache)
+    elif options.cache is not None:
+        if options.cache.exists():
+            raise FileExistsError(
+                f"{options.cache} exists: leave --document out to go on from it, or remove it"
+            )
+        check_place(options.cache)
+
+
 @dataclass(frozen=True)
 class Reader:
-    """A model with its tokenizer, and how it answers.
-
-    Attributes:
-        model: generates with an `InfiniCache`.
-        tokenizer: the model's.
-        max_new_tokens: of an answer.
-        temperature: of sampling; 0: the likeliest token.
-        uses_template: put each prompt into the tokenizer's chat template.
-    """
+    """A model that generates with an `InfiniCache`, its tokenizer, and the options of `chat`."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
-    max_new_tokens: int
-    temperature: float
-    uses_template: bool
+    options: Namespace
 
     def read(self, text: str) -> InfiniCache:
         """Read a document, with a progress bar."""
@@ -50,27 +72,28 @@ class Reader:
         return cache
 
     def answer(self, prompt: str, cache: InfiniCache, last: list[int]) -> list[int]:
-        """Print an answer token by token.
+        """Print an answer token by token, and add prompt and answer to the cache.
 
         Args:
             prompt: the user's words.
-            cache: what was read; the prompt and the answer are added.
+            cache: what was read.
             last: the token that ended the answer before, which no cache has seen; or none.
 
         Returns:
             The token that ended this answer.
         """
-        if self.uses_template:
+        if self.options.template:
             prompt = self.tokenizer.apply_chat_template(
                 [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
             )
         ids = torch.tensor([last + self.encode(prompt)], device=self.model.device)
-        sampling = {"temperature": self.temperature} if self.temperature else {}
+        temperature = self.options.temperature  # 0: the likeliest token
+        sampling = {"temperature": temperature} if temperature else {}
         found = self.model.generate(
             ids,
             attention_mask=cache.mask_for(ids),
             past_key_values=cache,
-            max_new_tokens=self.max_new_tokens,
+            max_new_tokens=self.options.max_new_tokens,
             do_sample=bool(sampling),
             pad_token_id=self.tokenizer.eos_token_id,
             streamer=TextStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True),
@@ -83,59 +106,11 @@ class Reader:
         return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
 
-def chat(options: Namespace, text: str | None, prompts: Iterable[str]) -> None:
-    """Read a document or load what was read, then answer prompts.
-
-    Args:
-        options: of the command `chat`.
-        text: the document; None: `options.cache` holds what was read.
-        prompts: one after another.
-
-    Raises:
-        FileExistsError: if there is something where the cache is to be saved.
-        OSError: if no cache can be written there.
-        ValueError: if the cache is no cache, or one of another model.
-    """
-    _check_cache(options, text)
-    device, dtype = start_run()
-    model, params = load_retrofit(options.base, options.model, dtype)
-    enable_generation(model.to(device), params, options.other_layers)
-    sampling = (options.max_new_tokens, options.temperature, options.template)
-    reader = Reader(model, load_tokenizer(options.base), *sampling)
-    if text is None:
-        cache = InfiniCache.load(options.cache, model)
-    else:
-        cache = reader.read(text)
-        if options.cache is not None:
-            cache.save(options.cache, model)
-    print(f"{cache.num_seen:,} tokens read, {size_of(cache)} kept", file=sys.stderr)
-    converse(reader, cache, prompts, options.goes_on)
-
-
-def _check_cache(options: Namespace, text: str | None) -> None:
-    """Refuse what can be neither loaded nor saved, before a model is loaded."""
-    if text is None:
-        check_file(options.cache)
-    elif options.cache is not None:
-        if options.cache.exists():
-            raise FileExistsError(
-                f"{options.cache} exists: leave --document out to go on from it, or remove it"
-            )
-        check_place(options.cache)
-
-
-def converse(reader: Reader, cache: InfiniCache, prompts: Iterable[str], goes_on: bool) -> None:
-    """Answer prompts.
-
-    Args:
-        reader: answers.
-        cache: the document, as read.
-        prompts: one after another.
-        goes_on: each prompt follows the answer before it, not the document.
-    """
+def converse(reader: Reader, cache: InfiniCache, prompts: Iterable[str]) -> None:
+    """Answer prompts, each from the document alone or from all that was said before."""
     last: list[int] = []
     for prompt in prompts:
-        if goes_on:
+        if reader.options.goes_on:
             last = reader.answer(prompt, cache, last)
         else:
             reader.answer(prompt, copy.deepcopy(cache), [])
