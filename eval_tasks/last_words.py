@@ -1,20 +1,19 @@
-"""Articles -> beginnings of articles that stop before the last word of a sentence."""
+"""Cut articles before the last word of a sentence, for the task `article_last_word`."""
 
 import re
 
 from datasets import Dataset
 
-# Characters of an article between two words that are asked for.
-DISTANCE = 4000
+DISTANCE = 4000  # characters between two words that the task asks for
 # A word of letters between a space and the end of a sentence.
 _LAST_WORD = re.compile(r" [^\W\d_]{3,}(?=[.!?]\s)")
 
 
 def cut(articles: Dataset) -> Dataset:
-    """Return a row for each word that is asked for: `context` and `word`, its space included.
+    """Return a row for each word: its `context`, and the `word` with the space before it.
 
     Raises:
-        ValueError: if there is none.
+        ValueError: if no article is long enough.
     """
     rows = [row for text in articles["text"] for row in _rows(text)]
     if not rows:
@@ -26,7 +25,7 @@ def cut(articles: Dataset) -> Dataset:
 
 
 def _rows(text: str) -> list[dict[str, str]]:
-    """Ask for the first last word after each `DISTANCE` characters."""
+    """Return the next last word after every `DISTANCE` characters."""
     rows, begin = [], DISTANCE
     while word := _LAST_WORD.search(text, begin):
         rows.append({"context": text[: word.start()], "word": word.group()})

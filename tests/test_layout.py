@@ -171,15 +171,3 @@ def test_an_override_changes_only_its_own_line(tmp_path, override, line):
     after = (tmp_path / "params.yaml").read_text().splitlines()
     (changed,) = (new for old, new in zip(before, after, strict=True) if old != new)
     assert changed.split("#")[0].strip() == line
-
-
-def test_templates_of_plots_exist():
-    names = [
-        options["template"]
-        for stage in STAGES.values()
-        for entry in stage.get("plots", [])
-        for options in entry.values()
-    ]
-    assert names
-    for name in names:
-        assert (ROOT / ".dvc" / "plots" / f"{name}.json").is_file()

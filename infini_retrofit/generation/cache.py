@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DummyLayer, DynamicLayer
 
-from infini_retrofit.generation.cache_file import check_file, check_model, describe, partial_path
+from infini_retrofit.generation.cache_file import check_file, check_model, describe
 from infini_retrofit.layer.attention import InfiniAttention
 from infini_retrofit.layer.local_context import LocalContext
 from infini_retrofit.layer.memory import MemoryState
@@ -207,7 +207,8 @@ class InfiniCache(Cache):
         rows = {"num_tokens": self.num_tokens, "is_token": self.is_token}
         tensors |= {name: x.contiguous() for name, x in rows.items() if x is not None}
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = partial_path(path)
+        # Not by `whole_file`: an exported folder holds this file, and none of the pipeline.
+        partial = path.with_name(path.name + ".partial")
         save_file(tensors, partial, about)
         partial.replace(path)
 

@@ -74,18 +74,13 @@ def check_place(path: Path) -> None:
     Raises:
         OSError: if it cannot be written.
     """
-    probe = partial_path(path)
+    probe = path.with_name(path.name + ".probe")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         probe.touch()
         probe.unlink()
     except OSError as error:
         raise OSError(f"cannot write to {path}: {error.strerror}") from error
-
-
-def partial_path(path: Path) -> Path:
-    """Return the file's name while it is being written."""
-    return path.with_name(path.name + ".partial")
 
 
 def describe(model: PreTrainedModel) -> dict[str, str]:

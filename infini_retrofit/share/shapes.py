@@ -1,14 +1,14 @@
 """The names of jaxtyping without jaxtyping: `Float[Tensor, "B T"]` means `Tensor`.
 
-Nothing in this library imports it. It takes the place of jaxtyping in exported folders, which must
-open where that is not installed.
+It replaces jaxtyping in exported folders, which open where jaxtyping is not installed. Nothing in
+this library imports it.
 """
 
 from typing import Any
 
 
 class _Array:
-    """An annotation that forgets its axes."""
+    """An annotation without its axes."""
 
     def __class_getitem__(cls, item: tuple[Any, str]) -> Any:
         return item[0]
