@@ -1,7 +1,6 @@
-"""Where articles come from: gensim's Wikipedia sample, the Hugging Face Hub, the user's files.
+"""Read clean articles from gensim's Wikipedia sample, the Hugging Face Hub, or the user's files.
 
-Every text leaves here clean. All of a corpus is held in memory. What is imported late takes
-seconds to import, and one source needs none of the others'.
+Holds the whole corpus in memory. Slow imports stand inside the function of their source.
 """
 
 import bz2
@@ -20,21 +19,18 @@ from infini_retrofit.texts.wikitext import is_wikitext, split_wikitext
 
 SAMPLE_FILE = "enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2"
 SAMPLE_SHA256 = "a53f4648dec40467ebdcbc7a1307eddb51fe6e28e9309f6ebde81ba0d04bea2d"
-TITLE_COLUMNS = ("title", "short_book_title")  # the first that there is; PG-19 has the second
-_NO_ARTICLE = re.compile(
-    r"\s*#\s*redirect|.*\{\{\s*(?:disambig|disambiguation|hndis|geodis|surname)\s*[|}]",
-    re.IGNORECASE | re.DOTALL,
-)
+TITLE_COLUMNS = ("title", "short_book_title")  # the second is that of PG-19
+_NO_ARTICLE = re.compile(r"#redirect|.*\{\{(?:disambiguation|geodis)[|}]", re.I | re.S)
 
 
 def read_corpus(corpus: CorpusShares) -> list[Article]:
-    """Read all articles of the corpus that the parameters choose.
+    """Read all articles of a corpus.
 
     Raises:
         FileNotFoundError: if the user's path does not exist.
         ConnectionError: if the Hub cannot be reached and its files are not in the local cache.
-        ValueError: if a file has another sha256 than it should, is empty, is not UTF-8 text, is no
-            parquet file, or has no column `text`; the file is named.
+        ValueError: naming a file that has a wrong sha256, no text, no UTF-8 text, or no column
+            `text`, or that is no parquet file.
     """
     if isinstance(corpus, GensimCorpus):
         return read_gensim_sample()
@@ -45,7 +41,7 @@ def read_corpus(corpus: CorpusShares) -> list[Article]:
 
 
 def read_gensim_sample() -> list[Article]:
-    """Read the sample that gensim ships for its own tests."""
+    """Read the Wikipedia sample that gensim ships for its own tests."""
     from gensim.test.utils import datapath
 
     path = Path(datapath(SAMPLE_FILE))
@@ -56,13 +52,13 @@ def read_gensim_sample() -> list[Article]:
 
 
 def check_sha256(path: Path, expected: str) -> None:
-    """Refuse a file that is not, byte for byte, the one the numbers were measured on."""
-    if sha256(path) != expected:
-        raise ValueError(f"{path} must have the sha256 {expected}, got {sha256(path)}")
+    """Refuse a file that differs from the one behind the measured numbers."""
+    if (digest := sha256(path)) != expected:
+        raise ValueError(f"{path} must have the sha256 {expected}, got {digest}")
 
 
 def read_dump(path: Path) -> Iterator[Article]:
-    """Read a bz2 MediaWiki dump; redirects and lists of homonyms are no articles."""
+    """Read the articles of a bz2 MediaWiki dump, without redirects and lists of homonyms."""
     from gensim.corpora.wikicorpus import extract_pages
 
     with bz2.open(path) as file:
@@ -73,7 +69,7 @@ def read_dump(path: Path) -> Iterator[Article]:
 
 
 def read_hub(corpus: HubCorpus) -> list[Article]:
-    """Read a data set's parquet files by name, so that no other revision can slip in."""
+    """Read the parquet files of a data set in the pinned revision."""
     from infini_retrofit.texts.hub import fetch_snapshot, matching_files
 
     folder = fetch_snapshot(
@@ -94,10 +90,10 @@ def read_hub(corpus: HubCorpus) -> list[Article]:
 
 
 def read_files(path: Path) -> list[Article]:
-    """Read `*.txt` (UTF-8) and `*.parquet` (a column `text` and perhaps one of titles).
+    """Read `*.txt` (UTF-8) and `*.parquet` (a column `text`, optionally a column `title`).
 
-    One file, or one row, is one article; in the WikiText form it is cut at the articles' titles.
-    An article without a title goes by its file's name below `path`.
+    Each text file or row is one article; text in the form of WikiText is cut at the titles.
+    An article without a title is named after its file below `path`.
     """
     if not path.exists():
         raise FileNotFoundError(
@@ -116,7 +112,7 @@ def read_files(path: Path) -> list[Article]:
 
 
 def _read_text(path: Path, name: str) -> list[Article]:
-    """Read one text file, still as it stands."""
+    """Read one text file, unchanged."""
     try:
         return [Article(name, path.read_text(encoding="utf-8-sig"))]
     except UnicodeDecodeError as error:
@@ -127,7 +123,7 @@ def _read_text(path: Path, name: str) -> list[Article]:
 
 
 def _read_parquet(path: Path, name: str) -> list[Article]:
-    """Read the rows of one parquet file, still as they stand."""
+    """Read the rows of one parquet file, unchanged."""
     try:
         names = pq.read_schema(path).names
         title_column = next((column for column in TITLE_COLUMNS if column in names), None)
@@ -147,12 +143,12 @@ def _read_parquet(path: Path, name: str) -> list[Article]:
 
 
 def _is_text(kind: pa.DataType) -> bool:
-    """Tell whether a column holds strings."""
+    """Return whether a column holds strings."""
     return pa.types.is_string(kind) or pa.types.is_large_string(kind)
 
 
 def _assemble(rows: list[Article], path: Path) -> list[Article]:
-    """Make articles of the rows: cut the WikiText form, tidy lines, drop what has no text."""
+    """Make articles of rows: cut WikiText at its titles, else tidy lines and drop empty rows."""
     if is_wikitext(_lines(rows)):
         return list(split_wikitext(_lines(rows)))
     tidied = [Article(row.title, _tidy_lines(row.text)) for row in rows]
@@ -163,11 +159,11 @@ def _assemble(rows: list[Article], path: Path) -> list[Article]:
 
 
 def _lines(rows: list[Article]) -> Iterator[str]:
-    """Go through the lines of all rows."""
+    """Yield the lines of all rows."""
     return (line for row in rows for line in row.text.splitlines())
 
 
 def _tidy_lines(text: str) -> str:
-    """Remove spaces at the ends of lines and runs of empty lines."""
+    """Remove spaces at the ends of lines and all but one of successive empty lines."""
     text = "\n".join(line.rstrip() for line in text.splitlines())
     return re.sub(r"\n{3,}", "\n\n", text).strip()
