@@ -1,27 +1,21 @@
-"""Files of one commit of a repository on the Hugging Face Hub.
+"""Download the files of one commit of a repository on the Hugging Face Hub.
 
 Knows neither models nor corpora.
 """
 
-import contextlib
-import hashlib
 import re
 import sys
-from collections.abc import Iterator
 from json import JSONDecodeError
 from pathlib import Path
 
 from huggingface_hub import get_cached_repo_tree, snapshot_download
 from huggingface_hub.errors import (
     CachedRepoTreeNotFoundError,
-    FileMetadataError,
-    HfHubHTTPError,
     HTTPError,
-    OfflineModeIsEnabled,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
+    LocalEntryNotFoundError,
 )
 from huggingface_hub.utils import filter_repo_objects
+from huggingface_hub.utils.sha import git_hash
 
 from infini_retrofit.pipeline.files import sha256
 
@@ -34,67 +28,44 @@ def fetch_snapshot(
     embedded: str,
     repo_type: str = "model",
 ) -> Path:
-    """Fetch what is not in the local cache yet, and return the folder that holds it.
-
-    A download leaves a list of the commit's files in the cache, and without network a file of it
-    that is missing is noticed. A cache that was copied by hand, or filled by an old version of
-    huggingface_hub, may have none: what it holds is then taken for all, and stderr says so.
+    """Download the files that the local cache lacks, and return the folder that holds them.
 
     Args:
         repo_id: such as `EleutherAI/pythia-70m`.
         revision: a commit; branches and tags move.
-        patterns: of the files wanted.
+        patterns: of the wanted files.
         embedded: the line of params.yaml that needs no network, for the message.
         repo_type: `model` or `dataset`.
 
     Raises:
-        ValueError: if the Hub has no such repository or commit, or none open to this user, or if
-            a file is not what the Hub says it is.
-        ConnectionError: if something is not in the cache and cannot be fetched; why is said.
+        ConnectionError: if a file is not in the cache and the Hub does not send it.
+        ValueError: if a file differs from the hash that the Hub names it by.
     """
-    with _explained(repo_id, repo_type, revision, embedded):
-        folder = snapshot_download(
-            repo_id, repo_type=repo_type, revision=revision, allow_patterns=patterns
-        )
-    found = matching_files(Path(folder), patterns)
+    repository = {"repo_id": repo_id, "repo_type": repo_type, "revision": revision}
+    try:
+        folder = Path(snapshot_download(**repository, allow_patterns=patterns))
+    except (HTTPError, OSError, JSONDecodeError, RuntimeError) as error:  # hf_xet raises the last
+        if getattr(error, "errno", None):  # of the disk
+            raise
+        reason = error.__cause__ if isinstance(error, LocalEntryNotFoundError) else error
+        shown = re.sub(r"\?[^\s']+", "", str(reason or error))  # an address may hold a signature
+        raise ConnectionError(
+            f"{repo_id} at {revision} cannot be downloaded: {shown}; check repo_id, revision, "
+            f"connection and proxy, or use `{embedded}`, which needs no network"
+        ) from error
+    found = matching_files(folder, patterns)
     for path in found:
-        _check_content(path)
-    if not _is_listed(repo_id, repo_type, revision):
+        _check_hash(path)
+    try:
+        get_cached_repo_tree(**repository)
+    except CachedRepoTreeNotFoundError:  # the cache is a copy, or of an old version
         names = ", ".join(path.name for path in found) or "none"
         print(
-            f"note: the local cache holds no list of the files of {repo_id}, so that a missing one "
-            f"would not be noticed; found of {', '.join(patterns)}: {names}",
+            f"note: the local cache holds no list of the files of {repo_id}, so a missing file "
+            f"cannot be noticed; found of {', '.join(patterns)}: {names}",
             file=sys.stderr,
         )
-    return Path(folder)
-
-
-@contextlib.contextmanager
-def _explained(repo_id: str, repo_type: str, revision: str, embedded: str) -> Iterator[None]:
-    """Turn what a download fails with into what a user can do about it."""
-    try:
-        yield
-    except (RepositoryNotFoundError, RevisionNotFoundError) as error:
-        raise ValueError(
-            f"repo_id and revision must name a {repo_type} of the Hugging Face Hub that is open to "
-            f"you, got {repo_id!r} at {revision}"
-        ) from error
-    except (HTTPError, OSError, JSONDecodeError, RuntimeError) as error:  # hf_xet raises the last
-        if getattr(error, "errno", None):  # the disk's
-            raise
-        raise ConnectionError(
-            f"{repo_id} is not in the local cache and {_reason(error)}; "
-            f"the embedded default (`{embedded}`) needs no network"
-        ) from error
-
-
-def _is_listed(repo_id: str, repo_type: str, revision: str) -> bool:
-    """Tell whether the local cache knows which files a commit has."""
-    try:
-        get_cached_repo_tree(repo_id, repo_type=repo_type, revision=revision)
-    except CachedRepoTreeNotFoundError:
-        return False
-    return True
+    return folder
 
 
 def matching_files(folder: Path, patterns: list[str]) -> list[Path]:
@@ -103,38 +74,18 @@ def matching_files(folder: Path, patterns: list[str]) -> list[Path]:
     return [folder / name for name in filter_repo_objects(names, allow_patterns=patterns)]
 
 
-def _reason(error: BaseException) -> str:
-    """Say why a file could not be fetched: the first of the error's causes that tells."""
-    if isinstance(error, OfflineModeIsEnabled):
-        return "HF_HUB_OFFLINE forbids to fetch it"
-    if isinstance(error, HfHubHTTPError):
-        answer = error.response  # the query of its address may hold a signature
-        address = str(answer.request.url).partition("?")[0]
-        return f"the Hugging Face Hub answered {answer.status_code} to {address}"
-    if isinstance(error, (JSONDecodeError, FileMetadataError)):
-        return "what answered is not the Hugging Face Hub: is a proxy in the way?"
-    if isinstance(error, HTTPError):
-        return f"the connection to the Hugging Face Hub failed ({error})"
-    if error.__cause__:
-        return _reason(error.__cause__)
-    return f"fetching it from the Hugging Face Hub failed ({error})"
+def _check_hash(path: Path) -> None:
+    """Compare a file with the hash in its name in the cache; copies without links have none.
 
-
-def _check_content(path: Path) -> None:
-    """Compare a file with the hash that the Hub's cache names it by, where it does.
-
-    Raises:
-        ValueError: if they differ.
+    The Hub names large files by sha256 and others by git's hash. `HfApi.verify_repo_checksums`
+    asks the Hub for the hashes: it fails without a network.
     """
     name = path.readlink().name if path.is_symlink() else ""
-    if re.fullmatch("[0-9a-f]{64}", name):
-        got = sha256(path)
-    elif re.fullmatch("[0-9a-f]{40}", name):
-        got = hashlib.sha1(b"blob %d\0" % path.stat().st_size + path.read_bytes()).hexdigest()
-    else:
+    if not re.fullmatch("[0-9a-f]{40}|[0-9a-f]{64}", name):
         return
-    if got != name:
+    digest = sha256(path) if len(name) == 64 else git_hash(path.read_bytes())
+    if digest != name:
         raise ValueError(
-            f"{path} must have the hash {name}, as the Hugging Face Hub says, got {got}: delete "
+            f"{path} must have the hash {name} of the Hugging Face Hub, got {digest}: delete "
             f"{path.resolve()} and run this again"
         )
