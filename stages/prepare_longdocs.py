@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from infini_retrofit.pipeline.guard import run_stage
 from infini_retrofit.pipeline.params import load_choice, load_section
-from infini_retrofit.texts.articles import read_corpus
+from infini_retrofit.texts.articles import read_splits
 from infini_retrofit.texts.corpora import CORPORA, SAME, LongdocsParams
 from infini_retrofit.texts.splits import (
     SPLITS,
@@ -22,9 +22,8 @@ from infini_retrofit.texts.splits import (
     Document,
     TokenizedArticle,
     cut_documents,
-    load_tokenizer,
+    open_tokenizer,
     read_articles,
-    split_articles,
     tokenize,
     write_documents,
 )
@@ -37,7 +36,7 @@ LONGDOCS = Path("data/longdocs")
 def main() -> None:
     """Run the stage."""
     params = load_section(LongdocsParams, "longdocs")
-    tokenizer = load_tokenizer(TOKENIZER)
+    tokenizer = open_tokenizer(TOKENIZER)
     articles = {split: read_articles(WIKITEXT, split) for split in SPLITS}
     if params.corpus != SAME:
         split_of = {article.title: split for split in SPLITS for article in articles[split]}
@@ -62,8 +61,7 @@ def read_other_corpus(split_of: dict[str, str]) -> dict[str, list[Article]]:
         split_of: the split of each title of the sliding text. The two corpora may share an
             article, and other shares may put it into another split.
     """
-    corpus = load_choice(CORPORA, "longdocs.corpus", "corpora")
-    splits = split_articles(read_corpus(corpus), corpus.val_share, corpus.test_share)
+    splits = read_splits(load_choice(CORPORA, "longdocs.corpus", "corpora"))
     return {
         split: [a for a in articles if split_of.get(a.title, split) == split]
         for split, articles in splits.items()

@@ -25,7 +25,7 @@ ROOMS = {
     "texts": {"pipeline"},
     "model": {"layer", "pipeline"},
     "scoring": {"model", "layer", "pipeline"},
-    "bases": {"model", "texts", "scoring", "training", "pipeline"},
+    "bases": {"model", "texts", "pipeline"},
     "generation": {"model", "layer", "pipeline"},
     "training": {"scoring", "model", "layer", "pipeline"},
     "evaluation": {"scoring", "model", "layer", "pipeline"},

@@ -1,34 +1,74 @@
 """A base made here learns from the train split, all of its tokens and nothing else."""
 
 import json
+import random
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from tokenizers import Tokenizer, normalizers
 
-from infini_retrofit.bases.pretraining import _NextToken
-from infini_retrofit.bases.scratch import ScratchBase, pack_rows, train_articles
+from infini_retrofit.bases.scratch import NextTokenLoss, ScratchBase, pack_rows, train_tokenizer
 from infini_retrofit.bases.sources import BASE_KINDS, bring_base
-from infini_retrofit.model.base import load_base
+from infini_retrofit.model.base import load_base, load_tokenizer
 from infini_retrofit.pipeline.params import load_choice, load_presets
-from infini_retrofit.texts.corpora import CORPORA
+from infini_retrofit.texts.articles import read_splits
+from infini_retrofit.texts.corpora import CORPORA, FilesCorpus
 from infini_retrofit.texts.splits import read_articles
 from stages import prepare_base, prepare_wikitext
 from tests.tiny import random_ids
 from tests.tiny_project import ROOT, write_params
-from tests.tiny_scratch import NUM_ARTICLES, SIZES, write_corpus
+
+SIZES = {
+    "num_layers": 2,
+    "hidden_size": 48,
+    "num_heads": 3,
+    "vocab_size": 290,
+    "tokens_per_sample": 37,
+    "samples": 50,
+    "epochs": 2,
+    "batch_size": 4,
+    "lr": 1e-2,
+    "seed": 5,
+}
+NUM_ARTICLES = 24
+WORDS = [
+    *("the", "river", "town", "dog", "sleeps", "by", "sea"),
+    *("and", "1984", "old", "stone", "bridge", "over", "water"),
+]
+# Combining accents, half a family, spaces, control characters, and the end of a text in words.
+HARD_TEXTS = [
+    "e\u0301 \u00e9 \ufb01 \U0001f469\u200d",
+    " two  spaces \t\r\n\n .",
+    "\x00\x7f\u2028",
+    "<|endoftext|> said he , don 't !",
+    "",
+]
 
 
 @pytest.fixture
 def corpus(tmp_path, monkeypatch):
+    """Short articles of few words in the working folder."""
     monkeypatch.chdir(tmp_path)
-    return write_corpus()
+    Path("texts").mkdir()
+    chooser = random.Random(0)
+    for i in range(NUM_ARTICLES):
+        Path(f"texts/{i:02}.txt").write_text(" ".join(chooser.choices(WORDS, k=60)))
+    return FilesCorpus(path="texts", val_share=0.25, test_share=0.25)
 
 
 def load(corpus, **over):
     return ScratchBase(**SIZES | over).load("mine", corpus)
+
+
+def bring(corpus, folder, name="mini", **over):
+    bring_base(ScratchBase(**SIZES | over), name, folder, "mine", corpus)
+
+
+def train_texts(corpus):
+    return [article.text for article in read_splits(corpus)["train"]]
 
 
 def weights(base):
@@ -43,17 +83,16 @@ def mean_nll(base, rows):
 
 def test_equal_runs_give_equal_bytes_and_another_seed_other_weights(corpus, tmp_path):
     for name in ("one", "two"):
-        bring_base(ScratchBase(**SIZES), "mini", tmp_path / name, "mine", corpus)
+        bring(corpus, tmp_path / name)
     one, two = ((tmp_path / name / "manifest.json").read_bytes() for name in ("one", "two"))
     assert one == two
-    other = load(corpus, seed=6)
-    assert not torch.equal(weights(other), weights(load(corpus)))
+    assert not torch.equal(weights(load(corpus, seed=6)), weights(load(corpus)))
 
 
-def test_training_learns_more_than_how_often_each_token_comes(corpus):
-    texts = [article.text for article in train_articles(corpus)]
+def test_training_learns_more_than_the_frequencies_of_tokens(corpus):
     trained, untrained = load(corpus, epochs=12), load(corpus, epochs=0)
-    rows = pack_rows(trained.tokenizer, texts, SIZES["tokens_per_sample"], SIZES["samples"])
+    sizes = SIZES["tokens_per_sample"], SIZES["samples"]
+    rows = pack_rows(trained.tokenizer, train_texts(corpus), *sizes)
     shares = torch.bincount(rows.flatten()).double() / rows.numel()
     unigram = -(shares * shares.clamp_min(1e-12).log()).sum().item()
     assert mean_nll(trained, rows) < unigram < mean_nll(untrained, rows)
@@ -64,14 +103,14 @@ def test_training_learns_more_than_how_often_each_token_comes(corpus):
 def test_the_loss_is_each_token_s_against_the_one_before_it(corpus):
     base = load(corpus, epochs=0)
     ids = random_ids(SIZES["vocab_size"], 3, 11)
-    loss = _NextToken(base.model)(ids)["loss"].item()
+    loss = NextTokenLoss(base.model)(ids)["loss"].item()
     assert loss == pytest.approx(mean_nll(base, ids), rel=1e-5)
     shifted_twice = base.model(ids[:, :-1], labels=ids[:, 1:]).loss.item()
     assert loss != pytest.approx(shifted_twice, rel=1e-5)
 
 
 def test_only_articles_of_the_train_split_are_read_from(corpus):
-    titles = {article.title for article in train_articles(corpus)}
+    titles = {article.title for article in read_splits(corpus)["train"]}
     assert 0 < len(titles) < NUM_ARTICLES
     before = load(corpus)
     for path in Path("texts").iterdir():
@@ -85,14 +124,12 @@ def test_only_articles_of_the_train_split_are_read_from(corpus):
     assert not torch.equal(weights(before), weights(load(corpus)))
 
 
-def test_no_epochs_leave_the_random_weights_and_the_note_says_what_was_done(corpus):
+def test_no_epochs_leave_the_random_weights_and_the_note_tells_the_training(corpus):
     untrained, trained = load(corpus, epochs=0), load(corpus, samples=6)
-    num_articles = len(train_articles(corpus))
-    place = f"on the train split of mine ({num_articles} articles)"
-    assert untrained.note == f"random weights; only the tokenizer was trained, {place}"
-    assert (
-        trained.note == f"trained here from scratch on {2 * 6 * 37} tokens (2 x {6 * 37}) {place}"
-    )
+    split = f"on the train split of mine ({len(train_texts(corpus))} articles)"
+    assert untrained.note == f"random weights; only the tokenizer was trained, {split}"
+    tokens = f"{2 * 6 * 37} tokens (2 x {6 * 37})"
+    assert trained.note == f"trained here from scratch on {tokens} {split}"
     assert trained.source == "a GPT-NeoX of 2 layers made here, seed 5"
     fresh = ScratchBase(**SIZES).make_model(untrained.tokenizer)
     assert torch.equal(weights(untrained), weights(replace(untrained, model=fresh)))
@@ -115,21 +152,20 @@ def test_everything_but_the_sizes_is_as_in_pythia(corpus):
         "eos_token_id": 0,
         "hidden_dropout": 0.0,
         "attention_dropout": 0.0,
+        "intermediate_size": 4 * 48,
+        "max_position_embeddings": 37,
     }
     assert {name: config[name] for name in pythia} == pythia
     assert config["rope_parameters"]["partial_rotary_factor"] == 0.25
     assert config["rope_parameters"]["rope_theta"] == 10000
-    assert config["intermediate_size"] == 4 * 48
-    assert config["max_position_embeddings"] == 37
     assert attention.head_size == 16
     assert attention.query_key_value.bias.shape == (3 * 48,)
     assert model.gpt_neox.rotary_emb.inv_freq.shape == (16 // 4 // 2,)
 
 
 def test_a_base_made_here_comes_back_from_disk_as_it_was(corpus, tmp_path):
-    params = ScratchBase(**SIZES)
-    bring_base(params, "mini", tmp_path / "models/base", "mine", corpus)
-    want, got = params.load("mine", corpus), load_base(tmp_path / "models/base", torch.float32)
+    bring(corpus, tmp_path / "models/base")
+    want, got = load(corpus), load_base(tmp_path / "models/base", torch.float32)
     assert all(torch.equal(got.state_dict()[k], v) for k, v in want.model.state_dict().items())
     ids = random_ids(SIZES["vocab_size"], 2, 19)
     torch.testing.assert_close(got(ids).logits, want.model(ids).logits)
@@ -139,12 +175,11 @@ def test_a_base_made_here_comes_back_from_disk_as_it_was(corpus, tmp_path):
 
 
 @pytest.mark.parametrize("samples", [4, 50])
-def test_diverged_training_ends_with_the_step_and_the_old_base_stays(corpus, tmp_path, samples):
-    bring_base(ScratchBase(**SIZES | {"epochs": 0}), "old", tmp_path / "base", "mine", corpus)
-    wild = ScratchBase(**SIZES | {"lr": 1e38, "samples": samples, "epochs": 1})
-    message = r"pretraining diverged in (epoch 1, step \d+|the last step): .* is (nan|inf)"
+def test_diverged_training_names_the_step_and_the_old_base_stays(corpus, tmp_path, samples):
+    bring(corpus, tmp_path / "base", "old", epochs=0)
+    message = r"^pretraining diverged after step 1: the loss is (nan|inf); .* models\.\*\.lr$"
     with pytest.raises(FloatingPointError, match=message):
-        bring_base(wild, "new", tmp_path / "base", "mine", corpus)
+        bring(corpus, tmp_path / "base", "new", lr=1e38, samples=samples, epochs=1)
     assert json.loads((tmp_path / "base/base.json").read_text())["name"] == "old"
 
 
@@ -156,7 +191,7 @@ def test_diverged_training_ends_with_the_step_and_the_old_base_stays(corpus, tmp
         ({"hidden_size": 40}, r"hidden_size must be a multiple of 24 \(8 for each .*, got 40"),
         ({"num_heads": 4}, r"hidden_size must be a multiple of 32 .*, got 48"),
         ({"num_heads": 0}, r"num_heads must be at least 1, got 0"),
-        ({"vocab_size": 256}, r"vocab_size must be at least 257 \(256 bytes and .*, got 256"),
+        ({"vocab_size": 256}, r"vocab_size must be at least 257, got 256"),
         ({"tokens_per_sample": 1}, r"tokens_per_sample must be at least 2, got 1"),
         ({"samples": 0}, r"samples must be at least 1, got 0"),
         ({"epochs": -1}, r"epochs must be at least 0, got -1"),
@@ -166,13 +201,13 @@ def test_diverged_training_ends_with_the_step_and_the_old_base_stays(corpus, tmp
         ({"seed": 2**32}, r"seed must be below 2\*\*32, got 4294967296"),
     ],
 )
-def test_sizes_that_make_no_model_are_refused_by_name(change, message):
+def test_impossible_sizes_are_refused_by_name(change, message):
     ScratchBase(**SIZES)
     with pytest.raises(ValueError, match=message):
         ScratchBase(**SIZES | change)
 
 
-def test_a_corpus_that_is_too_small_is_refused_with_what_it_holds(corpus):
+def test_a_corpus_that_is_too_small_is_refused_with_its_size(corpus):
     with pytest.raises(ValueError, match=r"vocab_size must be at most \d{3} .*, got 5000"):
         load(corpus, vocab_size=5000)
     with pytest.raises(ValueError, match=r"tokens_per_sample must be .* \d+ tokens, got 99999"):
@@ -187,7 +222,7 @@ def test_the_project_s_presets_are_pythia_s_layers_and_differ_in_training_only()
     assert untrained == replace(trained, epochs=0)
 
 
-def test_the_stage_trains_on_what_the_next_one_calls_train(corpus, tmp_path):
+def test_the_stage_trains_on_the_train_split_of_the_next_stage(corpus, tmp_path):
     sizes = {f"models.pythia-mini.{name}": value for name, value in SIZES.items()}
     own = {f"corpora.my-texts.{name}": value for name, value in vars(corpus).items()}
     write_params(tmp_path, {"model": "pythia-mini", "corpus": "my-texts", **sizes, **own})
@@ -198,6 +233,43 @@ def test_the_stage_trains_on_what_the_next_one_calls_train(corpus, tmp_path):
     assert about["name"] == "pythia-mini"
     assert about["note"].endswith(f"on the train split of my-texts ({len(train)} articles)")
     chosen = load_choice(CORPORA, "corpus", "corpora")
-    assert [article.title for article in train_articles(chosen)] == [a.title for a in train]
+    assert train_texts(chosen) == [article.text for article in train]
     vocab_size = load_base(Path("models/base"), torch.float32).config.vocab_size
     assert all(article.input_ids.max() < vocab_size for article in train)
+
+
+def assert_keeps_every_text(tokenizer):
+    for text in HARD_TEXTS:
+        ids = tokenizer.encode(text, add_special_tokens=False)
+        assert tokenizer.decode(ids, skip_special_tokens=False) == text
+
+
+def test_the_tokenizer_keeps_every_text_through_files(corpus, tmp_path):
+    tokenizer = train_tokenizer(train_texts(corpus), SIZES["vocab_size"])
+    assert len(tokenizer) == SIZES["vocab_size"]
+    assert_keeps_every_text(tokenizer)
+    bring(corpus, tmp_path / "base", epochs=0)
+    loaded = load_tokenizer(tmp_path / "base")
+    assert_keeps_every_text(loaded)
+    plain = Tokenizer.from_file(str(tmp_path / "base/tokenizer.json"))
+    for text in [*HARD_TEXTS, *WORDS]:
+        want = tokenizer.encode(text, add_special_tokens=False)
+        assert loaded.encode(text) == plain.encode(text).ids == want
+    assert len(loaded.encode(" river")) < len(" river")
+
+
+def test_a_tokenizer_that_composes_characters_is_noticed():
+    tokenizer = train_tokenizer([" ".join(WORDS)] * 3, 260)
+    tokenizer.backend_tokenizer.normalizer = normalizers.NFC()
+    with pytest.raises(AssertionError):
+        assert_keeps_every_text(tokenizer)
+
+
+def test_rows_are_the_texts_one_after_another_each_with_its_end():
+    texts = ["the old bridge", "water", "the sea and the river"] * 4
+    tokenizer = train_tokenizer(texts, 270)
+    rows = pack_rows(tokenizer, texts, 7, 1000)
+    ids = tokenizer.encode("<|endoftext|>".join(texts) + "<|endoftext|>")
+    assert rows.flatten().tolist() == ids[: len(ids) // 7 * 7]
+    assert len(ids) % 7
+    assert pack_rows(tokenizer, texts, 7, 2).tolist() == rows[:2].tolist()

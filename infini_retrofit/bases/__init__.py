@@ -1,4 +1,4 @@
-"""Where a pretrained model comes from: wheel, Hub, folder, or trained here from scratch.
+"""The bases: a pretrained model from a wheel, the Hub, a folder, or trained here from scratch.
 
 Knows nothing of Infini layers.
 """

@@ -1,6 +1,6 @@
-"""A GGUF file read as a transformers model and tokenizer that can be saved and trained.
+"""A GGUF file as a transformers model and tokenizer that can be saved and trained.
 
-Knows the file format through transformers only, and nothing of where the file comes from.
+Knows the file format through transformers only, and nothing of the file's origin.
 """
 
 import re
@@ -13,7 +13,6 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     GgufConfig,
-    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
@@ -24,8 +23,8 @@ class GgufFile:
     """One GGUF file.
 
     Attributes:
-        family: the architecture, as the file names it.
-        num_layers: how many layers the model has; None: the file does not say.
+        family: the name of the architecture in the file.
+        num_layers: of the model; None: the file does not name it.
         note: how the weights are stored, such as `4-bit (Q4_1) weights unpacked to float32`.
     """
 
@@ -40,10 +39,10 @@ class GgufFile:
     def read_model(self) -> PreTrainedModel:
         """Unpack the weights to float32.
 
-        transformers neither saves nor trains the model that it makes of a GGUF file, so the
-        weights move into one made from a clean configuration.
+        transformers neither saves nor trains its own model of a GGUF file. So the weights move
+        into a model of a clean configuration.
         """
-        # Parsing the file takes transformers seconds: the configuration is read once, handed on.
+        # transformers parses the file for seconds: the configuration is read once.
         config = AutoConfig.from_pretrained(self._folder, gguf_file=self._name)
         packed = AutoModelForCausalLM.from_pretrained(
             self._folder,
@@ -53,17 +52,20 @@ class GgufFile:
             quantization_config=GgufConfig(dequantize=True),
             dtype=torch.float32,
         )
+        of_the_file = ("quantization_config", "_name_or_path", "_model_name_or_path")
+        settings = {k: v for k, v in config.to_dict().items() if k not in of_the_file}
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(_clean(config), dtype=torch.float32)
+            clean = type(config).from_dict(settings)
+            model = AutoModelForCausalLM.from_config(clean, dtype=torch.float32)
         model.load_state_dict(packed.state_dict(), assign=True)
         model.tie_weights()
         return model
 
     def read_tokenizer(self) -> PreTrainedTokenizerFast:
-        """Read the tokenizer, splitting text into words as its makers did.
+        """Read the tokenizer with the word splitting of its makers.
 
-        transformers 5.23 does not know the pre-tokenizer `smollm` (each digit apart, then the
-        words of GPT-2) and takes GPT-2's alone, which cuts newlines before a digit differently.
+        transformers 5.23 does not know the pre-tokenizer `smollm`: single digits, then the words
+        of GPT-2. It uses GPT-2's alone, which cuts newlines before a digit differently.
         """
         tokenizer = PreTrainedTokenizerFast.from_pretrained(self._folder, gguf_file=self._name)
         if self._pre_tokenizer == "smollm":
@@ -74,14 +76,8 @@ class GgufFile:
 
 
 def _describe(file_type: int) -> str:
-    """Say in words what the file's weights went through."""
+    """Describe how the file stores its weights."""
     stored = LlamaFileType(file_type).name.removeprefix("MOSTLY_").removeprefix("ALL_")
     if bits := re.search("[0-9]+", stored):
         return f"{bits.group()}-bit ({stored}) weights unpacked to float32"
     return "weights of a GGUF file unpacked to float32"
-
-
-def _clean(config: PreTrainedConfig) -> PreTrainedConfig:
-    """Copy a configuration without what only the GGUF file had to say."""
-    dropped = {"quantization_config", "_name_or_path", "_model_name_or_path"}
-    return type(config).from_dict({k: v for k, v in config.to_dict().items() if k not in dropped})

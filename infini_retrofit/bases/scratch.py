@@ -1,20 +1,22 @@
-"""A base model made here: a small GPT-NeoX, as Pythia is one, and a tokenizer of its own.
+"""A base made here: a small GPT-NeoX in the form of Pythia, and its own tokenizer.
 
-Both learn from the train split of the corpus and see no other article. Knows no path. What is
-imported late is slow to import, and the other sources of a base need none of it.
+Both train on the train split of the corpus only. Knows no path. Imports that only training needs
+stand inside functions: they take seconds, and other sources need none of them.
 
 Axes:
     B  row of tokens
     T  token of a row
 """
 
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Int
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
     GPTNeoXConfig,
@@ -23,18 +25,18 @@ from transformers import (
 )
 
 from infini_retrofit.bases.folder import BaseModel
+from infini_retrofit.pipeline.device import start_run
 from infini_retrofit.texts.corpora import CorpusShares
-from infini_retrofit.texts.splits import Article, split_articles
 
 END_OF_TEXT = "<|endoftext|>"
 SMALLEST_VOCABULARY = 257  # every byte, and the end of a text
 # As in Pythia: a quarter of each head's channels is rotated, in pairs.
-ROTATED_SHARE, ROPE_THETA = 0.25, 10000.0
-_HEAD_DIM_UNIT = 8
+ROTATED_SHARE, ROPE_THETA, HEAD_DIM_UNIT = 0.25, 10000.0, 8
 _LEAST = {
     "num_layers": 1,
     "hidden_size": 1,
     "num_heads": 1,
+    "vocab_size": SMALLEST_VOCABULARY,
     "tokens_per_sample": 2,
     "samples": 1,
     "epochs": 0,
@@ -54,23 +56,18 @@ class ScratchBase:
     tokens_per_sample: int  # in a row of training, and the model's number of positions
     samples: int  # rows, at most
     epochs: int  # 0: random weights
-    batch_size: int  # rows a step
+    batch_size: int  # rows per step
     lr: float  # at its peak
     seed: int
 
     def __post_init__(self) -> None:
-        """Refuse sizes that make no model, before the corpus is read."""
+        """Refuse impossible sizes before the corpus is read."""
         for name, least in _LEAST.items():
             if (value := getattr(self, name)) < least:
                 raise ValueError(f"models.*.{name} must be at least {least}, got {value}")
-        if self.vocab_size < SMALLEST_VOCABULARY:
+        if self.hidden_size % (unit := HEAD_DIM_UNIT * self.num_heads):
             raise ValueError(
-                f"models.*.vocab_size must be at least {SMALLEST_VOCABULARY} (256 bytes and the "
-                f"end of a text), got {self.vocab_size}"
-            )
-        if self.hidden_size % (unit := _HEAD_DIM_UNIT * self.num_heads):
-            raise ValueError(
-                f"models.*.hidden_size must be a multiple of {unit} ({_HEAD_DIM_UNIT} for each of "
+                f"models.*.hidden_size must be a multiple of {unit} ({HEAD_DIM_UNIT} for each of "
                 f"num_heads, a quarter of which is rotated in pairs), got {self.hidden_size}"
             )
         if self.seed >= 2**32:
@@ -79,7 +76,7 @@ class ScratchBase:
             raise ValueError(f"models.*.lr must be greater than 0, got {self.lr}")
 
     def known_depth(self) -> int:
-        """Count its layers."""
+        """Return the number of layers."""
         return self.num_layers
 
     def load(self, corpus_name: str, corpus: CorpusShares) -> BaseModel:
@@ -89,28 +86,25 @@ class ScratchBase:
             ValueError: if the corpus is too small for the vocabulary or for one row.
             FloatingPointError: if training diverges.
         """
-        texts = [article.text for article in train_articles(corpus)]
+        from infini_retrofit.texts.articles import read_splits
+
+        texts = [article.text for article in read_splits(corpus)["train"]]
         tokenizer = train_tokenizer(texts, self.vocab_size)
-        about = f"on the train split of {corpus_name} ({len(texts)} articles)"
-        note = f"random weights; only the tokenizer was trained, {about}"
+        model = self.make_model(tokenizer)
+        split = f"on the train split of {corpus_name} ({len(texts)} articles)"
+        note = f"random weights; only the tokenizer was trained, {split}"
         if self.epochs:
             rows = pack_rows(tokenizer, texts, self.tokens_per_sample, self.samples)
+            self.pretrain(model, rows)
             note = (
                 f"trained here from scratch on {self.epochs * rows.numel():,} tokens "
-                f"({self.epochs} x {rows.numel():,}) {about}"
+                f"({self.epochs} x {rows.numel():,}) {split}"
             )
-        model = self.make_model(tokenizer)
-        if self.epochs:
-            self.pretrain(model, rows)
-        return BaseModel(
-            model=model,
-            tokenizer=tokenizer,
-            source=f"a GPT-NeoX of {self.num_layers} layers made here, seed {self.seed}",
-            note=note,
-        )
+        source = f"a GPT-NeoX of {self.num_layers} layers made here, seed {self.seed}"
+        return BaseModel(model=model, tokenizer=tokenizer, source=source, note=note)
 
     def make_model(self, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
-        """Make a GPT-NeoX of these sizes with random weights, everything else as Pythia."""
+        """Make a GPT-NeoX of these sizes with random weights and the settings of Pythia."""
         config = GPTNeoXConfig(
             vocab_size=len(tokenizer),
             hidden_size=self.hidden_size,
@@ -133,25 +127,77 @@ class ScratchBase:
         return AutoModelForCausalLM.from_config(config)
 
     def pretrain(self, model: PreTrainedModel, rows: Int[Tensor, "B T"]) -> None:
-        """Train the model in place."""
-        from infini_retrofit.bases.pretraining import pretrain
+        """Train all weights in place; equal arguments give equal weights on one processor.
 
-        schedule = {"epochs": self.epochs, "batch_size": self.batch_size, "lr": self.lr}
-        pretrain(model, rows, **schedule, seed=self.seed)
+        Raises:
+            FloatingPointError: if a loss is not finite.
+        """
+        from transformers import Trainer, TrainingArguments
+
+        loss, dataset = NextTokenLoss(model), [{"input_ids": row} for row in rows]
+        with tempfile.TemporaryDirectory() as unused:
+            arguments = TrainingArguments(unused, **self._training_arguments())
+            if arguments.n_gpu > 1:
+                arguments._n_gpu = 1  # or a step would take batch_size rows per GPU
+            trainer = Trainer(loss, arguments, train_dataset=dataset)
+            try:
+                trainer.train()
+                model.cpu().eval()
+                with torch.no_grad():  # the last step may have broken the weights
+                    loss(rows[: self.batch_size])
+            except FloatingPointError as error:
+                raise FloatingPointError(
+                    f"pretraining diverged after step {trainer.state.global_step}: {error}; "
+                    "nothing was written, try a smaller models.*.lr"
+                ) from error
+
+    def _training_arguments(self) -> dict[str, Any]:
+        """Train as Pythia was: its betas, weight decay, and cosine to a tenth of the rate."""
+        _, dtype = start_run()
+        return {
+            "per_device_train_batch_size": self.batch_size,
+            "num_train_epochs": self.epochs,
+            "learning_rate": self.lr,
+            "lr_scheduler_type": "cosine_warmup_with_min_lr",
+            "lr_scheduler_kwargs": {"min_lr_rate": 0.1},
+            "warmup_steps": 0.05,  # of all steps
+            "weight_decay": 0.1,
+            "adam_beta2": 0.95,
+            "seed": self.seed,
+            "bf16": dtype is torch.bfloat16,
+            "use_cpu": not torch.cuda.is_available(),
+            "dataloader_pin_memory": torch.cuda.is_available(),
+            "logging_strategy": "epoch",
+            "save_strategy": "no",
+            "report_to": "none",
+        }
 
 
-def train_articles(corpus: CorpusShares) -> list[Article]:
-    """Read the articles that the pipeline trains on, split from the others as it does."""
-    from infini_retrofit.texts.articles import read_corpus
+class NextTokenLoss(nn.Module):
+    """A language model that returns its loss alone."""
 
-    return split_articles(read_corpus(corpus), corpus.val_share, corpus.test_share)["train"]
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: Int[Tensor, "B T"]) -> dict[str, Tensor]:
+        """Score every token but the first of each row; the mean, in nats.
+
+        Raises:
+            FloatingPointError: if the loss is not finite.
+        """
+        # The model compares each position with the next label: the only shift.
+        loss = self.model(input_ids, labels=input_ids, use_cache=False).loss
+        if not loss.isfinite():
+            raise FloatingPointError(f"the loss is {loss.item()}")
+        return {"loss": loss}
 
 
 def train_tokenizer(texts: Sequence[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """Train a byte-level BPE tokenizer, to which no text is unknown and none is changed.
+    """Train a byte-level BPE tokenizer, which encodes every text without loss.
 
     Raises:
-        ValueError: if the texts do not hold so many pairs to merge.
+        ValueError: if the texts hold too few pairs to merge.
     """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -180,7 +226,7 @@ def train_tokenizer(texts: Sequence[str], vocab_size: int) -> PreTrainedTokenize
 def pack_rows(
     tokenizer: PreTrainedTokenizerFast, texts: Sequence[str], tokens_per_sample: int, samples: int
 ) -> Int[Tensor, "B T"]:
-    """Cut the texts, one after another and each with its end, into rows; the tail is dropped.
+    """Join the texts, each followed by its end, and cut them into rows; drop the rest.
 
     Raises:
         ValueError: if the texts do not fill one row.

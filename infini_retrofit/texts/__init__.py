@@ -1,4 +1,4 @@
-"""Where texts come from: articles, cleaned, split by article and tokenised.
+"""The texts: articles from every source, cleaned, dealt to splits and tokenised.
 
-Knows nothing of models and of what is trained on the text.
+Knows neither models nor training.
 """

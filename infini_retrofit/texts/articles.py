@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 
 from infini_retrofit.pipeline.files import sha256
 from infini_retrofit.texts.corpora import CorpusShares, FilesCorpus, GensimCorpus, HubCorpus
-from infini_retrofit.texts.splits import Article
+from infini_retrofit.texts.splits import Article, split_articles
 from infini_retrofit.texts.wikimarkup import clean_article
 from infini_retrofit.texts.wikitext import is_wikitext, split_wikitext
 
@@ -21,6 +21,11 @@ SAMPLE_FILE = "enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.
 SAMPLE_SHA256 = "a53f4648dec40467ebdcbc7a1307eddb51fe6e28e9309f6ebde81ba0d04bea2d"
 TITLE_COLUMNS = ("title", "short_book_title")  # the second is that of PG-19
 _NO_ARTICLE = re.compile(r"#redirect|.*\{\{(?:disambiguation|geodis)[|}]", re.I | re.S)
+
+
+def read_splits(corpus: CorpusShares) -> dict[str, list[Article]]:
+    """Read a corpus and deal its articles to splits, sorted as in `split_articles`."""
+    return split_articles(read_corpus(corpus), corpus.val_share, corpus.test_share)
 
 
 def read_corpus(corpus: CorpusShares) -> list[Article]:

@@ -1,6 +1,6 @@
-"""Which texts to read: sections `corpora` and `longdocs` of params.yaml.
+"""The choice of texts: sections `corpora` and `longdocs` of params.yaml.
 
-Knows neither how a corpus is read (`articles`) nor how it is split and stored (`corpus`).
+Knows neither how a corpus is read (`articles`) nor how it is split and stored (`splits`).
 """
 
 import re
@@ -11,31 +11,23 @@ SAME = "same"
 
 
 def check_commit(name: str, revision: str) -> None:
-    """Refuse a revision that can move.
-
-    Args:
-        name: of the parameter.
-        revision: its value.
-
-    Raises:
-        ValueError: if it is no commit; where to find one is said.
-    """
+    """Refuse a revision that is no commit, such as a branch, under its parameter's name."""
     if not re.fullmatch("[0-9a-f]{40}", revision):
         raise ValueError(
             f"{name} must be a commit of 40 lower-case hexadecimal digits, got {revision!r}: copy "
-            "the one that you want from the history of the repository on the Hugging Face Hub"
+            "one from the history of the repository on the Hugging Face Hub"
         )
 
 
 @dataclass(frozen=True, kw_only=True)
 class CorpusShares:
-    """What every corpus has: the shares of its articles that are not trained on."""
+    """The shares of a corpus's articles that no model trains on."""
 
     val_share: float
     test_share: float
 
     def __post_init__(self) -> None:
-        """Refuse shares that leave a split empty."""
+        """Refuse shares that leave a split without articles."""
         for name in ("val_share", "test_share"):
             if not 0 < getattr(self, name) < 1:
                 raise ValueError(
@@ -51,19 +43,19 @@ class CorpusShares:
 
 @dataclass(frozen=True, kw_only=True)
 class GensimCorpus(CorpusShares):
-    """The sample of the English Wikipedia inside the package gensim; needs no network."""
+    """The Wikipedia sample inside the package gensim; needs no network."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class HubCorpus(CorpusShares):
-    """Parquet files of a data set on the Hugging Face Hub; its own splits are not kept."""
+    """Parquet files of a data set on the Hugging Face Hub; its own splits are ignored."""
 
     repo_id: str
     revision: str
-    files: str  # a pattern: no file that it leaves out is downloaded
+    files: str  # a pattern; other files are not downloaded
 
     def __post_init__(self) -> None:
-        """Refuse a revision that can move, and files of another kind."""
+        """Refuse a revision that is no commit, and other files than parquet."""
         super().__post_init__()
         check_commit("corpora.<preset>.revision", self.revision)
         if not self.files.endswith(".parquet"):
@@ -75,7 +67,7 @@ class HubCorpus(CorpusShares):
 
 @dataclass(frozen=True, kw_only=True)
 class FilesCorpus(CorpusShares):
-    """Text or parquet files of the user's own."""
+    """The user's own text or parquet files."""
 
     path: str
 
@@ -91,12 +83,12 @@ CORPORA: dict[str, type[CorpusShares]] = {
 class LongdocsParams:
     """Section `longdocs` of params.yaml."""
 
-    corpus: str  # a key of `corpora`, or SAME: the one that `corpus` names
+    corpus: str  # a key of `corpora`; SAME: the corpus of the sliding text
     tokens_per_document: int
-    documents: int | Literal["all"]  # of each split, at most
+    documents: int | Literal["all"]  # at most, in each split
 
     def __post_init__(self) -> None:
-        """Refuse documents in which nothing can be scored, and fewer than can be swapped."""
+        """Refuse documents without a scored token, and a single document: memories are swapped."""
         if self.tokens_per_document < 2:
             raise ValueError(
                 "longdocs.tokens_per_document must be at least 2 tokens, "

