@@ -32,9 +32,9 @@ def longdocs(**over):
         (lambda: FilesCorpus(path="x", val_share=0.5, test_share=0.5), "must be below 1.*0.5"),
         (
             lambda: hub(revision="main"),
-            r"corpora\.<preset>\.revision must be a commit of 40 .* got 'main': copy one from the history",
+            r"corpora\.<preset>\.revision must be a commit of 40 .* got 'main': copy one from",
         ),
-        (lambda: hub(revision=""), "must be a commit of 40 .* got '': copy one from the history"),
+        (lambda: hub(revision=""), "must be a commit of 40 .* got '': copy one from"),
         (lambda: hub(files="raw"), r"files must be a pattern for \*\.parquet .* got 'raw'"),
         (lambda: longdocs(tokens_per_document=1), "tokens_per_document must be .* got 1"),
         (lambda: longdocs(documents=1), r"longdocs\.documents must be all or at least 2 .* got 1"),
