@@ -1,4 +1,4 @@
-"""Articles from every source: dumps, WikiText, the user's files, the Hub."""
+"""Articles of every source: dumps, WikiText, the user's files, the Hub."""
 
 import bz2
 
@@ -139,8 +139,3 @@ def test_the_hub_is_read_by_file_name_and_joined_across_files(monkeypatch, tmp_p
     assert asked["repo_type"] == "dataset"
     with pytest.raises(ValueError, match=r"files must match parquet files in .* 'cooked/\*"):
         read_corpus(hub_corpus("cooked/*.parquet"))
-
-
-def test_without_network_the_hub_points_to_the_embedded_default():
-    with pytest.raises(ConnectionError, match=r"`corpus: wikipedia-sample`.* needs no network"):
-        read_corpus(hub_corpus())

@@ -8,41 +8,38 @@ import pyarrow.parquet as pq
 import pytest
 from tokenizers import processors
 
-from infini_retrofit.pipeline.files import read_token_rows
-from infini_retrofit.texts.splits import SPLITS, read_articles
+from infini_retrofit.texts.splits import SPLITS, cut_documents, read_articles, tokenize
 from stages import prepare_longdocs, prepare_wikitext
 from tests.tiny import tiny_tokenizer
+from tests.tiny_project import ROOT, contents
 
-NUM_ARTICLES = 40
-TOKENS_PER_DOCUMENT = 32
+NUM_TEXTS, TOKENS_PER_DOCUMENT = 40, 24
 PARAMS = """
-corpus: mine
+corpus: texts
 corpora:
-  mine:
-    source: files
-    path: texts
-    val_share: 0.3
-    test_share: 0.3
-longdocs:
-  corpus: same
-  tokens_per_document: {tokens_per_document}
-  documents: all
+  texts: {{source: files, path: texts, val_share: 0.3, test_share: 0.3}}
+  books: {{source: files, path: books, val_share: 0.2, test_share: 0.5}}
+longdocs: {{corpus: {corpus}, tokens_per_document: {tokens_per_document}, documents: {documents}}}
 """
+Titles = dict[str, set[str]]
 
 
-def write_params(tokens_per_document: int = TOKENS_PER_DOCUMENT) -> None:
-    Path("params.yaml").write_text(PARAMS.format(tokens_per_document=tokens_per_document))
-
-
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def folder(tmp_path, monkeypatch):
-    """Make a project folder with texts of different lengths, and a tokenizer that would cut."""
+    """A project with a sliding text, and books of which half have the name of a text."""
     monkeypatch.chdir(tmp_path)
+    for name, first in (("texts", 0), ("books", NUM_TEXTS // 2)):
+        Path(name).mkdir()
+        for i in range(first, first + NUM_TEXTS):
+            text = " ".join(f"{name} {i}: the dog sleeps by the sea {j}." for j in range(1 + i % 9))
+            Path(name, f"{i:02}.txt").write_text(text)
+    write_tokenizer()
     write_params()
-    Path("texts").mkdir()
-    for i in range(NUM_ARTICLES):
-        text = " ".join(f"The dog {i} sleeps by the sea {j}." for j in range(3 + i % 7))
-        Path(f"texts/{i:02}.txt").write_text(text)
+    prepare_wikitext.main()
+
+
+def write_tokenizer() -> None:
+    """Write a tokenizer whose defaults add a token, truncate and pad."""
     tokenizer = tiny_tokenizer().backend_tokenizer
     begin = [("<|endoftext|>", tokenizer.token_to_id("<|endoftext|>"))]
     tokenizer.post_processor = processors.TemplateProcessing(
@@ -50,158 +47,179 @@ def folder(tmp_path, monkeypatch):
     )
     tokenizer.enable_truncation(8)
     tokenizer.enable_padding(length=500)
-    Path("models/base").mkdir(parents=True)
+    Path("models/base").mkdir(parents=True, exist_ok=True)
     tokenizer.save("models/base/tokenizer.json")
-    return tmp_path
 
 
-def titles(name: str) -> dict[str, set[str]]:
-    files = {split: Path(f"data/{name}/{split}.parquet") for split in SPLITS}
-    return {
-        split: set(pq.read_table(path, columns=["title"])["title"].to_pylist())
-        for split, path in files.items()
-    }
+def write_params(
+    corpus: str = "same",
+    documents: int | str = "all",
+    tokens_per_document: int = TOKENS_PER_DOCUMENT,
+) -> None:
+    names = {"corpus": corpus, "documents": documents, "tokens_per_document": tokens_per_document}
+    Path("params.yaml").write_text(PARAMS.format(**names))
 
 
-def shared(*by_split: dict[str, set[str]]) -> set[str]:
-    """Return the titles that stand in more than one split, in any of the outputs."""
-    all_of = {split: set().union(*(of[split] for of in by_split)) for split in SPLITS}
-    train, val, test = all_of.values()
+def rows_of(name: str) -> dict[str, list[dict]]:
+    return {s: pq.read_table(f"data/{name}/{s}.parquet").to_pylist() for s in SPLITS}
+
+
+def documents_of(**params: object) -> dict[str, list[dict]]:
+    """Run the stage prepare_longdocs with these parameters and read its files."""
+    write_params(**params)
+    prepare_longdocs.main()
+    return rows_of("longdocs")
+
+
+def titles_of(rows: dict[str, list[dict]]) -> Titles:
+    return {split: {row["title"] for row in rows[split]} for split in SPLITS}
+
+
+def shared(*by_split: Titles) -> set[str]:
+    """Return the titles that stand in more than one split of any of the outputs."""
+    train, val, test = (set().union(*(of[split] for of in by_split)) for split in SPLITS)
     return (train & val) | (train & test) | (val & test)
 
 
-def test_no_title_stands_in_two_splits_of_both_outputs(folder):
-    prepare_wikitext.main()
-    prepare_longdocs.main()
-    articles, documents = titles("wikitext"), titles("longdocs")
-    assert shared(articles, documents) == set()
-    assert set().union(*articles.values()) == {f"{i:02}.txt" for i in range(NUM_ARTICLES)}
-    assert all(documents[split] and documents[split] <= articles[split] for split in SPLITS)
+def test_no_title_stands_in_two_splits():
+    documents = documents_of()
+    articles, of_documents = titles_of(rows_of("wikitext")), titles_of(documents)
+    assert shared(articles, of_documents) == set()
+    assert set().union(*articles.values()) == {f"{i:02}.txt" for i in range(NUM_TEXTS)}
+    assert all(of_documents[s] and of_documents[s] <= articles[s] for s in SPLITS)
+    pieces = [row["title"] for split in SPLITS for row in documents[split]]
+    dealt_one_by_one = {split: set(pieces[i::3]) for i, split in enumerate(SPLITS)}
+    assert shared(dealt_one_by_one)
+    assert shared(articles, dealt_one_by_one)
 
 
-def test_pieces_dealt_out_one_by_one_would_be_noticed(folder):
-    prepare_wikitext.main()
-    prepare_longdocs.main()
-    pieces = [
-        title
-        for split in SPLITS
-        for title in pq.read_table(f"data/longdocs/{split}.parquet")["title"].to_pylist()
-    ]
-    dealt = {split: set(pieces[i::3]) for i, split in enumerate(SPLITS)}
-    assert shared(dealt) != set()
-    assert shared(titles("wikitext"), dealt) != set()
-
-
-def test_tokens_are_the_whole_text_and_nothing_else(folder):
-    prepare_wikitext.main()
+def test_tokens_are_the_whole_text_and_nothing_else():
     tokenizer = tiny_tokenizer()
-    articles = [
-        article for split in SPLITS for article in read_articles(Path("data/wikitext"), split)
-    ]
-    assert len(articles) == NUM_ARTICLES
-    for article in articles:
-        assert article.text == Path("texts", article.title).read_text()
-        assert article.input_ids.tolist() == tokenizer.encode(
-            article.text, add_special_tokens=False
-        )
+    rows = [row for of_split in rows_of("wikitext").values() for row in of_split]
+    assert len(rows) == NUM_TEXTS
+    for row in rows:
+        assert row["text"] == Path("texts", row["title"]).read_text()
+        assert row["input_ids"] == tokenizer.encode(row["text"], add_special_tokens=False)
 
 
-def test_documents_are_exact_pieces_in_the_order_of_parts(folder):
-    prepare_wikitext.main()
-    prepare_longdocs.main()
+def test_documents_are_the_pieces_of_the_articles():
+    documents = documents_of()
     for split in SPLITS:
-        tokens = {
-            a.title: a.input_ids.tolist() for a in read_articles(Path("data/wikitext"), split)
-        }
-        path = Path(f"data/longdocs/{split}.parquet")
-        table = pq.read_table(path)
-        parts = table["part"].to_pylist()
-        assert parts == sorted(parts)
-        assert max(parts) > 0
-        assert len(parts) == sum(len(ids) // TOKENS_PER_DOCUMENT for ids in tokens.values())
-        for title, part, row in zip(
-            table["title"].to_pylist(), parts, read_token_rows(path), strict=True
-        ):
-            begin = part * TOKENS_PER_DOCUMENT
-            assert row.tolist() == tokens[title][begin : begin + TOKENS_PER_DOCUMENT]
-            assert len(row) == TOKENS_PER_DOCUMENT
+        articles = read_articles(Path("data/wikitext"), split)
+        pieces = cut_documents(articles, TOKENS_PER_DOCUMENT)
+        assert pieces[-1].part > 0
+        assert [tuple(row.values()) for row in documents[split]] == [
+            (piece.title, piece.part, piece.input_ids.tolist()) for piece in pieces
+        ]
 
 
-def test_two_runs_give_equal_bytes(folder):
-    contents = []
-    for _ in range(2):
-        prepare_wikitext.main()
-        prepare_longdocs.main()
-        files = sorted(Path("data").rglob("*"))
-        contents.append({str(file): file.read_bytes() for file in files if file.is_file()})
-    assert contents[0] == contents[1]
-    assert len(contents[0]) == 6
-
-
-def test_another_text_gives_other_bytes_in_its_split_only(folder):
+def test_two_runs_give_equal_bytes_and_a_changed_text_changes_its_split_only():
+    documents_of()
+    before = contents(Path("data"))
+    assert len(before) == 6
     prepare_wikitext.main()
-    before = {split: Path(f"data/wikitext/{split}.parquet").read_bytes() for split in SPLITS}
-    changed = next(iter(titles("wikitext")["val"]))
+    documents_of()
+    assert contents(Path("data")) == before
+    changed = min(titles_of(rows_of("wikitext"))["val"])
     Path("texts", changed).write_text("Another text.")
     prepare_wikitext.main()
-    after = {split: Path(f"data/wikitext/{split}.parquet").read_bytes() for split in SPLITS}
-    assert [split for split in SPLITS if before[split] != after[split]] == ["val"]
+    after = contents(Path("data"))
+    assert [name for name in before if before[name] != after[name]] == ["wikitext/val.parquet"]
 
 
-def test_too_few_articles_leave_earlier_results_untouched(folder):
-    prepare_wikitext.main()
-    before = Path("data/wikitext/train.parquet").read_bytes()
+def test_too_few_articles_leave_earlier_results_untouched():
+    before = contents(Path("data"))
     for path in sorted(Path("texts").iterdir())[3:]:
         path.unlink()
     with pytest.raises(ValueError, match="at least 2 articles"):
         prepare_wikitext.main()
-    assert Path("data/wikitext/train.parquet").read_bytes() == before
+    assert contents(Path("data")) == before
 
 
-def test_documents_longer_than_every_article_are_refused_before_anything_is_written(folder):
-    prepare_wikitext.main()
-    write_params(tokens_per_document=100_000)
-    with pytest.raises(
-        ValueError, match=r"got 100000: the longest article of train has \d+ tokens"
-    ):
-        prepare_longdocs.main()
-    assert not Path("data/longdocs").exists()
-
-
-def test_documents_of_one_test_article_are_refused_because_none_could_be_swapped(folder):
-    prepare_wikitext.main()
-    lengths = {
-        split: sorted(len(a.input_ids) for a in read_articles(Path("data/wikitext"), split))
-        for split in SPLITS
-    }
-    longest = sorted(lengths["test"])[-1]
-    only = Path("texts", next(iter(titles("wikitext")["test"])))
-    only.write_text(only.read_text() * 40)
-    for split in ("train", "val"):
-        other = Path("texts", next(iter(titles("wikitext")[split])))
-        other.write_text(other.read_text() * 40)
-    prepare_wikitext.main()
-    write_params(tokens_per_document=longest + 1)
-    with pytest.raises(ValueError, match=rf"2 articles in test, .* got {longest + 1}: 1 is that"):
-        prepare_longdocs.main()
-    assert not Path("data/longdocs").exists()
-    write_params(tokens_per_document=lengths["test"][-2])
-    prepare_longdocs.main()
-
-
-def test_what_is_missing_names_the_stage_that_makes_it(folder):
-    with pytest.raises(FileNotFoundError, match="run `dvc repro prepare_wikitext`"):
-        prepare_longdocs.main()
+def test_a_missing_file_names_the_stage_that_makes_it():
     Path("models/base/tokenizer.json").unlink()
     with pytest.raises(FileNotFoundError, match="run `dvc repro prepare_base`"):
         prepare_wikitext.main()
+    write_tokenizer()
+    Path("data/wikitext/val.parquet").unlink()
+    with pytest.raises(FileNotFoundError, match="run `dvc repro prepare_wikitext`"):
+        prepare_longdocs.main()
 
 
 def test_the_stages_import_neither_torch_nor_transformers():
-    code = (
-        "import sys, stages.prepare_wikitext, stages.prepare_longdocs;"
-        "sys.exit(sorted({'torch', 'transformers', 'gensim', 'tokenizers'} & set(sys.modules))"
-        "!= ['tokenizers'])"
+    names = {"torch", "transformers", "gensim", "tokenizers"}
+    code = "import sys, stages.prepare_wikitext, stages.prepare_longdocs; "
+    command = [sys.executable, "-c", f"{code} print(*({names} & set(sys.modules)))"]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert run.stdout == "tokenizers\n"
+
+
+def test_the_same_corpus_by_its_name_gives_the_same_documents():
+    assert documents_of(corpus="texts") == documents_of(corpus="same")
+
+
+def test_documents_come_from_the_other_corpus_only():
+    documents = documents_of(corpus="books")
+    assert documents != documents_of(corpus="same")
+    tokenizer = tiny_tokenizer()
+    firsts = [row for split in SPLITS for row in documents[split] if row["part"] == 0]
+    assert len(firsts) > NUM_TEXTS / 4
+    for row in firsts:
+        begin = f"books {int(row['title'].removesuffix('.txt'))}: the dog"
+        assert tokenizer.decode(row["input_ids"]).startswith(begin)
+
+
+def test_a_title_of_both_corpora_never_stands_in_two_splits(monkeypatch):
+    articles, documents = titles_of(rows_of("wikitext")), titles_of(documents_of(corpus="books"))
+    in_both = {f"{i:02}.txt" for i in range(NUM_TEXTS // 2, NUM_TEXTS)}
+    assert in_both & set().union(*documents.values())
+    assert shared(articles, documents) == set()
+    read = prepare_longdocs.read_other_corpus
+    monkeypatch.setattr(prepare_longdocs, "read_other_corpus", lambda _: read({}))
+    leaked = shared(articles, titles_of(documents_of(corpus="books")))
+    assert leaked
+    assert leaked <= in_both
+
+
+@pytest.mark.parametrize("corpus", ["same", "books"])
+@pytest.mark.parametrize("most", [2, 7])
+def test_fewer_documents_are_the_first_of_all(corpus, most):
+    of_all = documents_of(corpus=corpus)
+    fewer = documents_of(corpus=corpus, documents=most)
+    assert fewer == {split: of_all[split][:most] for split in SPLITS}
+
+
+def test_only_the_wanted_documents_are_tokenised(monkeypatch):
+    taken = []
+
+    def counting(tokenizer, articles):
+        for article in tokenize(tokenizer, articles):
+            taken.append(article.title)
+            yield article
+
+    monkeypatch.setattr(prepare_longdocs, "tokenize", counting)
+    documents_of(corpus="books", documents=2)
+    few = len(taken)
+    documents_of(corpus="books")
+    assert 6 <= few < 15
+    assert len(taken) - few > 30
+
+
+@pytest.mark.parametrize("corpus", ["same", "books"])
+def test_a_split_without_documents_is_refused_and_nothing_is_written(corpus):
+    message = r"got 1000: the longest article of train has \d+ tokens"
+    with pytest.raises(ValueError, match=message):
+        documents_of(corpus=corpus, tokens_per_document=1000)
+    assert not Path("data/longdocs").exists()
+
+
+def test_test_documents_of_one_article_are_refused(monkeypatch):
+    read = prepare_longdocs.read_other_corpus
+    monkeypatch.setattr(
+        prepare_longdocs,
+        "read_other_corpus",
+        lambda split_of: {**(of := read(split_of)), "test": of["test"][:1] * 3},
     )
-    root = Path(__file__).parent.parent
-    assert subprocess.run([sys.executable, "-c", code], cwd=root, check=False).returncode == 0
+    with pytest.raises(ValueError, match=r"at least 2 articles in test, .* got 2: 1 is that long"):
+        documents_of(corpus="books", tokens_per_document=2, documents=2)
+    assert not Path("data/longdocs").exists()
