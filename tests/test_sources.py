@@ -11,7 +11,8 @@ from huggingface_hub import constants
 from tokenizers import Tokenizer
 
 from infini_retrofit.bases import sources
-from infini_retrofit.bases.sources import BASE_KINDS, GgufFile, HubBase, LocalBase, WheelBase
+from infini_retrofit.bases.gguf import GgufFile
+from infini_retrofit.bases.sources import BASE_KINDS, HubBase, LocalBase, WheelBase
 from infini_retrofit.model.base import load_base, load_tokenizer
 from infini_retrofit.pipeline.files import sha256
 from infini_retrofit.pipeline.guard import ChangedWhileRunningError

@@ -95,38 +95,17 @@ The numbers are:
 
 
 @pytest.mark.parametrize(
-    ("markup", "text"),
-    [
-        ("a<ref>b</ref><ref name=c/> d", "a d"),
-        ("Na<sup>+</sup>, 1<sup>st</sup>, e<sup>&minus;x</sup>", "Na+, 1st, e\u2212x"),
-        ("one\ntwo\n\nthree", "one two\n\nthree"),
-        ("<poem>one\ntwo</poem>", "one\ntwo"),
-        ("* {{cite|x}}. Gone\n* kept", "- kept"),
-        ("a (e.g. <ref>x</ref>) b", "a b"),
-    ],
-)
-def test_markup_in_small(markup, text):
-    assert clean_article(markup) == text
-
-
-@pytest.mark.parametrize(
     ("body", "text"),
     [
-        ("convert|1300|mi|km", "1,300 miles"),
         ("convert|5|to|10.5|km2|sqmi|0|abbr=on", "5 to 10.5 km\u00b2"),
         ("convert|5|ft|11|in|cm", "5 ft 11 in"),
-        ("convert|4|mi|adj=on", "4-mile"),
         ("val|6.24|e=18|u=C", "6.24\u00d710^18 C"),
-        ("frac|3|2", "3/2"),
         ("As of|2015|6|30", "As of 30 June 2015"),
-        ("as of|2014|lc=y", "as of 2014"),
         ("nihongo|'''Aikido'''|\u5408|Aikid\u014d", "'''Aikido''' (\u5408, Aikid\u014d)"),
         ("coord|13|19|N|169|9|W|type:event", "13\u00b019'N 169\u00b09'W"),
         ("coord|32.7|-86.7|display=title", ""),
         ("lang-ru|link=no|text", "text"),
-        ("transl|ar|ALA|Allah", "Allah"),
         ("quote|text=Words = deeds.", "\n\nWords = deeds.\n\n"),
-        ("USS|Monitor", "USS Monitor"),
         ("Infobox country|name=X|text", ""),
     ],
 )

@@ -1,10 +1,15 @@
-"""Three tiny repositories as the Hub has them, and a folder laid out as its cache."""
+"""Three tiny repositories of the Hub, a folder like its cache, and a server that may fail."""
 
 import hashlib
 import io
 import json
-from dataclasses import dataclass
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from urllib.parse import unquote, urlsplit
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -20,9 +25,9 @@ from tests.tiny import tiny_neox, tiny_tokenizer
 from tests.tiny_project import ROOT
 
 NUM_ARTICLES, NUM_BOOKS = 50, 60
-LARGE = (".safetensors", ".parquet", ".bin")  # kept apart by the Hub, and named by their sha256
+LARGE = (".safetensors", ".parquet", ".bin")  # stored apart, named by their sha256
 UNWANTED = b"a file that nobody may ask for"
-# As the repository of Pythia-70m has it, in the words of its time.
+# As in the repository of Pythia-70m, whose keys have older names.
 CONFIG = {
     "architectures": ["GPTNeoXForCausalLM"],
     "bos_token_id": 0,
@@ -52,26 +57,21 @@ class Repository:
     revision: str
     files: dict[str, bytes]
 
-    @property
-    def cache_name(self) -> str:
-        """The folder's name in the Hub's cache."""
-        return f"{self.kind}--{self.repo_id.replace('/', '--')}"
-
 
 def repositories() -> list[Repository]:
-    """Make the model and the two data sets of the project's presets, each with unwanted files."""
-    base = load_presets(BASE_KINDS, "models", ROOT / "params.yaml")["pythia-70m"]
+    """Make the model and the two data sets of the project's presets, with unwanted files."""
+    models = load_presets(BASE_KINDS, "models", ROOT / "params.yaml")
     corpora = load_presets(CORPORA, "corpora", ROOT / "params.yaml")
-    wikitext, pg19 = corpora["wikitext-2"], corpora["pg19"]
-    return [
-        Repository("models", base.repo_id, base.revision, _pythia_files()),
-        Repository("datasets", wikitext.repo_id, wikitext.revision, _wikitext_files()),
-        Repository("datasets", pg19.repo_id, pg19.revision, _pg19_files()),
+    found = [
+        ("models", models["pythia-70m"], _pythia_files()),
+        ("datasets", corpora["wikitext-2"], _wikitext_files()),
+        ("datasets", corpora["pg19"], _pg19_files()),
     ]
+    return [Repository(kind, it.repo_id, it.revision, files) for kind, it, files in found]
 
 
 def pythia() -> GPTNeoXForCausalLM:
-    """Make the model whose weights the repository holds, rounded to 16 bits as they are."""
+    """Make the model of the repository, its weights rounded to 16 bits."""
     rope = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.25}
     names = set(CONFIG) - {"architectures", "model_type", "rotary_emb_base", "rotary_pct"}
     sizes = {name: CONFIG[name] for name in names - {"torch_dtype"}}
@@ -79,16 +79,16 @@ def pythia() -> GPTNeoXForCausalLM:
 
 
 def file_hash(name: str, content: bytes) -> str:
-    """Return what the Hub calls a file's content: sha256, or the hash that git has for it."""
+    """Return the Hub's name of a file's content: its sha256, or git's hash."""
     if name.endswith(LARGE):
         return hashlib.sha256(content).hexdigest()
     return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
 
 
 def write_cache(folder: Path, found: list[Repository]) -> None:
-    """Lay out a folder as the Hub's cache, with what a download would have brought."""
+    """Lay out a folder as the Hub's cache after a download."""
     for repository in found:
-        top = folder / repository.cache_name
+        top = folder / f"{repository.kind}--{repository.repo_id.replace('/', '--')}"
         for name, content in repository.files.items():
             blob = top / "blobs" / file_hash(name, content)
             pointer = top / "snapshots" / repository.revision / name
@@ -154,3 +154,100 @@ def _parquet(**columns: list[object]) -> bytes:
     file = io.BytesIO()
     pq.write_table(pa.table(columns), file)
     return file.getvalue()
+
+
+Answer = tuple[int, bytes, dict[str, str]]  # status, content, headers
+FAULTS: dict[str, Answer] = {
+    "gone": (404, b"", {"X-Error-Code": "EntryNotFound"}),
+    "forbidden": (401, b"", {"X-Error-Code": "RepoNotFound"}),
+    "old": (404, b"", {"X-Error-Code": "RevisionNotFound"}),
+    "broken": (500, b"", {}),
+    "portal": (200, b"<html>Please log in</html>", {}),
+}
+
+
+@dataclass
+class Hub:
+    """A running server.
+
+    Attributes:
+        endpoint: its address.
+        fault: one of FAULTS, cut (half an answer), other (bytes), or empty.
+        where: a part of the requests that fail, such as `HEAD` or `.parquet`.
+        asked: all requests.
+    """
+
+    endpoint: str = ""
+    fault: str = ""
+    where: str = ""
+    asked: list[str] = field(default_factory=list)
+
+
+@contextmanager
+def serve(found: list[Repository]) -> Iterator[Hub]:
+    """Answer like the Hub on a free port of this machine."""
+
+    class Handler(_Handler):
+        hub = Hub()
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        Handler.answers = _answers(found, server.server_port)
+        Handler.hub.endpoint = f"http://127.0.0.1:{server.server_port}"
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        try:
+            yield Handler.hub
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+class _Handler(BaseHTTPRequestHandler):
+    hub: Hub
+    answers: dict[str, Answer]
+    protocol_version = "HTTP/1.1"
+
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
+    def do_GET(self) -> None:
+        path = unquote(urlsplit(self.path).path)
+        request = f"{self.command} {path}"
+        self.hub.asked.append(request)
+        fault = self.hub.fault if self.hub.where in request else ""
+        status, content, headers = FAULTS.get(fault) or self.answers[path]
+        self.send_response(status)
+        for name, value in {"Content-Length": str(len(content)), **headers}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command == "GET":
+            content = content[::-1] if fault == "other" else content
+            self.wfile.write(content[: len(content) // 2] if fault == "cut" else content)
+        self.close_connection = fault == "cut"
+
+    def log_message(self, *_: object) -> None:
+        """Stay silent."""
+
+
+def _answers(found: list[Repository], port: int) -> dict[str, Answer]:
+    """Return the answer to each path: a list of files, a file, or its place on another host."""
+    answers: dict[str, Answer] = {}
+    for repo in found:
+        tree: list[dict[str, object]] = []
+        prefix = "" if repo.kind == "models" else f"/{repo.kind}"
+        for name, content in repo.files.items():
+            size, digest = len(content), file_hash(name, content)
+            path = f"{prefix}/{repo.repo_id}/resolve/{repo.revision}/{name}"
+            headers = {"X-Repo-Commit": repo.revision}
+            tree.append({"type": "file", "path": name, "size": size, "oid": digest})
+            if not name.endswith(LARGE):
+                answers[path] = 200, content, headers | {"ETag": f'"{digest}"'}
+                continue
+            tree[-1]["lfs"] = {"oid": digest, "size": size, "pointerSize": 134}
+            headers |= {"X-Linked-Etag": f'"{digest}"', "X-Linked-Size": str(size)}
+            headers |= {"Location": f"http://localhost:{port}/large/{digest}"}
+            answers[path] = 302, b"", headers
+            answers[f"/large/{digest}"] = 200, content, {}
+        path = f"/api/{repo.kind}/{repo.repo_id}/tree/{repo.revision}"
+        answers[path] = 200, json.dumps(tree).encode(), {}
+    return answers

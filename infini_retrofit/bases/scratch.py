@@ -29,14 +29,12 @@ from infini_retrofit.pipeline.device import start_run
 from infini_retrofit.texts.corpora import CorpusShares
 
 END_OF_TEXT = "<|endoftext|>"
-SMALLEST_VOCABULARY = 257  # every byte, and the end of a text
-# As in Pythia: a quarter of each head's channels is rotated, in pairs.
-ROTATED_SHARE, ROPE_THETA, HEAD_DIM_UNIT = 0.25, 10000.0, 8
+_HEAD_DIM_UNIT = 8  # a quarter of each head's channels is rotated, in pairs
 _LEAST = {
     "num_layers": 1,
     "hidden_size": 1,
     "num_heads": 1,
-    "vocab_size": SMALLEST_VOCABULARY,
+    "vocab_size": 257,  # every byte, and the end of a text
     "tokens_per_sample": 2,
     "samples": 1,
     "epochs": 0,
@@ -65,9 +63,9 @@ class ScratchBase:
         for name, least in _LEAST.items():
             if (value := getattr(self, name)) < least:
                 raise ValueError(f"models.*.{name} must be at least {least}, got {value}")
-        if self.hidden_size % (unit := HEAD_DIM_UNIT * self.num_heads):
+        if self.hidden_size % (unit := _HEAD_DIM_UNIT * self.num_heads):
             raise ValueError(
-                f"models.*.hidden_size must be a multiple of {unit} ({HEAD_DIM_UNIT} for each of "
+                f"models.*.hidden_size must be a multiple of {unit} ({_HEAD_DIM_UNIT} for each of "
                 f"num_heads, a quarter of which is rotated in pairs), got {self.hidden_size}"
             )
         if self.seed >= 2**32:
@@ -104,7 +102,7 @@ class ScratchBase:
         return BaseModel(model=model, tokenizer=tokenizer, source=source, note=note)
 
     def make_model(self, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
-        """Make a GPT-NeoX of these sizes with random weights and the settings of Pythia."""
+        """Make a GPT-NeoX of these sizes with random weights and Pythia's settings."""
         config = GPTNeoXConfig(
             vocab_size=len(tokenizer),
             hidden_size=self.hidden_size,
@@ -112,14 +110,6 @@ class ScratchBase:
             num_attention_heads=self.num_heads,
             intermediate_size=4 * self.hidden_size,
             max_position_embeddings=self.tokens_per_sample,
-            rope_parameters={
-                "rope_type": "default",
-                "rope_theta": ROPE_THETA,
-                "partial_rotary_factor": ROTATED_SHARE,
-            },
-            use_parallel_residual=True,
-            attention_bias=True,
-            tie_word_embeddings=False,
             bos_token_id=tokenizer.eos_token_id,
             eos_token_id=tokenizer.eos_token_id,
         )

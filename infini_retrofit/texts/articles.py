@@ -136,7 +136,8 @@ def _read_parquet(path: Path, name: str) -> list[Article]:
         table = pq.read_table(path, columns=columns)
     except (pa.ArrowException, OSError) as error:
         raise ValueError(f"{path} must be a parquet file, got one that cannot be read") from error
-    if "text" not in columns or not all(_is_text(table[column].type) for column in columns):
+    kinds = {str(table[column].type) for column in columns}
+    if "text" not in columns or kinds - {"string", "large_string"}:
         raise ValueError(
             f"{path} must have a column text (and may have a column title) of strings, "
             f"got {', '.join(map(str, names))}"
@@ -145,11 +146,6 @@ def _read_parquet(path: Path, name: str) -> list[Article]:
     titles = table[title_column].to_pylist() if title_column else [None] * len(texts)
     rows = enumerate(zip(titles, texts, strict=True))
     return [Article(title or f"{name} row {i}", text) for i, (title, text) in rows]
-
-
-def _is_text(kind: pa.DataType) -> bool:
-    """Return whether a column holds strings."""
-    return pa.types.is_string(kind) or pa.types.is_large_string(kind)
 
 
 def _assemble(rows: list[Article], path: Path) -> list[Article]:
