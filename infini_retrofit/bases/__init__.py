@@ -1,4 +1,4 @@
-"""The bases: a pretrained model from a wheel, the Hub, a folder, or trained here from scratch.
+"""Pretrained models from a wheel, the Hub or a folder, or trained here.
 
 Knows nothing of Infini layers.
 """

@@ -1,4 +1,4 @@
-"""A base model as a folder in Hugging Face form: read, refused, or written whole.
+"""A base model as a folder in Hugging Face form: read, check, write.
 
 Knows nothing of the folder's origin.
 """
@@ -8,6 +8,7 @@ import shutil
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
@@ -83,14 +84,16 @@ def check_family(family: str, source: str) -> None:
 
 
 def num_layers_of(folder: Path) -> int | None:
-    """Read the number of layers from the configuration; None: the folder does not name it."""
+    """Read the number of layers from the configuration, if it is there."""
     if not (folder / "config.json").is_file():
         return None
     return _read_config(folder).get("num_hidden_layers")
 
 
 def write_base(base: BaseModel, name: str, folder: Path) -> None:
-    """Write weights, tokenizer, base.json and the manifest, all of them or nothing.
+    """Write a base to a folder, whole or not at all.
+
+    The files are weights, tokenizer, base.json and the manifest.
 
     Args:
         base: the model to write.
@@ -114,5 +117,5 @@ def write_base(base: BaseModel, name: str, folder: Path) -> None:
         partial.rename(folder)
 
 
-def _read_config(folder: Path) -> dict[str, object]:
+def _read_config(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "config.json").read_text(encoding="utf-8"))

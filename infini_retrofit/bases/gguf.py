@@ -1,4 +1,4 @@
-"""A GGUF file as a transformers model and tokenizer that can be saved and trained.
+"""A GGUF file as a trainable transformers model and its tokenizer.
 
 Knows the file format through transformers only, and nothing of the file's origin.
 """

@@ -1,4 +1,4 @@
-"""A base made here: a small GPT-NeoX in the form of Pythia, and its own tokenizer.
+"""A base made here: a small GPT-NeoX as Pythia, with its own tokenizer.
 
 Both train on the train split of the corpus only. Knows no path. Imports that only training needs
 stand inside functions: they take seconds, and other sources need none of them.
@@ -102,7 +102,7 @@ class ScratchBase:
         return BaseModel(model=model, tokenizer=tokenizer, source=source, note=note)
 
     def make_model(self, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
-        """Make a GPT-NeoX of these sizes with random weights and Pythia's settings."""
+        """Make a GPT-NeoX with random weights and Pythia's other settings."""
         config = GPTNeoXConfig(
             vocab_size=len(tokenizer),
             hidden_size=self.hidden_size,
@@ -117,7 +117,9 @@ class ScratchBase:
         return AutoModelForCausalLM.from_config(config)
 
     def pretrain(self, model: PreTrainedModel, rows: Int[Tensor, "B T"]) -> None:
-        """Train all weights in place; equal arguments give equal weights on one processor.
+        """Train all weights in place.
+
+        Equal arguments give equal weights on the processor of one machine.
 
         Raises:
             FloatingPointError: if a loss is not finite.
@@ -142,7 +144,7 @@ class ScratchBase:
                 ) from error
 
     def _training_arguments(self) -> dict[str, Any]:
-        """Train as Pythia was: its betas, weight decay, and cosine to a tenth of the rate."""
+        """Return Pythia's betas, weight decay and cosine to a tenth."""
         _, dtype = start_run()
         return {
             "per_device_train_batch_size": self.batch_size,
@@ -216,7 +218,9 @@ def train_tokenizer(texts: Sequence[str], vocab_size: int) -> PreTrainedTokenize
 def pack_rows(
     tokenizer: PreTrainedTokenizerFast, texts: Sequence[str], tokens_per_sample: int, samples: int
 ) -> Int[Tensor, "B T"]:
-    """Join the texts, each followed by its end, and cut them into rows; drop the rest.
+    """Join the texts, each with its end, and cut them into rows.
+
+    A rest that fills no row is dropped.
 
     Raises:
         ValueError: if the texts do not fill one row.

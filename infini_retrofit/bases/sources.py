@@ -1,7 +1,6 @@
-"""The sources of a base model, each a preset of params.yaml.
+"""The sources of a base model: the presets of `models` in params.yaml.
 
-A GGUF file in an installed Python package, a repository of the Hugging Face Hub, a local folder,
-or a model trained here (`scratch`). Knows nothing of layers and weights.
+Knows nothing of layers and weights.
 """
 
 import re
@@ -44,7 +43,7 @@ class WheelBase:
             )
 
     def known_depth(self) -> int | None:
-        """Read the number of layers from the file; None: the package is not installed."""
+        """Read the number of layers from the file, if it is installed."""
         try:
             return GgufFile(self.find()).num_layers
         except FileNotFoundError:
@@ -62,7 +61,9 @@ class WheelBase:
         )
 
     def find(self) -> Path:
-        """Find the file without importing the package, whose dependencies may be missing.
+        """Find the file without importing the package.
+
+        The dependencies of the package may be missing.
 
         Raises:
             FileNotFoundError: if the package or the file is not installed.
@@ -100,7 +101,7 @@ class HubBase:
         check_commit("models.*.revision", self.revision)
 
     def known_depth(self) -> int | None:
-        """Read the number of layers from the local cache; None: it is not there."""
+        """Read the number of layers from the Hub's cache, if it is there."""
         config = try_to_load_from_cache(self.repo_id, "config.json", revision=self.revision)
         return num_layers_of(Path(config).parent) if isinstance(config, str) else None
 
@@ -123,7 +124,7 @@ class LocalBase:
     path: str  # relative to the project's top folder, or absolute
 
     def known_depth(self) -> int | None:
-        """Read the number of layers from the configuration; None: there is none."""
+        """Read the number of layers from the configuration, if it is there."""
         return num_layers_of(Path(self.path))
 
     def load(self) -> BaseModel:

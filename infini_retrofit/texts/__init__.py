@@ -1,4 +1,4 @@
-"""The texts: articles from every source, cleaned, dealt to splits and tokenised.
+"""Articles from every source, cleaned, split and tokenised.
 
 Knows neither models nor training.
 """

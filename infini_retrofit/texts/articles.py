@@ -1,4 +1,4 @@
-"""Read clean articles from gensim's Wikipedia sample, the Hugging Face Hub, or the user's files.
+"""Read clean articles: gensim's sample, the Hub, or the user's files.
 
 Holds the whole corpus in memory. Slow imports stand inside the function of their source.
 """
@@ -24,7 +24,7 @@ _NO_ARTICLE = re.compile(r"#redirect|.*\{\{(?:disambiguation|geodis)[|}]", re.I 
 
 
 def read_splits(corpus: CorpusShares) -> dict[str, list[Article]]:
-    """Read a corpus and deal its articles to splits, sorted as in `split_articles`."""
+    """Read a corpus and deal its articles to splits."""
     return split_articles(read_corpus(corpus), corpus.val_share, corpus.test_share)
 
 
@@ -63,7 +63,10 @@ def check_sha256(path: Path, expected: str) -> None:
 
 
 def read_dump(path: Path) -> Iterator[Article]:
-    """Read the articles of a bz2 MediaWiki dump, without redirects and lists of homonyms."""
+    """Read the articles of a bz2 MediaWiki dump.
+
+    Redirects and lists of homonyms are no articles.
+    """
     from gensim.corpora.wikicorpus import extract_pages
 
     with bz2.open(path) as file:
@@ -95,10 +98,11 @@ def read_hub(corpus: HubCorpus) -> list[Article]:
 
 
 def read_files(path: Path) -> list[Article]:
-    """Read `*.txt` (UTF-8) and `*.parquet` (a column `text`, optionally a column `title`).
+    """Read text files (UTF-8) and parquet files below a path.
 
-    Each text file or row is one article; text in the form of WikiText is cut at the titles.
-    An article without a title is named after its file below `path`.
+    A parquet file has a column `text` and may have a column `title`. Each text file or row is one
+    article; text in the form of WikiText is cut at the titles. An article without a title is named
+    after its file below `path`.
     """
     if not path.exists():
         raise FileNotFoundError(
@@ -149,7 +153,7 @@ def _read_parquet(path: Path, name: str) -> list[Article]:
 
 
 def _assemble(rows: list[Article], path: Path) -> list[Article]:
-    """Make articles of rows: cut WikiText at its titles, else tidy lines and drop empty rows."""
+    """Cut WikiText at its titles, or tidy rows and drop empty ones."""
     if is_wikitext(_lines(rows)):
         return list(split_wikitext(_lines(rows)))
     tidied = [Article(row.title, _tidy_lines(row.text)) for row in rows]
@@ -165,6 +169,6 @@ def _lines(rows: list[Article]) -> Iterator[str]:
 
 
 def _tidy_lines(text: str) -> str:
-    """Remove spaces at the ends of lines and all but one of successive empty lines."""
+    """Remove spaces at the ends of lines, and repeated empty lines."""
     text = "\n".join(line.rstrip() for line in text.splitlines())
     return re.sub(r"\n{3,}", "\n\n", text).strip()

@@ -11,7 +11,7 @@ SAME = "same"
 
 
 def check_commit(name: str, revision: str) -> None:
-    """Refuse a revision that is no commit, such as a branch, under its parameter's name."""
+    """Refuse a revision that is no commit, such as a branch."""
     if not re.fullmatch("[0-9a-f]{40}", revision):
         raise ValueError(
             f"{name} must be a commit of 40 lower-case hexadecimal digits, got {revision!r}: copy "
@@ -48,7 +48,7 @@ class GensimCorpus(CorpusShares):
 
 @dataclass(frozen=True, kw_only=True)
 class HubCorpus(CorpusShares):
-    """Parquet files of a data set on the Hugging Face Hub; its own splits are ignored."""
+    """Parquet files of a data set on the Hub, whose own splits are ignored."""
 
     repo_id: str
     revision: str
@@ -88,7 +88,7 @@ class LongdocsParams:
     documents: int | Literal["all"]  # at most, in each split
 
     def __post_init__(self) -> None:
-        """Refuse documents without a scored token, and a single document: memories are swapped."""
+        """Refuse too few tokens to score, and too few documents to swap."""
         if self.tokens_per_document < 2:
             raise ValueError(
                 "longdocs.tokens_per_document must be at least 2 tokens, "

@@ -1,4 +1,4 @@
-"""Download the files of one commit of a repository on the Hugging Face Hub.
+"""Download files of one commit of a repository on the Hugging Face Hub.
 
 Knows neither models nor corpora.
 """
@@ -28,7 +28,7 @@ def fetch_snapshot(
     embedded: str,
     repo_type: str = "model",
 ) -> Path:
-    """Download the files that the local cache lacks, and return the folder that holds them.
+    """Download the files that the cache lacks, and return their folder.
 
     Args:
         repo_id: such as `EleutherAI/pythia-70m`.
@@ -53,19 +53,23 @@ def fetch_snapshot(
             f"{repo_id} at {revision} cannot be downloaded: {shown}; check repo_id, revision, "
             f"connection and proxy, or use `{embedded}`, which needs no network"
         ) from error
-    found = matching_files(folder, patterns)
-    for path in found:
+    for path in matching_files(folder, patterns):
         _check_hash(path)
+    _note_unlisted(repository, folder, patterns)
+    return folder
+
+
+def _note_unlisted(repository: dict[str, str], folder: Path, patterns: list[str]) -> None:
+    """Print a note if the cache is a copy or old, and holds no list of files."""
     try:
         get_cached_repo_tree(**repository)
-    except CachedRepoTreeNotFoundError:  # the cache is a copy, or of an old version
-        names = ", ".join(path.name for path in found) or "none"
+    except CachedRepoTreeNotFoundError:
+        names = ", ".join(path.name for path in matching_files(folder, patterns)) or "none"
         print(
-            f"note: the local cache holds no list of the files of {repo_id}, so a missing file "
-            f"cannot be noticed; found of {', '.join(patterns)}: {names}",
+            f"note: the local cache holds no list of the files of {repository['repo_id']}, so a "
+            f"missing file cannot be noticed; found of {', '.join(patterns)}: {names}",
             file=sys.stderr,
         )
-    return folder
 
 
 def matching_files(folder: Path, patterns: list[str]) -> list[Path]:
@@ -75,10 +79,10 @@ def matching_files(folder: Path, patterns: list[str]) -> list[Path]:
 
 
 def _check_hash(path: Path) -> None:
-    """Compare a file with the hash in its name in the cache; copies without links have none.
+    """Compare a file with the hash that is its name in the cache.
 
-    The Hub names large files by sha256 and others by git's hash. `HfApi.verify_repo_checksums`
-    asks the Hub for the hashes: it fails without a network.
+    A cache without links has no hashes. The Hub names large files by sha256 and others by git's
+    hash. `HfApi.verify_repo_checksums` asks the Hub for the hashes, so it needs a network.
     """
     name = path.readlink().name if path.is_symlink() else ""
     if not re.fullmatch("[0-9a-f]{40}|[0-9a-f]{64}", name):

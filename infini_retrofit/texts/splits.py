@@ -1,4 +1,4 @@
-"""A corpus as the pipeline stores it: articles dealt to splits, tokenised, cut into documents.
+"""A corpus on disk: articles in splits, tokenised, cut into documents.
 
 Knows neither the source of the articles (`articles`) nor how they are cleaned (`wikimarkup`,
 `wikitext`).
@@ -29,7 +29,7 @@ BATCH_ARTICLES = 16
 
 @dataclass(frozen=True)
 class Article:
-    """One text, which stands in one split as a whole; its title decides in which."""
+    """One text; its title decides to which split it belongs."""
 
     title: str
     text: str
@@ -54,9 +54,9 @@ class Document:
 def split_articles(
     articles: Sequence[Article], val_share: float, test_share: float
 ) -> dict[str, list[Article]]:
-    """Deal articles to splits by a hash of their titles, and sort each split by that hash.
+    """Deal articles to splits by a hash of their titles.
 
-    An article keeps its split when others are added or removed.
+    An article keeps its split when others are added or removed. Each split is sorted by the hash.
 
     Raises:
         ValueError: if a split gets fewer than `MIN_ARTICLES`.
@@ -106,10 +106,10 @@ def tokenize(tokenizer: Tokenizer, articles: Sequence[Article]) -> Iterator[Toke
 
 
 def cut_documents(articles: Sequence[TokenizedArticle], tokens_per_document: int) -> list[Document]:
-    """Cut articles into pieces of one length, dropping the rest of each article.
+    """Cut articles into pieces of one length; the rest of each is dropped.
 
-    The first pieces of all articles precede the second ones, so that the first N documents come
-    from as many articles as possible. Each part is sorted by the hash of the titles.
+    The first pieces of all articles precede the second ones: the first N documents come from as
+    many articles as possible. Each part is sorted by the hash of the titles.
     """
     documents = [
         Document(article.title, part, article.input_ids[begin : begin + tokens_per_document])
@@ -122,13 +122,13 @@ def cut_documents(articles: Sequence[TokenizedArticle], tokens_per_document: int
 
 
 def write_articles(folder: Path, split: str, articles: Sequence[TokenizedArticle]) -> None:
-    """Write one split with a row per article; equal articles give equal bytes."""
+    """Write one split with a row per article, in equal bytes each time."""
     texts = pa.array([article.text for article in articles], pa.large_string())
     _write_rows(folder, split, articles, text=texts)
 
 
 def write_documents(folder: Path, split: str, documents: Sequence[Document]) -> None:
-    """Write one split with a row per document; equal documents give equal bytes."""
+    """Write one split with a row per document, in equal bytes each time."""
     parts = pa.array([document.part for document in documents], pa.int32())
     _write_rows(folder, split, documents, part=parts)
 

@@ -29,7 +29,7 @@ _DROPPED_SECTION = re.compile(
 
 @dataclass
 class _Section:
-    """A heading and the paragraphs up to the next heading; the lead has level 1."""
+    """A heading and its own paragraphs; the lead has level 1."""
 
     level: int
     title: str
@@ -37,7 +37,7 @@ class _Section:
 
 
 def clean_article(markup: str) -> str:
-    """Turn the wiki markup of one article into plain text, without the article's title.
+    """Turn the wiki markup of one article into plain text without its title.
 
     Tables, pictures, captions, footnotes and sections that only list sources are dropped.
     """
@@ -51,7 +51,7 @@ def clean_article(markup: str) -> str:
 
 
 def _set_formulas_aside(text: str) -> tuple[str, list[str]]:
-    """Replace formulas by placeholders, so that their braces are not read as markup."""
+    """Replace formulas by placeholders: their braces are no markup."""
     formulas: list[str] = []
 
     def replace(match: re.Match[str]) -> str:
@@ -62,7 +62,7 @@ def _set_formulas_aside(text: str) -> tuple[str, list[str]]:
 
 
 def _formula(latex: str) -> str:
-    """Write a formula on one line: between dollars where it needs LaTeX, else plain."""
+    """Write a formula on one line, between dollars if it needs LaTeX."""
     latex = re.sub(r"^\{([^{}]*)\}$", r"\1", " ".join(latex.split()).strip("~ "))
     latex = latex.replace("{{", "{ {").replace("}}", "} }")
     return f"${latex}$" if re.search(r"[\\{}^_]", latex) else latex
@@ -88,13 +88,13 @@ def _resolve_nested(text: str) -> str:
 
 
 def _render_link(body: str) -> str:
-    """Return the visible text of `[[body]]`: none for pictures, categories and languages."""
+    """Return the visible text of `[[body]]`; pictures have none."""
     target, _, label = body.partition("|")
     return "" if _HIDDEN_LINK.match(target) else label or target
 
 
 def _strip_tags(text: str) -> str:
-    """Remove HTML tags, but keep line breaks, superscripts and the text between the tags."""
+    """Remove HTML tags, but keep line breaks, superscripts and the text."""
     text = re.sub("<poem>(.*?)</poem>", _poem, text, flags=re.S)
     text = re.sub("<sup>(.*?)</sup>", _superscript, text)
     text = re.sub(r"<br\s*/?>", _BREAK, text)
@@ -135,7 +135,7 @@ def _read_sections(text: str) -> list[_Section]:
 
 
 def _read_paragraphs(lines: list[str]) -> list[str]:
-    """Join lines to paragraphs as a wiki does; a list is one paragraph with a line per item."""
+    """Join lines to paragraphs; a list is a paragraph with a line per item."""
     paragraphs: list[str] = []
     previous = ""
     for line in lines:
@@ -153,7 +153,7 @@ def _read_paragraphs(lines: list[str]) -> list[str]:
 
 
 def _read_line(line: str) -> tuple[str, str]:
-    """Return the kind of a line (text, item, term, indented) and its text, which may be empty."""
+    """Return the kind of a line (text, item, term, indented) and its text."""
     indented = line.startswith((" ", ":"))
     line = line.strip()
     if line.startswith(("|", "__", "Sources:")):
@@ -169,7 +169,7 @@ def _read_line(line: str) -> tuple[str, str]:
 
 
 def _remove_emphasis(line: str) -> str:
-    """Remove marks of italics and bold, but not the apostrophe in `''Iliad'''s`.
+    """Remove italics and bold, but not the apostrophe in `''Iliad'''s`.
 
     In a line with an unclosed mark of three, one such mark is an apostrophe and a mark of two.
     """
@@ -190,7 +190,7 @@ def _tidy(text: str) -> str:
 
 
 def _drop_by_title(sections: list[_Section]) -> list[_Section]:
-    """Drop sections that only list sources or links, with the sections below them."""
+    """Drop sections that only list sources or links, with subsections."""
     kept, dropped_level = [], 99
     for section in sections:
         if section.level <= dropped_level:
@@ -202,7 +202,7 @@ def _drop_by_title(sections: list[_Section]) -> list[_Section]:
 
 
 def _drop_empty(sections: list[_Section]) -> list[_Section]:
-    """Drop headings without text, and last lines that announce a removed table or list."""
+    """Drop headings without text, and lines that announce a removed table."""
     kept: list[_Section] = []
     for section in reversed(sections):
         has_children = kept and kept[-1].level > section.level
@@ -277,7 +277,7 @@ _RANGE_WORDS = {"-": "\u2013", "\u2013": "\u2013", "to": " to ", "and": " and ",
 
 
 def render_template(body: str) -> str:
-    """Return the visible text of `{{body}}`, which holds no other template or link."""
+    """Return the visible text of `{{body}}`, which holds no other markup."""
     name, *arguments = body.split("|")
     name = name.strip().lower()
     positional, named = _read_arguments(arguments)
@@ -295,7 +295,7 @@ def render_template(body: str) -> str:
 
 
 def _read_arguments(arguments: list[str]) -> tuple[list[str], dict[str, str]]:
-    """Separate `key=value` from positional arguments; `1=` and `text=` count as positional."""
+    """Separate named from positional arguments, which `1=` and `text=` are."""
     positional, named = [], {}
     for argument in arguments:
         match = re.match(r"\s*(\w+)\s*=(.*)", argument, re.S)
@@ -315,7 +315,7 @@ def _group_digits(number: str) -> str:
 
 
 def _convert(positional: list[str], named: dict[str, str]) -> str:
-    """Render `{{convert|5|to|10|km|mi}}` as `5 to 10 km`: the article's own unit only."""
+    """Render `{{convert|5|to|10|km|mi}}` in its first unit: `5 to 10 km`."""
     quantity, rest = _group_digits(positional[0]), positional[1:]
     if rest[0] in _RANGE_WORDS:
         quantity += _RANGE_WORDS[rest[0]] + _group_digits(rest[1])
@@ -354,7 +354,7 @@ def _japanese(positional: list[str], named: dict[str, str]) -> str:
 
 
 def _coordinates(positional: list[str], named: dict[str, str]) -> str:
-    """Render coordinates inside a sentence; coordinates of the title render as nothing."""
+    """Render coordinates inside a sentence; those of the title are hidden."""
     if named.get("display") == "title":
         return ""
     parts = " ".join(part for part in positional if re.fullmatch(r"[\d.]+|[NESW]", part))

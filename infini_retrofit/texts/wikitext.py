@@ -31,7 +31,7 @@ def is_wikitext(lines: Iterable[str]) -> bool:
 
 
 def split_wikitext(lines: Iterable[str]) -> Iterator[Article]:
-    """Cut lines at the titles of articles, dropping lines before the first title.
+    """Cut lines at the titles of articles; earlier lines are dropped.
 
     The text of an article starts with its title; an empty line separates paragraphs.
     """
