@@ -6,8 +6,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from infini_retrofit.texts import hub
-from infini_retrofit.texts.articles import check_sha256, read_corpus, read_dump, read_files
+from infini_retrofit.texts import articles, hub
+from infini_retrofit.texts.articles import read_corpus, read_dump, read_files
 from infini_retrofit.texts.corpora import FilesCorpus, HubCorpus
 from infini_retrofit.texts.splits import Article
 from infini_retrofit.texts.wikitext import join_tokens, split_wikitext
@@ -32,11 +32,10 @@ def test_a_dump_gives_articles_without_redirects_homonyms_and_other_namespaces(t
     assert list(read_dump(path)) == [Article("A", "A\n\nA is b.")]
 
 
-def test_a_changed_sample_is_refused_by_name(tmp_path):
-    path = tmp_path / "sample.bz2"
-    path.write_bytes(b"other")
-    with pytest.raises(ValueError, match=r"sample\.bz2 must have the sha256 0000"):
-        check_sha256(path, "0" * 64)
+def test_a_changed_sample_is_refused_by_name(monkeypatch):
+    monkeypatch.setattr(articles, "SAMPLE_SHA256", "0" * 64)
+    with pytest.raises(ValueError, match=r"shortened\.bz2 must have the sha256 0000"):
+        articles.read_gensim_sample()
 
 
 WIKITEXT = [
@@ -53,15 +52,17 @@ WIKITEXT = [
     " Text ; end \n",
     " = = Nothing follows = = \n",
 ]
-LOBSTER = (
-    "Homarus gammarus\n\nThe so-called \"lobster\" (1,000\u2013 2.5 kg) isn't the boys' pet.\n\n"
-    "Life\n\nBirth\n\nBorn at 10: 30, it's told."
-).replace("\u2013 2", "\u20132")
+LOBSTER = Article(
+    "Homarus gammarus",
+    "Homarus gammarus\n\n"
+    "The so-called \"lobster\" (1,000\u20132.5 kg) isn't the boys' pet.\n\n"
+    "Life\n\nBirth\n\nBorn at 10: 30, it's told.",
+)
+NEXT = Article("Next", "Next\n\nText; end")
 
 
 def test_wikitext_is_cut_at_titles_and_reads_as_it_was_written():
-    articles = list(split_wikitext(WIKITEXT))
-    assert articles == [Article("Homarus gammarus", LOBSTER), Article("Next", "Next\n\nText; end")]
+    assert list(split_wikitext(WIKITEXT)) == [LOBSTER, NEXT]
 
 
 def test_joined_tokens_are_stable():
@@ -79,8 +80,8 @@ def test_files_are_articles_and_rows_are_articles(tmp_path):
         Article("deep/a.txt", "One\n\ntwo\u00e9"),
         Article("X", "x"),
         Article("rows.parquet row 2", "z"),
-        Article("Homarus gammarus", LOBSTER),
-        Article("Next", "Next\n\nText; end"),
+        LOBSTER,
+        NEXT,
     ]
     corpus = FilesCorpus(path=str(tmp_path / "deep" / "a.txt"), **SHARES)
     assert read_corpus(corpus) == [Article("a.txt", "One\n\ntwo\u00e9")]
@@ -132,8 +133,7 @@ def test_the_hub_is_read_by_file_name_and_joined_across_files(monkeypatch, tmp_p
     for number, lines in enumerate((WIKITEXT[:6], WIKITEXT[6:])):
         pq.write_table(pa.table({"text": lines}), tmp_path / "raw" / f"train-{number}.parquet")
     monkeypatch.setattr(hub, "fetch_snapshot", fetch)
-    assert [article.title for article in read_corpus(hub_corpus())] == ["Homarus gammarus", "Next"]
-    assert read_corpus(hub_corpus())[0].text == LOBSTER
+    assert read_corpus(hub_corpus()) == [LOBSTER, NEXT]
     assert asked["revision"] == COMMIT
     assert asked["patterns"] == ["raw/*.parquet"]
     assert asked["repo_type"] == "dataset"

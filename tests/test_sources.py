@@ -1,6 +1,7 @@
 """A base comes from a folder or an installed package as it is, or is refused in one sentence."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -85,19 +86,16 @@ def test_a_flipped_byte_is_refused_on_load(tmp_path):
         load_base(tmp_path, torch.float32)
 
 
-def test_a_missing_folder_is_refused(tmp_path):
-    with pytest.raises(FileNotFoundError, match="nowhere is not a folder"):
-        bring_base(LocalBase(path=str(tmp_path / "nowhere")), "x", tmp_path / "base")
+@pytest.mark.parametrize("lost", ["", "config.json", "model.safetensors", "tokenizer.json"])
+def test_a_missing_folder_or_file_is_named(tmp_path, lost):
+    source = tiny_base_folder(tmp_path / "source")
+    path = source / lost
+    path.unlink() if lost else shutil.rmtree(path)
+    message = f"holds no {lost.replace('model', '[*]')}" if lost else "source is not a folder"
+    with pytest.raises(FileNotFoundError, match=message):
+        bring_base(LocalBase(path=str(source)), "x", tmp_path / "base")
     with pytest.raises(FileNotFoundError, match="dvc repro prepare_base"):
         load_base(tmp_path / "base", torch.float32)
-
-
-@pytest.mark.parametrize("lost", ["config.json", "model.safetensors", "tokenizer.json"])
-def test_an_incomplete_folder_is_refused(tmp_path, lost):
-    source = tiny_base_folder(tmp_path / "source")
-    (source / lost).unlink()
-    with pytest.raises(FileNotFoundError, match=lost.replace("model.", r"\*.")):
-        bring_base(LocalBase(path=str(source)), "x", tmp_path / "base")
 
 
 @pytest.mark.parametrize(
@@ -125,25 +123,16 @@ def test_missing_weights_are_not_made_up_and_the_old_base_stays(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"base", "source"}
 
 
-def test_the_depth_of_a_folder_is_known_by_its_configuration_alone(tmp_path):
-    base = LocalBase(path=str(tmp_path / "source"))
-    assert base.known_depth() is None
-    source = tiny_base_folder(tmp_path / "source", num_hidden_layers=2)
-    (source / "model.safetensors").unlink()
-    assert base.known_depth() == 2
-    edit_config(source, num_hidden_layers=5)
-    assert base.known_depth() == 5
-
-
-def test_the_depth_of_a_repository_is_known_by_the_cache_alone(tmp_path, monkeypatch):
+def test_the_depth_is_known_by_a_configuration_alone(tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
-    base = HubBase(repo_id="org/name", revision="0" * 40)
-    assert base.known_depth() is None
+    commits = tmp_path / "models--org--name/snapshots"
+    local = LocalBase(path=str(commits / ("1" * 40)))
+    cached = HubBase(repo_id="org/name", revision="0" * 40)
+    assert local.known_depth() is cached.known_depth() is None
     for commit, num_layers in (("0" * 40, 2), ("1" * 40, 5)):
-        snapshot = tmp_path / "models--org--name/snapshots" / commit
-        tiny_base_folder(snapshot, num_hidden_layers=num_layers)
-        (snapshot / "model.safetensors").unlink()
-    assert base.known_depth() == 2
+        tiny_base_folder(commits / commit, num_hidden_layers=num_layers)
+        (commits / commit / "model.safetensors").unlink()
+    assert (cached.known_depth(), local.known_depth()) == (2, 5)
 
 
 def test_a_branch_is_no_revision():
