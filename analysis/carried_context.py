@@ -21,7 +21,7 @@ from analysis.programs import (
 )
 from infini_retrofit.evaluation.protocols import score_full
 from infini_retrofit.evaluation.rival import make_rival
-from infini_retrofit.model.retrofit import border_bytes
+from infini_retrofit.model.retrofit import state_bytes
 from infini_retrofit.scoring.score import Score, score_segments, total
 
 HEADER = ["tokens carried", "bytes", "PPL", "nats a token won", "share of the gap"]
@@ -43,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for num_tokens in sorted({0, *options.tokens}):
             make_rival(model, num_tokens, length)
             score = total(score_segments(model, documents, length))
-            yield num_tokens, border_bytes(model), score
+            yield num_tokens, state_bytes(model), score
 
     print_growing(HEADER, make_rows(scores(), full))
 

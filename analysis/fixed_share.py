@@ -8,6 +8,7 @@ Reads: params.yaml (infini), models, data/longdocs
 """
 
 import argparse
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +22,7 @@ from analysis.programs import BASE, make_parser, open_documents, print_growing
 from infini_retrofit.layer.form import InfiniParams
 from infini_retrofit.model.base import load_base
 from infini_retrofit.model.checkpoints import load_retrofit
-from infini_retrofit.model.retrofit import insert_infini, resolve_layers
+from infini_retrofit.model.retrofit import infini_modules, insert_infini, resolve_layers
 from infini_retrofit.pipeline.device import start_run
 from infini_retrofit.pipeline.params import load_section
 from infini_retrofit.scoring.labels import next_token_nlls
@@ -49,15 +50,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     documents = open_documents(options.documents)
     device, dtype = start_run()
 
-    def score(form: InfiniParams, reads: Sequence[Whose]) -> dict[Whose, Score]:
+    def score(share: float, reads: Sequence[Whose]) -> dict[Whose, Score]:
         model = insert_memory(options.model, form, dtype).to(device)
+        for module in infini_modules(model).values():
+            torch.nn.init.constant_(module.gate_logit, math.log(share / (1 - share)))
         return score_reads(model, documents, form.segment_length, reads)
 
     def rows() -> Iterator[list[str]]:
-        off = score(form, ["off"])["off"]
+        off = score(0.5, ["off"])["off"]
         yield ["off", f"{off.ppl:.2f}", "", "", ""]
         for share in options.shares:
-            found = score(replace(form, initial_memory_share=share), ["own", "swapped"])
+            found = score(share, ["own", "swapped"])
             cells = ((f"{s.ppl:.2f}", f"{off.nll - s.nll:+.4f}") for s in found.values())
             yield [f"{share:g}", *(text for pair in cells for text in pair)]
 

@@ -35,6 +35,7 @@ ABSENT = {
     "infini.recall_norm": "none",
     "infini.written_tokens": "all",
     "infini.initial_state": "empty",
+    "infini.initial_memory_share": "0.02",
     "finetune.num_segments": "all",
 }
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from analysis.programs import BASE, make_parser, open_documents, print_growing
 from infini_retrofit.layer.form import InfiniParams
-from infini_retrofit.layer.state import Read
+from infini_retrofit.layer.probe import Read
 from infini_retrofit.model.base import load_base
 from infini_retrofit.model.retrofit import insert_infini
 from infini_retrofit.pipeline.device import start_run

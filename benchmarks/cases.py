@@ -18,7 +18,7 @@ from benchmarks.operations import count_operations
 from benchmarks.reference_loop import score_by_reference_loop
 from infini_retrofit.evaluation.protocols import score_sliding
 from infini_retrofit.layer.form import InfiniParams
-from infini_retrofit.layer.state import Carrier
+from infini_retrofit.layer.state import State
 from infini_retrofit.model.base import load_base
 from infini_retrofit.model.retrofit import insert_infini
 from infini_retrofit.model.running import run_folded
@@ -159,12 +159,15 @@ class LoopedFinetuning(Finetuning):
 
     def forward(self, input_ids: Int[Tensor, "B T"]) -> dict[str, Tensor]:
         """Return the mean loss in nats a token; gradients reach through all segments."""
-        carrier, parts = Carrier(), []
+        state, parts = State(), []
         for segment in input_ids.split(self.segment_length, dim=1):
-            carrier = Carrier(before=carrier.after)
             begin = len(parts) * self.segment_length
-            part = run_folded(self.model, segment, self.segment_length, "own", carrier, begin)
-            parts.append(part)
+            parts.append(
+                run_folded(
+                    self.model, segment, self.segment_length, state=state, first_position=begin
+                )
+            )
+            state = state.next()
         predicting, targets = next_tokens(input_ids, torch.cat(parts, dim=1))
         head = self.model.get_output_embeddings().weight
         return {"loss": token_nlls(predicting, head, targets).mean()}

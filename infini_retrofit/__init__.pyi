@@ -4,11 +4,13 @@ from .evaluation.rival import make_rival as make_rival
 from .generation.cache import InfiniCache as InfiniCache
 from .generation.generation import enable_generation as enable_generation
 from .layer.attention import InfiniAttention as InfiniAttention
+from .layer.cut import Cut as Cut
 from .layer.form import AttentionShape as AttentionShape
 from .layer.form import InfiniParams as InfiniParams
 from .layer.memory import MemoryState as MemoryState
-from .layer.state import Carried as Carried
-from .layer.state import Carrier as Carrier
+from .layer.probe import Probe as Probe
+from .layer.state import LayerState as LayerState
+from .layer.state import State as State
 from .model.base import load_base as load_base
 from .model.base import load_tokenizer as load_tokenizer
 from .model.checkpoints import load_retrofit as load_retrofit

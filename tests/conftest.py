@@ -10,11 +10,13 @@ os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 os.environ["OMP_NUM_THREADS"] = "1"
 
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
+from infini_retrofit.layer import attention
 from tests.tiny_project import PROJECTS, make_project, run_stages
 
 torch.set_num_threads(1)
@@ -25,6 +27,14 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _large_memory_share() -> Iterator[None]:
+    """Start gates where an untrained memory shows in the output."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attention, "INITIAL_MEMORY_SHARE", 0.3)
+        yield
 
 
 @pytest.fixture(scope="session")

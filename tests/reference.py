@@ -1,65 +1,179 @@
-"""The parameters that tests start from, attention by hand, and whole models segment by segment.
+"""The forms that tests share, attention by hand, and whole models segment by segment.
 
-What an Infini layer computes, token by token, is put together in infini_retrofit/layer/naive.py.
+What an Infini layer computes, token by token, is infini_retrofit/layer/naive.py.
 
 Axes:
     T  token of a document
     K  key channel
     V  value channel
-    P  rotated channel
 """
 
-from typing import Literal
+import math
+import random
+from itertools import combinations
 
+import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from infini_retrofit.layer.form import InfiniParams
+from infini_retrofit.layer.attention import InfiniAttention
+from infini_retrofit.layer.form import AttentionShape, InfiniParams
 from infini_retrofit.layer.memory import MemoryState, quotient, retrieve
-from infini_retrofit.layer.naive import naive_average, naive_feature
-from infini_retrofit.layer.state import Carried, Carrier
-from infini_retrofit.model.families import FAMILIES, decoder_layers
+from infini_retrofit.layer.naive import NaiveLayer, naive_average, naive_feature
+from infini_retrofit.layer.probe import Probe
+from infini_retrofit.layer.state import State
+from infini_retrofit.model.families import decoder_layers, family_of
+from infini_retrofit.model.retrofit import infini_modules, insert_infini
+from infini_retrofit.model.running import run_folded
+from tests.tiny import FAMILIES, Family, tiny_model
+
+# Sizes of the layer that stands for all forms. No two are equal.
+SEGMENT, WIDTH, LAYER = 3, 11, 2
+SHAPE = AttentionShape(
+    hidden_size=WIDTH, num_heads=4, num_kv_heads=2, head_dim=5, qkv_bias=True, o_bias=True
+)
+CHOICES = {
+    "update_rule": ("linear", "delta", "delta_gamma"),
+    "feature_map": ("elu1", "hedgehog"),
+    "num_features": ("base", 6),
+    "local": ("softmax", "linear"),
+    "positions": ("rope", "alibi", "none"),
+    "insertion": ("replace", "parallel"),
+    "heads": ("base", "single"),
+    "gate": ("head", "query"),
+    "decay": ("none", "feature"),
+    "seed_scaling": (False, True),
+    "state_dtype": ("float32", "bfloat16"),
+    "bptt_segments": ("all", 1, 2),
+    "local_context": (0, 1, 2, SEGMENT),
+}
 
 
 def infini_params(**over: object) -> InfiniParams:
     """Return Infini-attention as published, in every layer, with some fields changed."""
-    fields = {
-        "layers": "all",
-        "insertion": "replace",
-        "init": "base",
-        "local": "softmax",
-        "positions": "rope",
-        "heads": "base",
-        "memory": "on",
-        "window": 3,
-        "update_rule": "linear",
-        "feature_map": "elu1",
-        "num_features": "base",
-        "recall_norm": "none",
-        "seed_scaling": False,
-        "gate": "head",
-        "decay": "none",
-        "written_tokens": "all",
-        "initial_state": "empty",
-        "state_dtype": "float32",
-        "bptt_segments": "all",
-        "segment_length": 5,
-        "local_context": 0,
-        "initial_memory_share": 0.3,
-    }
-    return InfiniParams(**fields | over)
+    return InfiniParams(**{"segment_length": 5} | over)
 
 
 def without_conflicts(form: dict) -> dict:
-    """Return a form without what its update rule or local attention does not go with."""
-    if form.get("local") == "window_linear":
-        form = form | {"recall_norm": "none", "decay": "none", "seed_scaling": False}
+    """Return a form without choices that others exclude."""
+    form = dict(form)
     if form.get("update_rule", "linear") != "linear":
-        form = form | {"decay": "none", "seed_scaling": False}
-    if form.get("update_rule") == "delta_gamma":
-        form = form | {"initial_state": "empty"}
+        form |= {"decay": "none", "seed_scaling": False}
+    if form.get("feature_map", "elu1") != "hedgehog":
+        form |= {"num_features": "base"}
+    if form.get("heads") == "single":
+        form = {"init": "random_attention"} | form
+        form |= {"positions": "none"} if form.get("positions", "rope") == "rope" else {}
+    if form.get("local") == "linear" and form.get("positions") == "alibi":
+        form |= {"positions": "none"}
     return form
+
+
+def pairwise_forms() -> list[dict]:
+    """Return few forms in which any two choices meet, unless one excludes the other."""
+    draw, published = random.Random(0), {name: values[0] for name, values in CHOICES.items()}
+    others = [{name: draw.choice(values) for name, values in CHOICES.items()} for _ in range(2000)]
+    pool = [without_conflicts(form) for form in (published, *others)]
+    pairs = [set(combinations(form.items(), 2)) for form in pool]
+    missing, best, forms = set.union(*pairs), 0, []
+    while missing:
+        missing -= pairs[best]
+        forms.append(pool[best] | {"segment_length": SEGMENT})
+        best = max(range(len(pool)), key=lambda i: len(pairs[i] & missing))
+    return forms
+
+
+FORMS = pairwise_forms()
+PUBLISHED = FORMS[0]
+# Forms of whole models: each choice at least once.
+MODEL_FORMS = (
+    {},
+    {"layers": [1], "local_context": 3, "bptt_segments": 2, "gate": "query"},
+    {"layers": [0, -1], "insertion": "parallel", "update_rule": "delta", "state_dtype": "bfloat16"},
+    {"feature_map": "hedgehog", "num_features": 4, "decay": "feature", "state_dtype": "bfloat16"},
+    {
+        "positions": "alibi",
+        "init": "random_attention",
+        "update_rule": "delta_gamma",
+        "feature_map": "hedgehog",
+        "local_context": 1,
+    },
+    {
+        "heads": "single",
+        "init": "random_layer",
+        "local": "linear",
+        "positions": "none",
+        "seed_scaling": True,
+    },
+)
+
+
+def name_of(x: object) -> str:
+    """Name a form by its choices, for pytest."""
+    return "-".join(map(str, x.values())) if isinstance(x, dict) else str(x)
+
+
+every_form = pytest.mark.parametrize("form", FORMS, ids=name_of)
+every_model_form = pytest.mark.parametrize("form", MODEL_FORMS, ids=name_of)
+both_families = pytest.mark.parametrize("family", FAMILIES)
+
+
+def make_layer(form: dict, dtype: torch.dtype = torch.float64) -> InfiniAttention:
+    """Make a layer none of whose parameters has its usual start."""
+    layer = InfiniAttention(SHAPE, infini_params(**form), LAYER).to(dtype)
+    with torch.no_grad():
+        for name, parameter in layer.named_parameters():
+            if "proj" not in name:
+                parameter.add_(torch.randn_like(parameter) * 0.3 + (name == "alpha"))
+    return layer
+
+
+def make_model(family: Family, form: dict, dtype: torch.dtype = torch.float64) -> PreTrainedModel:
+    """Make a tiny model of which no parameter that its base lacks has its usual start."""
+    model = tiny_model(family).to(dtype)
+    insert_infini(model, infini_params(**form))
+    with torch.no_grad():
+        for module in infini_modules(model).values():
+            for name, parameter in module.named_parameters():
+                if "proj" not in name:
+                    parameter.add_(torch.randn_like(parameter) * 0.3 + (name == "alpha"))
+    return model.double() if dtype is torch.float64 else model
+
+
+def draw_hidden(num_rows: int, num_tokens: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    """Draw hidden states for `make_layer`."""
+    return torch.randn(num_rows, num_tokens, WIDTH, dtype=dtype)
+
+
+def run_layer(layer: InfiniAttention, x: Tensor, first: int = 0, **keywords: object) -> Tensor:
+    """Run a layer on rows (R T D) whose positions begin at `first`."""
+    return layer(x, rope_tables(x.shape[1], first), **keywords)[0]
+
+
+def run_naive(
+    layer: InfiniAttention, form: dict, x: Tensor, memory_of: Tensor | None = None
+) -> Tensor:
+    """Compute documents (B T D) token by token, each reading its own memory or that of another."""
+    tables = tuple(table[0] for table in rope_tables(x.shape[1]))
+    naive = NaiveLayer(layer, infini_params(**form))
+    others = [None] * len(x) if memory_of is None else memory_of
+    tables = tables if form["positions"] == "rope" else None
+    return torch.stack([naive(row, tables, of) for row, of in zip(x, others, strict=True)])
+
+
+def rope_tables(num_tokens: int, first: int = 0) -> tuple[Tensor, Tensor]:
+    """Return cosines and sines (1 T 4) of positions from `first` on."""
+    positions = torch.arange(first, first + num_tokens).double()
+    angles = positions[:, None] * torch.tensor([1.0, 0.3]).repeat(2)
+    return angles.cos()[None], angles.sin()[None]
+
+
+def set_share(module: nn.Module, share: float) -> None:
+    """Set the memory's share in every head of a layer or model, in place."""
+    for infini in module.modules():
+        if isinstance(infini, InfiniAttention) and infini.gate_logit is not None:
+            nn.init.constant_(infini.gate_logit, math.log(share / (1 - share)))
 
 
 def largest(x: Tensor) -> float:
@@ -88,30 +202,22 @@ def naive_attend(
 
 
 def segment_loop(
-    model: PreTrainedModel,
-    input_ids: Tensor,
-    segment_length: int,
-    read: Literal["own", "off"] = "own",
+    model: PreTrainedModel, input_ids: Tensor, segment_length: int, probe: Probe | None = None
 ) -> Tensor:
     """Run documents one segment after another, handing over what crosses the border."""
     outputs: list[Tensor] = []
-    carried: dict[int, Carried] = {}
+    state = State()
     for begin in range(0, input_ids.shape[1], segment_length):
         ids = input_ids[:, begin : begin + segment_length]
-        positions = torch.arange(begin, begin + ids.shape[1]).expand_as(ids)
-        carrier = Carrier(num_segments=1, read=read, before=carried)
-        hidden = model.base_model(
-            input_ids=ids, position_ids=positions, use_cache=False, carrier=carrier
-        ).last_hidden_state
-        outputs.append(hidden)
-        carried = carrier.after
+        outputs.append(run_folded(model, ids, ids.shape[1], probe, state, begin))
+        state = state.next()
     return torch.cat(outputs, dim=1)
 
 
 def record_layers(model: PreTrainedModel, input_ids: Tensor) -> dict[str, list[Tensor]]:
     """Note what each layer is given, what its attention returns and what it returns."""
     notes: dict[str, list[Tensor]] = {"given": [], "attention": [], "returned": []}
-    name = FAMILIES[model.config.model_type].attention
+    name = family_of(model.config).attention
     hooks = []
     for layer in decoder_layers(model):
         attention = getattr(layer, name)

@@ -14,7 +14,7 @@ from benchmarks.measuring import Measured, ProductRate, measure_group
 from benchmarks.operations import count_operations
 from benchmarks.reference_loop import score_by_reference_loop
 from infini_retrofit.evaluation.protocols import score_sliding
-from infini_retrofit.layer.state import Carrier
+from infini_retrofit.layer.state import State
 from infini_retrofit.training.finetuning import Finetuning
 from tests.tiny import FAMILIES, random_ids, tiny_base_folder, tiny_model
 
@@ -102,9 +102,9 @@ class ForgetfulFinetuning(cases.LoopedFinetuning):
     """A broken loop: every segment starts with nothing."""
 
     def forward(self, input_ids):
-        """Run each segment with a carrier of its own."""
+        """Run each segment with a state of its own."""
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(cases, "Carrier", lambda before=None: Carrier())
+            patch.setattr(State, "next", lambda state: State())
             return super().forward(input_ids)
 
 

@@ -89,8 +89,8 @@ def test_a_cache_is_loaded_in_the_number_type_of_the_model(tmp_path):
         if "memory" not in name and "gate_logit" not in name:
             parameter.data = parameter.data.bfloat16()
     cache = InfiniCache.load(tmp_path / "book.cache", half)
-    assert cache.carried[0].unfinished.key.dtype == torch.bfloat16
-    assert cache.carried[0].memory.matrix.dtype == torch.float32
+    assert cache.layer_states[0].unfinished.key.dtype == torch.bfloat16
+    assert cache.layer_states[0].memory.matrix.dtype == torch.float32
     assert go_on(half, cache, draw_ids(1, 2)).isfinite().all()
 
 
@@ -104,7 +104,10 @@ def test_a_cache_is_loaded_in_the_number_type_of_the_model(tmp_path):
         ({"local": "linear"}, r'infini\.local of .* must be "linear", .* got "softmax"'),
         ({"local_context": 2}, r"infini\.local_context of .* must be 2, .* got 0"),
         ({"seed_scaling": True}, r"infini\.seed_scaling of .* must be true, .* got false"),
-        ({"feature_map": "dpfp"}, r'infini\.feature_map of .* must be "dpfp", .* got "elu1"'),
+        (
+            {"feature_map": "hedgehog"},
+            r'infini\.feature_map of .* must be "hedgehog", .* got "elu1"',
+        ),
         ({"positions": "none"}, r'infini\.positions of .* must be "none", .* got "rope"'),
         ({"family": "gpt_neox"}, "model of .* must be "),
     ],
@@ -200,7 +203,7 @@ def test_tokens_cannot_be_taken_back():
     cache = filled(generating_model(), draw_ids(1, 7))
     assert not cache.is_croppable
     cache.crop(0)
-    with pytest.raises(ValueError, match=r"a memory cannot take back .* got -2"):
+    with pytest.raises(ValueError, match=r"tokens_to_remove must be 0, .*, got -2"):
         cache.crop(-2)
 
 

@@ -29,10 +29,9 @@ EVEN = FullLrScale(memory=1.0, infini=1.0, rest=1.0)
 MEMORIES = [
     {"update_rule": "delta"},
     {"feature_map": "hedgehog", "num_features": 4, "gate": "query", "decay": "feature"},
-    {"insertion": "parallel", "initial_memory_share": 0.3},
+    {"insertion": "parallel", "feature_map": "hedgehog"},
     {"local": "linear", "positions": "none", "heads": "single", "init": "random_attention"},
-    {"recall_norm": "rms", "written_tokens": 2, "initial_state": "learnable"},
-    {"bptt_segments": 1, "window": 3, "local": "window_linear"},
+    {"bptt_segments": 1, "decay": "feature"},
 ]
 
 

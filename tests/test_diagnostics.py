@@ -8,8 +8,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from infini_retrofit.evaluation.protocols import share_histogram
-from infini_retrofit.layer.naive import naive_heads, place_at
-from infini_retrofit.layer.state import MemoryReading
+from infini_retrofit.layer.naive import NaiveLayer, place_at
+from infini_retrofit.layer.probe import MemoryReading
 from infini_retrofit.model.families import FAMILIES
 from infini_retrofit.model.retrofit import infini_modules, insert_infini
 from infini_retrofit.model.running import run_folded
@@ -17,7 +17,7 @@ from infini_retrofit.scoring import memory_use as diagnostics
 from infini_retrofit.scoring import score as perplexity
 from infini_retrofit.scoring.memory_use import memory_use, read_memory
 from infini_retrofit.scoring.score import score_segments, total
-from tests.reference import infini_params, naive_attend, naive_recall, record_layers
+from tests.reference import infini_params, naive_attend, naive_recall, record_layers, set_share
 from tests.tiny import random_ids, tiny_model
 
 SEGMENT, DOCUMENT = 5, 15
@@ -41,7 +41,8 @@ def ids_for(model: PreTrainedModel, num_documents: int = 3) -> Tensor:
 @both_families
 @pytest.mark.parametrize("share", [0.02, 0.3, 0.9])
 def test_a_fixed_gate_is_the_share_of_every_query(family, share):
-    model = retrofitted(family, initial_memory_share=share)
+    model = retrofitted(family)
+    set_share(model, share)
     used = memory_use(model, ids_for(model), SEGMENT)
     assert used.keys() == NAMES
     gate = torch.sigmoid(torch.tensor(math.log(share / (1 - share)))).item()
@@ -96,7 +97,7 @@ def test_norms_are_those_of_a_loop_over_queries(family):
     tables = model.base_model.rotary_emb(torch.zeros(1), torch.arange(DOCUMENT)[None])
     tables = tuple(table[0] for table in tables)
     for hidden_states in norm(notes["given"][0]):
-        heads = naive_heads(layer, hidden_states)
+        heads = NaiveLayer(layer, infini_params()).project(hidden_states)
         for h in range(layer.shape.num_heads):
             n = h // (layer.shape.num_heads // layer.shape.num_kv_heads)
             for t in range(SEGMENT, DOCUMENT):
@@ -131,7 +132,6 @@ def test_every_document_is_read_by_itself_but_for_its_first_segment():
 WITHOUT = {
     "no layers": {"layers": []},
     "memory off": {"memory": "off"},
-    "linear sums of the segment itself": {"memory": "off", "local": "window_linear"},
 }
 
 
@@ -164,7 +164,8 @@ def test_the_histogram_counts_each_layer_s_shares_from_0_to_1():
 
 
 def test_the_histogram_of_a_model_shows_its_gates():
-    model = retrofitted("llama", layers=[1], initial_memory_share=0.32)
+    model = retrofitted("llama", layers=[1])
+    set_share(model, 0.32)
     infini_modules(model)[1].gate_logit.data[:1] = torch.logit(torch.tensor(0.87))
     rows = share_histogram(read_memory(model, ids_for(model), SEGMENT))
     filled = {row["memory_share"]: row["share_of_pairs"] for row in rows if row["share_of_pairs"]}

@@ -126,9 +126,9 @@ def test_steps_take_the_pieces_that_the_parameters_ask_for():
 
 
 def test_a_piece_is_a_document_of_its_own_and_validation_sees_whole_ones():
-    trainee = finetuning(form={"initial_memory_share": 0.5}, num_segments="curriculum")
+    trainee = finetuning(num_segments="curriculum")
     ids = ids_of(trainee)
-    whole = finetuning(form={"initial_memory_share": 0.5})
+    whole = finetuning()
     cut = ids.reshape(-1, 2 * SEGMENT)
     assert trainee(ids)["loss"].item() == pytest.approx(whole(cut)["loss"].item(), rel=1e-6)
     assert trainee(ids)["loss"].item() != pytest.approx(whole(ids)["loss"].item(), rel=1e-3)

@@ -1,191 +1,180 @@
-"""Every form of the Infini layer against the loop over tokens, in value and gradient.
+"""Every form of the Infini layer against the loop over tokens, in value and gradient."""
 
-The product of update rules, feature maps and local attentions is complete; what else a form may
-have goes round, so that each extra meets each of them.
-"""
-
-from itertools import cycle, product
+from dataclasses import fields
+from itertools import combinations, product
+from typing import get_args
 
 import pytest
 import torch
 from torch import Tensor
 
+from infini_retrofit.layer import local_attention
 from infini_retrofit.layer.attention import InfiniAttention
-from infini_retrofit.layer.form import AttentionShape
-from infini_retrofit.layer.naive import NaiveLayer
-from infini_retrofit.layer.state import Carrier
-from tests.reference import infini_params, largest, without_conflicts
-
-SEGMENT, WIDTH, LAYER, DOCUMENTS = 3, 11, 2, 2
-SHAPE = AttentionShape(
-    hidden_size=WIDTH, num_heads=4, num_kv_heads=2, head_dim=5, qkv_bias=True, o_bias=True
-)
-RULES = ("linear", "delta", "delta_gamma")
-FEATURE_MAPS = ("elu1", "hedgehog", "dpfp")
-LOCALS = (
-    *(("softmax", positions) for positions in ("rope", "alibi", "none")),
-    *(("linear", positions) for positions in ("rope", "none")),
-    *(("window_linear", positions) for positions in ("rope", "alibi", "none")),
-)
-EXTRAS = (
-    {},
-    {"decay": "head", "gate": "query"},
-    {"written_tokens": 2, "initial_state": "learnable"},
-    {"recall_norm": "rms", "insertion": "parallel"},
-    {"gate": "query", "recall_norm": "rms", "decay": "head", "initial_state": "learnable"},
-    {"decay": "feature", "initial_state": "learnable"},
-    {"seed_scaling": True, "gate": "query"},
-    {"local_context": 2, "decay": "feature", "written_tokens": 1, "recall_norm": "rms"},
-)
-WITH_WINDOW = (
-    {},
-    {"gate": "query", "window": 1},
-    {"written_tokens": 2, "initial_state": "learnable"},
-    {"local_context": 2, "insertion": "parallel", "window": 2},
+from infini_retrofit.layer.cut import Cut
+from infini_retrofit.layer.form import InfiniParams
+from infini_retrofit.layer.state import LayerState, State
+from tests.reference import (
+    CHOICES,
+    FORMS,
+    LAYER,
+    PUBLISHED,
+    SEGMENT,
+    WIDTH,
+    draw_hidden,
+    every_form,
+    largest,
+    make_layer,
+    rope_tables,
+    run_layer,
+    run_naive,
+    without_conflicts,
 )
 
-
-def all_forms() -> list[dict]:
-    extras, with_window, forms = cycle(EXTRAS), cycle(WITH_WINDOW), []
-    for rule, feature_map, (local, positions) in product(RULES, FEATURE_MAPS, LOCALS):
-        form = {"update_rule": rule, "feature_map": feature_map, "local": local, "window": 2}
-        extra = next(with_window if local == "window_linear" else extras)
-        if feature_map == "hedgehog" and len(forms) % 2:
-            form["num_features"] = 6
-        form |= {"positions": positions, "segment_length": SEGMENT} | extra
-        forms.append(without_conflicts(form))
-    return forms
+DOCUMENT = 3 * SEGMENT
+# What the loop does not know: it has no state, and no gradients that stop.
+EXACT = {"state_dtype": "float32", "bptt_segments": "all"}
 
 
-FORMS = all_forms()
+def run_in_layer(layer: InfiniAttention, x: Tensor) -> tuple[Tensor, LayerState]:
+    state = State()
+    return run_layer(layer, x, state=state), state.after[LAYER]
 
 
-def name_of(form: dict) -> str:
-    return "-".join(str(x) for k, x in form.items() if k not in ("window", "segment_length"))
-
-
-def make_layer(form: dict) -> InfiniAttention:
-    """Make a layer none of whose parameters stands at its usual start."""
-    layer = InfiniAttention(SHAPE, infini_params(**form), LAYER).double()
-    with torch.no_grad():
-        for name, parameter in layer.named_parameters():
-            if "proj" not in name:
-                parameter.add_(torch.randn_like(parameter) * 0.3)
-    return layer
-
-
-def draw_input(num_tokens: int) -> Tensor:
-    return torch.randn(DOCUMENTS, num_tokens, WIDTH, dtype=torch.float64).requires_grad_()
-
-
-def tables(num_tokens: int) -> tuple[Tensor, Tensor]:
-    angles = torch.arange(num_tokens)[:, None] * torch.tensor([1.0, 0.3]).repeat(2)
-    return angles.double().cos()[None], angles.double().sin()[None]
-
-
-def run_naive(layer: InfiniAttention, form: dict, x: Tensor) -> Tensor:
-    """Compute each document token by token."""
-    placed = tuple(t[0] for t in tables(x.shape[1])) if form["positions"] == "rope" else None
-    naive = NaiveLayer(layer, infini_params(**form))
-    return torch.stack([naive(document, placed) for document in x])
-
-
-def run_in_layer(layer: InfiniAttention, x: Tensor) -> Tensor:
-    return layer(x, tables(x.shape[1]))[0]
-
-
-def run_folded(layer: InfiniAttention, x: Tensor) -> Tensor:
-    num_segments = x.shape[1] // SEGMENT
+def run_folded(layer: InfiniAttention, x: Tensor) -> tuple[Tensor, LayerState]:
+    state, num_segments = State(), x.shape[1] // SEGMENT
     rows = x.reshape(-1, SEGMENT, WIDTH)
-    placed = [t.expand(DOCUMENTS, -1, -1).reshape(-1, SEGMENT, 4) for t in tables(x.shape[1])]
-    return layer(rows, tuple(placed), Carrier(num_segments=num_segments))[0].view_as(x)
+    tables = [t.expand(len(x), -1, -1).reshape(-1, SEGMENT, 4) for t in rope_tables(x.shape[1])]
+    out = layer(rows, tuple(tables), Cut(num_segments=num_segments), state)[0]
+    return out.view_as(x), state.after[LAYER]
 
 
-def run_loop(layer: InfiniAttention, x: Tensor) -> Tensor:
-    """Call the layer once a segment, handing over what crosses the border."""
-    outputs, carried = [], {}
-    for begin in range(0, x.shape[1], SEGMENT):
-        part = slice(begin, begin + SEGMENT)
-        carrier = Carrier(before=carried)
-        placed = tuple(t[:, part] for t in tables(x.shape[1]))
-        outputs.append(layer(x[:, part], placed, carrier)[0])
-        carried = carrier.after
-    return torch.cat(outputs, dim=1)
+def run_in_calls(
+    layer: InfiniAttention, x: Tensor, lengths: list[int], is_open: bool = False
+) -> tuple[Tensor, LayerState]:
+    """Run a document in several calls that hand over what crosses."""
+    outputs, state, cut = [], State(), Cut(is_open=is_open)
+    for part in x.split(lengths, dim=1):
+        first = sum(out.shape[1] for out in outputs)
+        outputs.append(run_layer(layer, part, first, cut=cut, state=state))
+        after, state = state.after[LAYER], state.next()
+    return torch.cat(outputs, dim=1), after
+
+
+def run_loop(layer: InfiniAttention, x: Tensor) -> tuple[Tensor, LayerState]:
+    return run_in_calls(layer, x, [SEGMENT] * (x.shape[1] // SEGMENT))
+
+
+def run_streamed(layer: InfiniAttention, x: Tensor) -> tuple[Tensor, LayerState]:
+    return run_in_calls(layer, x, [2, 1, 1, x.shape[1] - 5, 1], is_open=True)
+
+
+def tensors_of(after: LayerState) -> list[Tensor]:
+    parts = [part for part in (after.memory, after.context) if part is not None]
+    return [getattr(part, field.name).double() for part in parts for field in fields(part)]
 
 
 def gradients_of(out: Tensor, layer: InfiniAttention, x: Tensor) -> dict[str, Tensor]:
     named = {"x": x} | dict(layer.named_parameters())
     probe = torch.arange(out.numel()).view_as(out).double().sin()
-    found = torch.autograd.grad((out * probe).sum(), named.values(), allow_unused=True)
+    about = {"retain_graph": True, "materialize_grads": True}
+    found = torch.autograd.grad((out * probe).sum(), named.values(), **about)
     return dict(zip(named, found, strict=True))
 
 
-@pytest.mark.parametrize("form", FORMS, ids=name_of)
-def test_folded_in_layer_and_a_loop_equal_one_token_at_a_time(form):
-    layer, x = make_layer(form), draw_input(3 * SEGMENT)
-    want = run_naive(layer, form, x)
-    want_gradients = gradients_of(want, layer, x)
-    assert all(gradient is not None for gradient in want_gradients.values())
-    assert largest(want) > 0.01
-    for run in (run_folded, run_in_layer, run_loop):
-        got = run(layer, x)
-        assert largest(got - want) < 1e-9
-        for name, gradient in gradients_of(got, layer, x).items():
-            assert largest(gradient - want_gradients[name]) < 1e-9, name
-
-
-@pytest.mark.parametrize("form", FORMS[::7], ids=name_of)
-def test_a_last_segment_that_is_partial_equals_one_token_at_a_time(form):
-    layer, x = make_layer(form), draw_input(2 * SEGMENT + 1)
-    assert largest(run_in_layer(layer, x) - run_naive(layer, form, x)) < 1e-9
-
-
-@pytest.mark.parametrize("form", FORMS[::5], ids=name_of)
-def test_a_memory_kept_in_16_bits_is_the_same_however_it_is_run(form):
-    exact, short = make_layer(form), make_layer(form | {"state_dtype": "bfloat16"})
-    short.load_state_dict(exact.state_dict())
-    x = draw_input(4 * SEGMENT)
-    want, plain = run_folded(short, x), run_folded(exact, x)
-    want_gradients, plain_gradients = gradients_of(want, short, x), gradients_of(plain, exact, x)
-    assert 1e-6 < largest(want - plain) / largest(want) < 0.05
-    assert largest(run_loop(short, x) - want) < 1e-9  # its gradient crosses calls in 16 bits
-    got = run_in_layer(short, x)
+def assert_same(got: Tensor, want: Tensor, layer: InfiniAttention, x: Tensor) -> None:
+    """Compare values, and gradients of the input and all parameters."""
     assert largest(got - want) < 1e-9
-    for name, gradient in gradients_of(got, short, x).items():
+    want_gradients = gradients_of(want, layer, x)
+    for name, gradient in gradients_of(got, layer, x).items():
         assert largest(gradient - want_gradients[name]) < 1e-9, name
-    for name, gradient in plain_gradients.items():
-        error = largest(gradient - want_gradients[name])
-        assert error < 0.2 * largest(gradient) + 1e-9, name
 
 
-OTHERS = {
-    "update_rule": RULES,
-    "feature_map": FEATURE_MAPS,
-    "positions": ("rope", "alibi", "none"),
-    "local": ("softmax", "linear", "window_linear"),
-    "written_tokens": ("all", 1, 2),
-    "seed_scaling": (False, True),
-    "local_context": (0, 2),
-}
+@every_form
+def test_all_runs_equal_one_token_at_a_time(form):
+    layer, x = make_layer(form | EXACT), draw_hidden(2, DOCUMENT).requires_grad_()
+    want, (_, want_after) = run_naive(layer, form, x), run_in_layer(layer, x)
+    assert all(largest(y) > 1e-6 for y in (want, *gradients_of(want, layer, x).values()))
+    for run in (run_in_layer, run_folded, run_loop, run_streamed):
+        got, after = run(layer, x)
+        assert_same(got, want, layer, x)
+        pairs = zip(tensors_of(after), tensors_of(want_after), strict=True)
+        assert all(largest(a - b) < 1e-9 for a, b in pairs)
+    for n in (1, SEGMENT + 1, DOCUMENT - 1):
+        assert_same(run_layer(layer, x[:, :n]), want[:, :n], layer, x)
 
 
-def other_forms() -> list[tuple[dict, dict]]:
-    """Pair forms that differ in one choice alone."""
-    plain = {"segment_length": SEGMENT, "window": 1}
-    pairs = []
-    for name, values in OTHERS.items():
-        base = plain | ({"positions": "none"} if name == "local" else {"positions": "rope"})
-        first, *rest = values
-        pairs += [(base | {name: first}, base | {name: other}) for other in rest]
-    return pairs
+@pytest.mark.parametrize(("name", "value"), [("LONGEST_EXPLICIT", 0), ("QUERIES_PER_BLOCK", 2)])
+@every_form
+def test_the_fused_kernel_and_blocks_of_queries_equal_one_token_at_a_time(
+    form, name, value, monkeypatch
+):
+    monkeypatch.setattr(local_attention, name, value)
+    form = form | EXACT | {"local": "softmax"}
+    layer, x = make_layer(form), draw_hidden(2, DOCUMENT).requires_grad_()
+    want = run_naive(layer, form, x)
+    for run in (run_in_layer, run_streamed):
+        assert_same(run(layer, x)[0], want, layer, x)
 
 
-@pytest.mark.parametrize(("form", "other"), other_forms(), ids=lambda form: name_of(form))
-def test_the_loop_tells_forms_apart(form, other):
-    layer, x = make_layer(other), draw_input(3 * SEGMENT)
-    with torch.no_grad():
-        got = run_folded(layer, x)
-        assert largest(got - run_naive(layer, other, x)) < 1e-9
-        if form.get("feature_map") == "elu1" and other["feature_map"] == "hedgehog":
-            layer.feature_maps.query_weight = layer.feature_maps.key_weight = None
-        assert largest(got - run_naive(layer, form, x)) > 1e-4
+@every_form
+def test_a_loop_that_hands_over_nothing_is_noticed(form):
+    layer, x = make_layer(form), draw_hidden(2, DOCUMENT)
+    forgetful = run_layer(layer, x[:, SEGMENT:], SEGMENT)
+    assert largest(forgetful - run_layer(layer, x)[:, SEGMENT:]) > 0.01
+
+
+@every_form
+def test_a_state_of_16_bits_and_stopped_gradients_are_the_same_in_all_runs(form):
+    layer, x = make_layer(form), draw_hidden(2, 4 * SEGMENT).requires_grad_()
+    exact, free = (make_layer(form | {name: EXACT[name]}) for name in EXACT)
+    exact.load_state_dict(layer.state_dict())
+    free.load_state_dict(layer.state_dict())
+    want, unrounded, uncut = (run_folded(module, x)[0] for module in (layer, exact, free))
+    assert_same(run_in_layer(layer, x)[0], want, layer, x)
+    assert largest(run_loop(layer, x)[0] - want) < 1e-9  # its gradient crosses calls in 16 bits
+    error = largest(want - unrounded) / largest(want)
+    assert 1e-6 < error < 0.05 if form["state_dtype"] == "bfloat16" else error == 0
+    gradients, close = gradients_of(want, layer, x), gradients_of(unrounded, exact, x)
+    for name, gradient in gradients.items():
+        assert largest(close[name] - gradient) < 0.2 * largest(gradient) + 1e-9, name
+    assert torch.equal(uncut, want)
+    is_same = torch.equal(gradients_of(uncut, free, x)["x"], gradients["x"])
+    assert is_same is (form["bptt_segments"] == "all")
+
+
+def changes() -> list[dict]:
+    """Return what one choice alone changes in the published form."""
+    known = {name: values for name, values in CHOICES.items() if name not in ("heads", *EXACT)}
+    needed = {"num_features": {"feature_map": "hedgehog"}}
+    one = [needed.get(n, {}) | {n: other} for n, (_, *rest) in known.items() for other in rest]
+    return [*one, {"segment_length": SEGMENT + 1}]
+
+
+@pytest.mark.parametrize("change", changes(), ids=str)
+@torch.no_grad()
+def test_the_loop_tells_forms_apart(change):
+    layer, other, x = make_layer(PUBLISHED | change), make_layer(PUBLISHED), draw_hidden(2, 8)
+    other.load_state_dict(layer.state_dict(), strict=False)
+    got = run_layer(layer, x)
+    assert largest(got - run_naive(layer, PUBLISHED | change, x)) < 1e-9
+    assert largest(got - run_naive(other, PUBLISHED, x)) > 1e-4
+
+
+def missing_pairs(forms: list[dict]) -> list[dict]:
+    """Return the pairs of choices that may meet and do in no form."""
+    plain, missing = PUBLISHED | {"feature_map": "hedgehog", "positions": "none"}, []
+    for (name, values), (other, others) in combinations(CHOICES.items(), 2):
+        for pair in ({name: x, other: y} for x, y in product(values, others)):
+            may_meet = pair.items() <= without_conflicts(plain | pair).items()
+            if may_meet and not any(pair.items() <= form.items() for form in forms):
+                missing.append(pair)
+    return missing
+
+
+def test_every_choice_is_in_a_form_and_any_two_that_do_not_conflict_meet():
+    kinds = {field.name: field.type for field in fields(InfiniParams)}
+    for name in kinds.keys() - {"layers", "memory", "init"}:
+        choices = {c for c in get_args(kinds[name]) if isinstance(c, str)}
+        assert choices <= set(CHOICES.get(name, ())), name
+    assert missing_pairs(FORMS) == []
+    assert missing_pairs(FORMS[:-1]) != []

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from infini_retrofit.layer.state import Carrier
+from infini_retrofit.layer.state import State
 from infini_retrofit.model.checkpoints import save_retrofit
 from infini_retrofit.model.retrofit import insert_infini
 from infini_retrofit.model.running import run_folded
@@ -37,9 +37,7 @@ from infini_retrofit.share.lm_eval import InfiniLM
 
 TASKS = Path(__file__).parent.parent / "eval_tasks"
 SEGMENT = 16
-INFINI = infini_params(
-    layers=[0, 2], segment_length=SEGMENT, local_context=4, initial_memory_share=0.5
-)
+INFINI = infini_params(layers=[0, 2], segment_length=SEGMENT, local_context=4)
 WORDS = "the quick brown fox jumps over the lazy dog and the river sleeps. "
 TEXT = "".join(f"{number} {WORDS}" for number in range(5, 12))
 its_own_warnings = pytest.mark.filterwarnings("default")  # of the harness's dependencies
@@ -95,7 +93,7 @@ def test_a_text_of_any_length_scores_as_in_one_call(lm, length):
 
 
 def test_it_would_show_if_a_piece_forgot_the_one_before(lm, monkeypatch):
-    monkeypatch.setattr(harness, "Carrier", lambda before: Carrier())
+    monkeypatch.setattr(State, "next", lambda state: State())
     expected = -whole_nlls(lm, TEXT).sum().item()
     assert rolling(lm, TEXT) != pytest.approx(expected, rel=1e-5)
 

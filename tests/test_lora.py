@@ -29,7 +29,7 @@ OWN = {"q_proj", "k_proj", "v_proj", "o_proj"}
 FORMS = {
     "replace": {},
     "parallel": {"insertion": "parallel"},
-    "learnable memory": {"feature_map": "hedgehog", "initial_state": "learnable", "gate": "query"},
+    "learnable memory": {"feature_map": "hedgehog", "gate": "query"},
     "no memory": {"memory": "off"},
 }
 

@@ -15,7 +15,7 @@ from tests.tiny import FAMILIES, tiny_base_folder
 both_families = pytest.mark.parametrize("family", FAMILIES)
 RICH = {
     **{"positions": "alibi", "insertion": "parallel", "feature_map": "hedgehog", "gate": "query"},
-    **{"recall_norm": "rms", "initial_state": "learnable", "decay": "feature", "written_tokens": 3},
+    **{"decay": "feature", "gate": "query"},
 }
 
 
@@ -39,7 +39,7 @@ def test_the_memory_stays_float32_whatever_the_weights_are_opened_as(family, tmp
     groups = set_trainable(exported, "memory")
     of_memory = {id(p) for name in OF_MEMORY for p in groups[name]}
     names = {n for n, p in exported.named_parameters() if id(p) in of_memory}
-    assert len(names) == 3 * 10
+    assert len(names) == 3 * 6
     for name, parameter in opened.named_parameters():
         assert parameter.dtype is (torch.float32 if name in names else torch.bfloat16), name
     assert all(any(kept in name for kept in KEPT_FLOAT32) for name in names)
@@ -62,7 +62,9 @@ def test_the_configuration_says_what_was_inserted_and_refuses_what_cannot_be(fam
     assert exported.config.model_type == f"infini_{family}"
     assert exported.config.infini == vars(infini_params(**RICH))
     assert exported.config.other_layers == "segment"
-    fields = exported.config.to_dict() | {"infini": vars(infini_params()) | {"window": 0}}
+    fields = exported.config.to_dict() | {"infini": vars(infini_params()) | {"segment_length": 0}}
     del fields["model_type"]
-    with pytest.raises(ValueError, match=r"infini\.window must be at least 1 token, got 0"):
+    with pytest.raises(
+        ValueError, match=r"infini\.segment_length must be at least 3 tokens, .*, got 0"
+    ):
         MODELS[family](MODELS[family].config_class(**fields))

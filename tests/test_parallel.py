@@ -1,4 +1,4 @@
-"""A branch beside the base's attention: it costs nothing at the start and can be taken away."""
+"""A branch beside the base's attention: it costs nothing at the start, and the base stays whole."""
 
 from copy import deepcopy
 
@@ -8,29 +8,25 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from infini_retrofit.layer.state import Carrier, Read
+from infini_retrofit.layer.cut import Cut
+from infini_retrofit.layer.probe import Probe
 from infini_retrofit.model import retrofit
-from infini_retrofit.model.families import FAMILIES, decoder_layers
+from infini_retrofit.model.families import decoder_layers
 from infini_retrofit.model.retrofit import attention_modules, infini_modules, insert_infini
 from infini_retrofit.model.running import run_folded, run_in_layer
-from tests.reference import infini_params, largest
-from tests.tiny import random_ids, tiny_model
+from tests.reference import MODEL_FORMS, infini_params, largest, name_of, set_share
+from tests.tiny import FAMILIES, random_ids, tiny_model
 
 SEGMENT, DOCUMENT = 5, 20
-both_families = pytest.mark.parametrize("family", sorted(FAMILIES))
-every_layers = pytest.mark.parametrize("layers", ["all", [0], [-1], [0, 2]], ids=str)
-FORMS = (
-    {},
-    {"init": "random_attention", "update_rule": "delta_gamma", "feature_map": "hedgehog"},
-    {"local": "window_linear", "written_tokens": 2, "initial_state": "learnable"},
-    {"local": "linear", "recall_norm": "rms", "decay": "head", "gate": "query"},
-)
-every_form = pytest.mark.parametrize("form", FORMS)
+both_families = pytest.mark.parametrize("family", FAMILIES)
+PARALLEL = {"insertion": "parallel"}
+# Forms that keep the base's weights.
+ON_THE_BASE = [form for form in MODEL_FORMS if "init" not in form]
 
 
-def retrofitted(family: str, **over: object) -> PreTrainedModel:
+def retrofitted(family: str, **form: object) -> PreTrainedModel:
     model = tiny_model(family).double()
-    insert_infini(model, infini_params(insertion="parallel", **over))
+    insert_infini(model, infini_params(**form))
     return model
 
 
@@ -44,109 +40,79 @@ def open_branches(model: PreTrainedModel, alpha: float = 0.7) -> None:
 
 
 @both_families
-@every_layers
-@every_form
+@pytest.mark.parametrize("form", MODEL_FORMS[:-1], ids=name_of)
 @torch.no_grad()
-def test_before_training_a_branch_changes_nothing_and_then_it_does(family, layers, form):
-    base, model = tiny_model(family).double(), retrofitted(family, layers=layers, **form)
+def test_before_training_a_branch_changes_nothing_and_then_it_does(family, form):
+    base, model = tiny_model(family).double(), retrofitted(family, **form | PARALLEL)
     ids = ids_for(base)
     for run in (run_folded, run_in_layer):
-        want = run(base, ids, SEGMENT)
-        assert torch.equal(run(model, ids, SEGMENT), want)
+        assert torch.equal(run(model, ids, SEGMENT), run(base, ids, SEGMENT))
     open_branches(model)
     assert largest(run_folded(model, ids, SEGMENT) - run_folded(base, ids, SEGMENT)) > 0.01
 
 
 @both_families
-@pytest.mark.parametrize("index", [0, 2])
-def test_the_output_is_the_bases_attention_and_so_much_of_the_branch(family, index):
-    base, model = tiny_model(family).double(), retrofitted(family, layers=[index])
-    open_branches(model, 0.7)
-    notes: dict[str, Tensor] = {}
-    ids = ids_for(base)
-
-    def note(name: str, module: torch.nn.Module) -> None:
-        def hook(_, args: tuple, kwargs: dict, output: tuple) -> None:
-            notes[name] = output[0]
-            notes[f"{name} input"] = (*args, *kwargs.values())[0]
-
-        module.register_forward_hook(hook, with_kwargs=True)
-
-    note("base", attention_modules(base)[index])
-    note("whole", attention_modules(model)[index])
-    note("branch", infini_modules(model)[index])
-    with torch.no_grad():
-        run_folded(base, ids, SEGMENT)
-        run_folded(model, ids, SEGMENT)
-    assert torch.equal(notes["base input"], notes["whole input"])
-    assert torch.equal(notes["branch input"], notes["whole input"])
-    assert largest(notes["whole"] - notes["base"] - notes["branch"]) < 1e-12
-    assert largest(notes["branch"]) > 0.01
-
-
-@both_families
-def test_what_a_branch_adds_is_alpha_times_what_a_replacing_layer_gives(family):
-    parallel = retrofitted(family, layers=[1])
-    replacing = tiny_model(family).double()
-    insert_infini(replacing, infini_params(layers=[1]))
+@torch.no_grad()
+def test_the_output_is_the_bases_and_alpha_times_that_of_a_replacing_layer(family):
+    base, parallel, replacing = (
+        tiny_model(family).double(),
+        retrofitted(family, layers=[1], **PARALLEL),
+        retrofitted(family, layers=[1]),
+    )
     open_branches(parallel, -2.5)
-    x = torch.randn(8, SEGMENT, parallel.config.hidden_size, dtype=torch.float64)
-    tables = parallel.base_model.rotary_emb(x, torch.arange(SEGMENT)[None])
-    outputs = [
-        infini_modules(model)[1](x, tables, Carrier(num_segments=4))[0]
-        for model in (parallel, replacing)
-    ]
-    assert largest(outputs[0] + 2.5 * outputs[1]) < 1e-12
-    assert largest(outputs[1]) > 0.01
+    x = torch.randn(8, SEGMENT, base.config.hidden_size, dtype=torch.float64)
+    about = {
+        "position_embeddings": base.base_model.rotary_emb(x, torch.arange(SEGMENT)[None]),
+        "attention_mask": None,
+        "cut": Cut(num_segments=4),
+    }
+    plain, beside, alone = (
+        attention_modules(m)[1](x, **about)[0] for m in (base, parallel, replacing)
+    )
+    assert largest(beside - (plain - 2.5 * alone)) < 1e-12
+    assert largest(alone) > 0.01
 
 
 @both_families
 @torch.no_grad()
-def test_the_names_of_the_bases_weights_stay(family):
-    base, model = tiny_model(family), retrofitted(family, layers=[0, 2]).float()
+def test_the_names_and_values_of_the_bases_weights_stay(family):
+    base, model = tiny_model(family), retrofitted(family, layers=[0, 2], **PARALLEL).float()
     old, new = base.state_dict(), model.state_dict()
     assert all(torch.equal(new[name], old[name]) for name in old)
+    assert sorted(infini_modules(model)) == [0, 2]
     added = new.keys() - old.keys()
     assert added
     assert all(f".{retrofit.BRANCH}." in name for name in added)
-    assert sorted(infini_modules(model)) == [0, 2]
 
 
 @both_families
 @torch.no_grad()
 def test_a_copy_has_branches_of_its_own(family):
-    model = retrofitted(family)
+    model = retrofitted(family, **PARALLEL)
     open_branches(model)
-    ids = ids_for(model)
-    copied = deepcopy(model)
+    ids, copied = ids_for(model), deepcopy(model)
     want = run_folded(model, ids, SEGMENT)
     assert torch.equal(run_folded(copied, ids, SEGMENT), want)
-    for module in infini_modules(copied).values():
-        for parameter in module.parameters():
-            parameter += 1
+    open_branches(copied, alpha=9.0)
     assert torch.equal(run_folded(model, ids, SEGMENT), want)
     assert largest(run_folded(copied, ids, SEGMENT) - want) > 0.01
-    modules = zip(infini_modules(model).values(), infini_modules(copied).values(), strict=True)
-    assert all(a is not b for a, b in modules)
     hooks = [len(m._forward_hooks) for m in attention_modules(copied)]
     assert hooks == [1] * len(decoder_layers(model))
 
 
+def add_hook_of_the_original(base: torch.nn.Module, branch: torch.nn.Module) -> None:
+    """Add a hook that remembers its branch, as a closure would."""
+    base.add_module(retrofit.BRANCH, branch)
+    base.register_forward_hook(
+        lambda _, args, kwargs, out: (out[0] + branch(*args, **kwargs)[0], *out[1:]),
+        with_kwargs=True,
+    )
+
+
 @torch.no_grad()
 def test_a_hook_that_belongs_to_the_original_is_noticed(monkeypatch):
-    """Hang a hook that remembers its branch, as a closure would."""
-
-    def add_module(base: torch.nn.Module, name: str, branch: torch.nn.Module) -> None:
-        ADD_MODULE(base, name, branch)
-        base.register_forward_hook(
-            lambda _, args, kwargs, out: (out[0] + branch(*args, **kwargs)[0], *out[1:]),
-            with_kwargs=True,
-        )
-
-    monkeypatch.setattr(retrofit, "_add_branch", lambda base, args, kwargs, output: output)
-    monkeypatch.setattr(torch.nn.Module, "add_module", add_module)
-    model = retrofitted("llama")
-    monkeypatch.undo()
+    monkeypatch.setattr(retrofit, "put_beside", add_hook_of_the_original)
+    model = retrofitted("llama", **PARALLEL)
     open_branches(model)
     ids, copied = ids_for(model), deepcopy(model)
     open_branches(copied, alpha=9.0)
@@ -154,43 +120,23 @@ def test_a_hook_that_belongs_to_the_original_is_noticed(monkeypatch):
     assert largest(difference) == 0
 
 
-ADD_MODULE = torch.nn.Module.add_module
-
-
-def nll(model: PreTrainedModel, ids: Tensor, read: Read = "own") -> float:
-    logits = model.get_output_embeddings()(run_folded(model, ids, SEGMENT, read))
+def nll(model: PreTrainedModel, ids: Tensor) -> float:
+    logits = model.get_output_embeddings()(run_folded(model, ids, SEGMENT))
     return F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).item()
 
 
-REPLACING = (
-    {},
-    {"update_rule": "delta", "feature_map": "dpfp", "written_tokens": 2, "gate": "query"},
-    {"update_rule": "delta_gamma", "recall_norm": "rms"},
-    {"decay": "feature", "feature_map": "hedgehog", "num_features": 4, "gate": "query"},
-    {"local": "window_linear", "window": SEGMENT, "feature_map": "hedgehog"},
-)
-
-
 @both_families
-@every_layers
-@pytest.mark.parametrize("over", REPLACING)
+@pytest.mark.parametrize("form", ON_THE_BASE, ids=name_of)
 @torch.no_grad()
-def test_with_base_weights_and_the_memory_unread_a_replacing_layer_costs_nothing_either(
-    family, layers, over
-):
-    base = tiny_model(family).double()
-    ids = ids_for(base)
-    want, moved = nll(base, ids), []
+def test_with_base_weights_an_unread_memory_costs_nothing_and_a_small_share_little(family, form):
+    form = form | {"insertion": "replace", "local_context": 0}
+    base, model = tiny_model(family).double(), retrofitted(family, **form)
+    ids, moved = ids_for(base), []
+    off = run_folded(model, ids, SEGMENT, Probe(read="off"))
+    assert largest(off - run_folded(base, ids, SEGMENT)) < 1e-9
     for share in (0.02, 0.9):
-        model = tiny_model(family).double()
-        insert_infini(model, infini_params(layers=layers, initial_memory_share=share, **over))
-        off = run_folded(model, ids, SEGMENT, "off")
-        assert largest(off - run_folded(base, ids, SEGMENT)) < 1e-9
-        moved.append(abs(nll(model, ids) - want))
-    if over.get("local") == "window_linear":
-        # Its gate weighs sums over all that was written, not means: there is no such share.
-        assert moved[0] > 0
-        return
+        set_share(model, share)
+        moved.append(abs(nll(model, ids) - nll(base, ids)))
     # Of the perplexity, 2% are 0.02 of its logarithm.
     assert 0 < moved[0] < 0.02
     assert moved[1] > 1.5 * moved[0]

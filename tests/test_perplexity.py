@@ -15,7 +15,8 @@ from infini_retrofit.evaluation.protocols import (
     score_unigram,
     sliding_spans,
 )
-from infini_retrofit.layer.state import Carrier
+from infini_retrofit.layer.probe import Probe
+from infini_retrofit.layer.state import State
 from infini_retrofit.model.families import FAMILIES
 from infini_retrofit.model.retrofit import insert_infini
 from infini_retrofit.model.running import run_in_layer
@@ -134,9 +135,9 @@ def test_a_memory_that_lives_on_between_windows_lets_future_tokens_in(monkeypatc
     model, changed, before = retrofitted("llama"), 30, {}
 
     def run_with_living_memory(model: PreTrainedModel, rows: Tensor) -> Tensor:
-        carrier = Carrier(before=dict(before))
-        hidden = model.base_model(input_ids=rows, use_cache=False, carrier=carrier)
-        before.update(carrier.after)
+        state = State(before=dict(before))
+        hidden = model.base_model(input_ids=rows, use_cache=False, state=state)
+        before.update(state.after)
         return hidden.last_hidden_state
 
     monkeypatch.setattr(protocols, "WINDOWS_PER_BATCH", 1)
@@ -162,7 +163,8 @@ def test_segments_equal_a_loop_with_border_tokens_scored(family, read):
     runs = segment_runs(model, documents, SEGMENT, read)
     t2_scores = [Score.of(t2_nlls(model, *run, SEGMENT)) for run in runs]
     with torch.no_grad():
-        logits = model.get_output_embeddings()(segment_loop(model, documents, SEGMENT, read))
+        hidden = segment_loop(model, documents, SEGMENT, Probe(read=read))
+        logits = model.get_output_embeddings()(hidden)
     for score, t2, ids, row in zip(scores, t2_scores, documents, logits, strict=True):
         want = F.cross_entropy(row[:-1], ids[1:], reduction="none")
         assert score.num_scored == DOCUMENT - 1

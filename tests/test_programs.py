@@ -98,7 +98,7 @@ def test_a_control_gets_a_memory_of_the_share_asked_for_and_keeps_its_weights(
     finished, monkeypatch
 ):
     monkeypatch.chdir(finished["published"])
-    form = replace(load_section(InfiniParams, "infini"), initial_memory_share=0.3)
+    form = load_section(InfiniParams, "infini")
     made = fixed_share.insert_memory(CONTROL, form, torch.float32)
     trained = load_retrofit(BASE, CONTROL, torch.float32)[0].state_dict()
     assert trained.keys() < made.state_dict().keys()

@@ -8,11 +8,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from infini_retrofit.layer.form import InfiniParams
-from infini_retrofit.layer.state import Carried, Carrier
+from infini_retrofit.layer.probe import Probe
+from infini_retrofit.layer.state import LayerState, State
 from infini_retrofit.model import families
 from infini_retrofit.model.families import FAMILIES, PROJECTIONS, decoder_layers
 from infini_retrofit.model.retrofit import (
-    border_bytes,
     check_form,
     has_memory,
     infini_modules,
@@ -86,7 +86,7 @@ def test_memory_off_is_the_base_with_its_layers_confined(family):
     with torch.no_grad():
         want = run_folded(base, ids, SEGMENT)
         model = retrofitted(family, infini_params())
-        assert largest(run_folded(model, ids, SEGMENT, "off") - want) < 1e-9
+        assert largest(run_folded(model, ids, SEGMENT, Probe(read="off")) - want) < 1e-9
         without = retrofitted(family, infini_params(memory="off"))
         assert largest(run_folded(without, ids, SEGMENT) - want) < 1e-9
         assert largest(run_folded(model, ids, SEGMENT) - want) > 0.01
@@ -154,11 +154,10 @@ BYTES = [
     {"local_context": 3},
     {"memory": "off", "local_context": 3},
     {"memory": "off", "local_context": 3, "heads": "single"},
-    {"feature_map": "dpfp", "update_rule": "delta"},
-    {"feature_map": "hedgehog", "num_features": 4, "written_tokens": 1, "decay": "feature"},
+    {"feature_map": "hedgehog", "update_rule": "delta"},
+    {"feature_map": "hedgehog", "num_features": 4, "decay": "feature"},
     {"insertion": "parallel", "init": "random_attention", "local_context": 2},
-    {"local": "window_linear", "feature_map": "dpfp", "initial_state": "learnable"},
-    {"memory": "off", "local": "window_linear", "feature_map": "hedgehog", "local_context": 1},
+    {"memory": "off", "local": "linear", "feature_map": "hedgehog", "local_context": 1},
     {"state_dtype": "bfloat16", "decay": "feature", "local_context": 1},
 ]
 
@@ -168,16 +167,16 @@ def test_the_bytes_that_cross_a_border_are_those_of_what_is_carried(over):
     form = {"layers": [0, 2], "init": "random_layer", "positions": "none"} | over
     model, params = tiny_model("llama").bfloat16(), infini_params(**form)
     insert_infini(model, params)
-    carrier = Carrier()
-    run_folded(model, ids_for(model, 1), SEGMENT, carrier=carrier)
-    tensors = [x for c in carrier.after.values() for x in carried_tensors(c)]
+    state = State()
+    run_folded(model, ids_for(model, 1), SEGMENT, state=state)
+    tensors = [x for s in state.after.values() for x in tensors_of(s)]
     want = sum(x.numel() * x.element_size() for x in tensors)
     assert state_bytes(model, params) == want > 0
-    assert border_bytes(model) == want
+    assert state_bytes(model) == want
 
 
-def carried_tensors(carried: Carried) -> list[Tensor]:
-    memory, context = carried.memory, carried.context
+def tensors_of(state: LayerState) -> list[Tensor]:
+    memory, context = state.memory, state.context
     tensors = [] if memory is None else [memory.matrix, memory.normalizer]
     return tensors + ([] if context is None else [context.key, context.value])
 

@@ -1,7 +1,5 @@
 """Every form of a model through its files, and as an exported folder: not one bit differs."""
 
-from itertools import cycle
-
 import pytest
 import torch
 from transformers import PreTrainedModel
@@ -12,9 +10,10 @@ from infini_retrofit.model.checkpoints import load_retrofit, save_retrofit
 from infini_retrofit.model.retrofit import insert_infini
 from infini_retrofit.model.running import run_folded
 from infini_retrofit.share.exported_folder import as_exported
-from tests.reference import infini_params, largest
-from tests.test_model_forms import DOCUMENT, SEGMENT, all_forms, name_of
+from tests.reference import MODEL_FORMS, infini_params, largest, name_of
 from tests.tiny import FAMILIES, random_ids, tiny_base_folder
+
+SEGMENT, DOCUMENT = 5, 15
 
 
 @pytest.fixture(scope="module")
@@ -45,14 +44,9 @@ def outputs(model: PreTrainedModel) -> tuple[torch.Tensor, torch.Tensor]:
     return run_folded(model, ids, SEGMENT), model(input_ids=ids, use_cache=False).logits
 
 
-every_export = pytest.mark.parametrize(
-    ("family", "form", "other_layers"),
-    [(*case, other) for case, other in zip(all_forms(), cycle(("segment", "full")))],
-    ids=name_of,
-)
-
-
-@every_export
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("form", MODEL_FORMS, ids=name_of)
+@pytest.mark.parametrize("other_layers", ["segment", "full"])
 def test_what_is_saved_or_exported_comes_back_bit_by_bit(
     family, form, other_layers, bases, tmp_path
 ):

@@ -17,13 +17,10 @@ FORMS = {
     "parallel": {"insertion": "parallel", "feature_map": "hedgehog", "decay": "feature"},
     "everything": {
         "feature_map": "hedgehog",
-        "recall_norm": "rms",
         "gate": "query",
-        "decay": "head",
-        "written_tokens": 3,
-        "initial_state": "learnable",
+        "decay": "feature",
     },
-    "window": {"local": "window_linear", "feature_map": "hedgehog", "memory": "off"},
+    "linear": {"local": "linear", "feature_map": "hedgehog", "memory": "off"},
     "nothing": {"memory": "off"},
     "maps that nothing uses": {"memory": "off", "feature_map": "hedgehog"},
 }

@@ -1,17 +1,25 @@
-"""Tiny retrofitted models that generate, none of whose parameters stands at its usual start."""
+"""Tiny retrofitted models that generate, none of whose parameters has its usual start."""
 
+import pytest
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from infini_retrofit.generation.generation import enable_generation
-from infini_retrofit.model.retrofit import infini_modules, insert_infini
-from tests.reference import infini_params, largest, without_conflicts
-from tests.tiny import FAMILIES, Family, random_ids, tiny_model
+from infini_retrofit.layer.form import InfiniParams
+from tests.reference import MODEL_FORMS, infini_params, largest, make_model, name_of
+from tests.tiny import FAMILIES, Family, random_ids
 
-SEGMENT = 5
-# k * segment_length + {-1, 0, 1} for k = 0..4.
-LENGTHS = sorted({k * SEGMENT + d for k in range(5) for d in (-1, 0, 1)} - {-1, 0})
+SEGMENT = infini_params().segment_length
+OTHERS = ("segment", "full")
+# Each form in both families; its other layers are confined in one of them.
+CASES = [
+    (family, OTHERS[(i + j) % 2], form)
+    for i, form in enumerate(MODEL_FORMS)
+    for j, family in enumerate(FAMILIES)
+]
+every_case = pytest.mark.parametrize(("family", "other", "form"), CASES, ids=name_of)
+both_others = pytest.mark.parametrize("other", OTHERS)
 
 
 def generating_model(
@@ -23,21 +31,15 @@ def generating_model(
     return model
 
 
-def retrofitted_model(family: Family = "llama", **form: object):
-    """Make a model with Infini layers; return it with how they were inserted."""
-    model = tiny_model(family)
-    params = infini_params(**without_conflicts({"segment_length": SEGMENT} | form))
-    insert_infini(model, params)
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for module in infini_modules(model).values():
-            for name, parameter in module.named_parameters():
-                if "proj" not in name:
-                    parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.3)
-    return model, params
+def retrofitted_model(
+    family: Family = "llama", **form: object
+) -> tuple[PreTrainedModel, InfiniParams]:
+    """Make a model with Infini layers, equal each time; return it with its form."""
+    torch.manual_seed(1)
+    return make_model(family, form, torch.float32), infini_params(**form)
 
 
-def draw_ids(num_rows: int, num_tokens: int, seed: int = 0) -> torch.Tensor:
+def draw_ids(num_rows: int, num_tokens: int, seed: int = 0) -> Tensor:
     """Draw token ids that both families know, none of them 0, which pads."""
     return 1 + random_ids(60, num_rows, num_tokens, seed=seed)
 
@@ -60,34 +62,3 @@ def assert_same(got: tuple[Tensor, Tensor], want: tuple[Tensor, Tensor]) -> None
     """Compare tokens, and the logits that they were chosen by."""
     assert torch.equal(got[0], want[0])
     assert largest(got[1] - want[1]) < 1e-5
-
-
-FORMS = (
-    {"layers": [0, 2]},
-    {"positions": "alibi", "local_context": 3, "decay": "feature"},
-    {"positions": "none", "gate": "query", "decay": "head", "layers": [-1]},
-    {"local": "linear", "update_rule": "delta", "feature_map": "hedgehog", "local_context": 1},
-    {"local": "linear", "positions": "none", "update_rule": "delta_gamma", "feature_map": "dpfp"},
-    {"local": "window_linear", "window": 2, "local_context": 2, "written_tokens": 2},
-    {"local": "window_linear", "positions": "alibi", "window": 2, "local_context": 2},
-    {"local": "window_linear", "positions": "none", "window": 3, "initial_state": "learnable"},
-    {"written_tokens": 2, "recall_norm": "rms", "initial_state": "learnable", "layers": [1]},
-    {"memory": "off", "local_context": SEGMENT},
-    {"init": "random_attention", "heads": "single", "positions": "none", "decay": "head"},
-    {"state_dtype": "bfloat16", "local_context": 2},
-)
-
-
-def all_cases() -> list[tuple]:
-    """Run each form in both families, with both insertions and both kinds of other layers."""
-    cases = []
-    for number, form in enumerate(FORMS):
-        others = ("segment", "full")[:: 1 if number % 2 else -1]
-        families = FAMILIES[:: 1 if number % 4 < 2 else -1]
-        for family, insertion, other in zip(families, ("replace", "parallel"), others, strict=True):
-            cases.append((family, other, {"insertion": insertion} | form))
-    return cases
-
-
-def name_of(x: object) -> str:
-    return "-".join(map(str, x.values())) if isinstance(x, dict) else str(x)

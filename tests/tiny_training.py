@@ -23,7 +23,6 @@ INFINI = infini_params(
     local="linear",
     positions="none",
     segment_length=SEGMENT,
-    initial_memory_share=0.02,
 )
 SCHEDULE = {"epochs": 3, "lr": 1e-2, "patience": 3, "min_delta": 0.0, "seed": 0}
 FINETUNE = SCHEDULE | {

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from infini_retrofit.evaluation.protocols import full_runs, score_positions, score_sliding
 from infini_retrofit.evaluation.rival import Rival, make_rival
-from infini_retrofit.model.retrofit import border_bytes, has_memory
+from infini_retrofit.model.retrofit import has_memory, state_bytes
 from infini_retrofit.pipeline.tokens import TestText
 from infini_retrofit.scoring.labels import next_token_nlls, t2_nlls
 from infini_retrofit.scoring.score import Run, Score, memory_runs, segment_runs, total
@@ -100,7 +100,7 @@ def evaluate(
         protocols: of the documents, `full` and `segment` among them.
     """
     assert {"full", "segment"} <= set(protocols) <= set(PROTOCOLS), protocols
-    num_bytes = border_bytes(model)
+    num_bytes = state_bytes(model)
     scores = {"sliding": score_sliding(model, text.stream, params.window, params.stride)}
     nlls = _document_nlls(model, rival, text.documents, protocols)
     scores |= {name: total(map(Score.of, rows)) for name, rows in nlls.items()}

@@ -22,7 +22,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from infini_retrofit.layer.state import MemoryReading
+from infini_retrofit.layer.probe import MemoryReading
 from infini_retrofit.model.running import run_in_layer
 from infini_retrofit.scoring.labels import next_token_nlls
 from infini_retrofit.scoring.score import Run, Score, total

@@ -24,7 +24,7 @@ def carried_tokens(model: PreTrainedModel, params: InfiniParams) -> int:
     modules = attention_modules(model)
     base_shape = attention_shape(model.config)
     shapes = [m.shape if isinstance(m, InfiniAttention) else base_shape for m in modules]
-    token_bytes = sum(shape.carried_token_bytes() for shape in shapes)
+    token_bytes = sum(shape.context_token_bytes() for shape in shapes)
     return min(-(-state_bytes(model, params) // token_bytes), params.segment_length)
 
 

@@ -1,9 +1,9 @@
-"""`InfiniCache`: what generation keeps of a prompt in the place of all its keys and values.
+"""`InfiniCache`: the memory as a cache of `transformers`.
 
-In each Infini layer that is the memory, what is carried over the last segment border, and the
-keys and values of the segment that has not ended: as many bytes after a book as after a page.
-`enable_generation(model, params, other_layers)` makes a model use it, in `generate` and in forward
-passes with `use_cache=True`. Knows nothing of how layers attend.
+Each Infini layer keeps its memory, the context carried over the last segment border, and the keys
+and values of the segment that has not ended: as many bytes after a book as after a page.
+`enable_generation` makes a model use it, in `generate` and in forward passes with
+`use_cache=True`. Knows nothing of how layers attend.
 
 Axes:
     B  row of the batch
@@ -24,9 +24,10 @@ from transformers.cache_utils import Cache, DummyLayer, DynamicLayer
 
 from infini_retrofit.generation.cache_file import check_file, check_model, describe
 from infini_retrofit.layer.attention import InfiniAttention
+from infini_retrofit.layer.cut import Cut
 from infini_retrofit.layer.local_context import LocalContext
 from infini_retrofit.layer.memory import MemoryState
-from infini_retrofit.layer.state import Carried, Carrier, Tokens
+from infini_retrofit.layer.state import LayerState, State, Tokens
 from infini_retrofit.model.retrofit import attention_modules
 
 # The method of transformers' GenerationMixin that `enable_generation` replaces.
@@ -35,17 +36,18 @@ _KINDS = {"memory": MemoryState, "context": LocalContext, "unfinished": Tokens}
 
 
 class InfiniCache(Cache):
-    """Memory, carried context and current segment of every Infini layer, for each row of a batch.
+    """The state of every Infini layer, for each row of a batch.
 
-    A layer of the base that is not confined to segments (`other_layers: full`) keeps all keys and
-    values here as well, in a `DynamicLayer`: then the cache grows with the prompt.
+    With `other_layers: full` the base's own layers keep all keys and values here as well, in a
+    `DynamicLayer`: then the cache grows with the prompt.
 
     Attributes:
-        carried: by layer; a confined layer beside a parallel branch has an index of its own.
-        num_seen: columns that went in, padding included.
-        num_tokens: that went in, without padding; None: nothing did.
-        is_token: False in columns that were padding; None: nothing went in, or the cache is
-            bounded. Then how many tokens went in is all that counts, wherever they stood.
+        layer_states: by layer index; a confined layer beside a parallel branch has an index of
+            its own.
+        num_seen: columns read, padding included.
+        num_tokens: tokens read, without padding; None: none yet.
+        is_token: False in columns that were padding; None: nothing was read, or the cache is
+            bounded, for which the number of tokens is enough.
     """
 
     num_tokens: Int[Tensor, "B"] | None
@@ -56,7 +58,7 @@ class InfiniCache(Cache):
         super().__init__(
             layers=[DummyLayer() if bounded else DynamicLayer() for bounded in is_infini]
         )
-        self.carried: dict[int, Carried] = {}
+        self.layer_states: dict[int, LayerState] = {}
         self.num_seen = 0
         self.num_tokens = self.is_token = None
 
@@ -67,17 +69,17 @@ class InfiniCache(Cache):
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of all that layers keep."""
+        """Bytes of all tensors in the cache."""
         return sum(x.numel() * x.element_size() for x in self._tensors().values())
 
     @property
     def is_compileable(self) -> bool:
-        """Never: a segment grows until it ends."""
+        """Never, because a segment grows until it ends."""
         return False
 
     @property
     def is_croppable(self) -> bool:
-        """Never: see `crop`."""
+        """Never, see `crop`."""
         return False
 
     @property
@@ -86,39 +88,39 @@ class InfiniCache(Cache):
         return -1 if self.num_tokens is None else len(self.num_tokens)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Return how many columns went in."""
+        """Return the number of columns read."""
         return self.num_seen
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
-        """Return the keys that layers see which are not confined, and where these begin."""
+        """Return the number of keys of layers that are not confined, and their offset."""
         return self.num_seen + query_length, 0
 
-    def keep(self, carrier: Carrier, num_rows: int, num_columns: int) -> None:
-        """Take what the layers left after a forward pass, without its gradients."""
+    def keep(self, state: State, cut: Cut, num_rows: int, num_columns: int) -> None:
+        """Store the state after a forward pass, without gradients."""
         new = torch.ones(num_rows, num_columns, dtype=torch.bool)
-        if carrier.is_token is not None:
-            new = carrier.is_token.cpu()
+        if cut.is_token is not None:
+            new = cut.is_token.cpu()
         added = new.sum(dim=1)
         self.num_tokens = added if self.num_tokens is None else self.num_tokens + added
         if not self.is_bounded:
             self.is_token = new if self.is_token is None else torch.cat([self.is_token, new], dim=1)
         self.num_seen += num_columns
-        self.carried = carrier.after
+        self.layer_states = state.after
         self._change(torch.Tensor.detach)
 
     def mask_for(
         self, input_ids: Int[Tensor, "B T"], attention_mask: Int[Tensor, "B T"] | None = None
     ) -> Int[Tensor, "B _"]:
-        """Return the `attention_mask` with which `generate` goes on from here.
+        """Return the `attention_mask` with which `generate` continues this cache.
 
-        Without one it would take the new tokens for the whole text, and skip as many as are here.
+        Without one `generate` takes the new tokens for the whole text, and skips them.
 
         Args:
             input_ids: the new columns.
             attention_mask: which of them are tokens; None: they all are.
 
         Raises:
-            ValueError: if the cache is one of another batch.
+            ValueError: if the cache has another number of rows.
         """
         self.check_rows(len(input_ids))
         new = torch.ones_like(input_ids) if attention_mask is None else attention_mask
@@ -130,7 +132,7 @@ class InfiniCache(Cache):
         return torch.cat([seen.to(new), new], dim=1)
 
     def check_rows(self, num_rows: int) -> None:
-        """Refuse to go on with another batch.
+        """Refuse another batch.
 
         Raises:
             ValueError: if it has another number of rows.
@@ -143,29 +145,30 @@ class InfiniCache(Cache):
             )
 
     def reset(self) -> None:
-        """Forget everything."""
+        """Empty the cache."""
         super().reset()
-        self.carried, self.num_seen, self.num_tokens, self.is_token = {}, 0, None, None
+        self.layer_states, self.num_seen = {}, 0
+        self.num_tokens = self.is_token = None
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Refuse to take tokens back.
+        """Refuse to remove tokens.
 
         Raises:
-            ValueError: unless there are none to take back.
+            ValueError: unless there are none to remove.
         """
         if tokens_to_remove:
             raise ValueError(
-                "tokens_to_remove must be 0, because a memory cannot take back what was written to "
+                "tokens_to_remove must be 0, because a memory cannot remove what was written to "
                 f"it, got {tokens_to_remove}: keep a copy (copy.deepcopy) to return to"
             )
 
     def reorder_cache(self, beam_idx: Int[Tensor, "_"]) -> None:
-        """Let row i go on where row beam_idx[i] is."""
+        """Replace row i by row beam_idx[i]."""
         super().reorder_cache(beam_idx)
         self._change(lambda x: x.index_select(0, beam_idx.to(x.device)))
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep some rows only, in the order given."""
+        """Keep some rows, in the order given."""
         super().batch_select_indices(indices)
         self._change(lambda x: x[indices.to(x.device)])
 
@@ -175,18 +178,18 @@ class InfiniCache(Cache):
         self._change(lambda x: x.repeat_interleave(repeats, dim=0))
 
     def _change(self, change: Callable[[Tensor], Tensor]) -> None:
-        """Change every tensor of the Infini layers, and what belongs to rows beside them."""
-        self.carried = {key: _map(carried, change) for key, carried in self.carried.items()}
+        """Change every tensor of the Infini layers, and the rows' counts and masks."""
+        self.layer_states = {k: _map(state, change) for k, state in self.layer_states.items()}
         self.num_tokens, self.is_token = (
             None if x is None else change(x) for x in (self.num_tokens, self.is_token)
         )
 
     def _tensors(self) -> dict[str, Tensor]:
-        """Return every tensor under a name of its own."""
+        """Return every tensor by a unique name."""
         found = {}
-        for key, carried in self.carried.items():
+        for key, state in self.layer_states.items():
             for part in _KINDS:
-                if (value := getattr(carried, part)) is not None:
+                if (value := getattr(state, part)) is not None:
                     named = {f.name: getattr(value, f.name) for f in fields(value)}
                     found |= {f"carried.{key}.{part}.{name}": x for name, x in named.items()}
         for index, layer in enumerate(self.layers):
@@ -196,10 +199,10 @@ class InfiniCache(Cache):
         return found
 
     def save(self, path: Path, model: PreTrainedModel) -> None:
-        """Write the cache, and which model filled it, to one file, whole or not at all.
+        """Write the cache and its model's identity to one file, whole or not at all.
 
         Raises:
-            ValueError: if the model would not fill a cache.
+            ValueError: if the model does not use such caches.
         """
         check_enabled(model)
         about = describe(model) | {"num_seen": str(self.num_seen)}
@@ -218,8 +221,8 @@ class InfiniCache(Cache):
 
         Raises:
             FileNotFoundError: if there is no such file.
-            ValueError: if the file is no cache, or one of another model, or the model uses none;
-                the device may be another, and the number type too, of float32 and bfloat16.
+            ValueError: if the file is no cache of this model, or the model uses none. The device
+                and the number type (float32, bfloat16) may differ.
         """
         check_enabled(model)
         about = check_file(path)
@@ -230,7 +233,7 @@ class InfiniCache(Cache):
         return cache
 
     def _fill(self, tensors: dict[str, Tensor], model: PreTrainedModel) -> None:
-        """Put loaded tensors in their places."""
+        """Fill the cache with loaded tensors."""
         self.num_tokens = tensors.pop("num_tokens", None)
         self.is_token = tensors.pop("is_token", None)
         parts: dict[str, dict[int, dict[str, dict[str, Tensor]]]] = {"carried": {}, "full": {}}
@@ -242,8 +245,8 @@ class InfiniCache(Cache):
             named[field] = x.to(model.device)
         for index, by_part in parts["full"].items():
             self.layers[index].update(**by_part["update"])
-        self.carried = {
-            key: Carried(**{part: _KINDS[part](**named) for part, named in by_part.items()})
+        self.layer_states = {
+            key: LayerState(**{part: _KINDS[part](**named) for part, named in by_part.items()})
             for key, by_part in parts["carried"].items()
         }
 

@@ -21,7 +21,7 @@ from infini_retrofit.model.retrofit import resolve_layers
 FORMAT = "4"
 _VALUES_AT_ONCE = 2**22  # of a parameter, for its digest
 # These choices say where the weights came from. They change nothing that is computed.
-_OF_TRAINING = ("init", "initial_memory_share", "bptt_segments")
+_OF_TRAINING = ("init", "bptt_segments")
 
 
 def check_file(path: Path) -> dict[str, str]:

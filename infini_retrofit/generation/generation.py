@@ -1,12 +1,11 @@
-"""Make a retrofitted model generate with an `InfiniCache`, and read long texts into one.
+"""Generate with an `InfiniCache`, and read long texts into one.
 
-Whoever has a model with Infini layers calls `enable_generation` once, after its weights are in
-place or, for a model class of its own, at the end of its constructor: from then on `generate` and
-forward passes with `use_cache=True` work as with any model of `transformers`, and padding (a 2-D
-`attention_mask`) reaches the memory with or without a cache. Forward passes that are given a
-`carrier` are left alone. Long prompts go in with `prefill_chunk_size`, a multiple of the segment
-length, or through `read`. For beams, or several answers to a prompt, `generate` repeats the rows
-of a cache that has read something, in place.
+Call `enable_generation` once, after the weights are loaded (a model class calls it at the end of
+its constructor). Then `generate` and forward passes with `use_cache=True` work as with any model
+of `transformers`, and padding (a 2-D `attention_mask`) reaches the memory with or without a cache.
+A forward pass that is given a `cut` stays as it is. Read long prompts with `prefill_chunk_size`, a
+multiple of the segment length, or with `read`. For beams, or several answers to one prompt,
+`generate` repeats the rows of a filled cache in place.
 
 Axes:
     B  row of the batch
@@ -27,8 +26,9 @@ from transformers.generation import GenerationMode
 
 from infini_retrofit.generation.cache import PREPARE, InfiniCache, check_enabled
 from infini_retrofit.layer.attention import InfiniAttention
+from infini_retrofit.layer.cut import Cut
 from infini_retrofit.layer.form import InfiniParams
-from infini_retrofit.layer.state import Carrier
+from infini_retrofit.layer.state import State
 from infini_retrofit.model.families import decoder_layers, family_of
 from infini_retrofit.model.retrofit import (
     BRANCH,
@@ -45,7 +45,7 @@ _MAKE_MASK = "_prepare_attention_mask_for_generation"  # of transformers' Genera
 def enable_generation(
     model: PreTrainedModel, params: InfiniParams, other_layers: str | None = None
 ) -> None:
-    """Let a model generate with an `InfiniCache`, in place.
+    """Make a model generate with an `InfiniCache`, in place.
 
     With `segment` the names of confined attention's weights change where a base fuses its
     projections (GPT-NeoX): save a retrofit before this, or the whole model after it.
@@ -53,9 +53,9 @@ def enable_generation(
     Args:
         model: a retrofitted model.
         params: how its layers were inserted.
-        other_layers: what attention sees that is the base's own. `segment`: its segment, as in
+        other_layers: the reach of the base's own attention. `segment`: its segment, as in
             training and scoring; the cache is bounded for any prompt. `full`: everything; the
-            cache grows. None: as `model.config.other_layers` says, or `segment`.
+            cache grows. None: `model.config.other_layers`, or `segment`.
 
     Raises:
         ValueError: if `other_layers` is neither, or `full` and the layers are confined already or
@@ -93,19 +93,19 @@ def read(
     cache: InfiniCache,
     num_segments: int = 4,
 ) -> Iterator[int]:
-    """Read texts of equal length into a cache, some segments at a time.
+    """Read texts of equal length into a cache, a few segments at a time.
 
     Args:
-        model: that generates with such a cache.
-        input_ids: the texts, or how they go on.
-        cache: is filled.
-        num_segments: that go in at once.
+        model: a model after `enable_generation`.
+        input_ids: the texts, or their continuation.
+        cache: is filled in place.
+        num_segments: in one forward pass.
 
     Yields:
-        The number of tokens just read, of each text. Nothing is read before it is asked for.
+        The number of tokens of each text in the last forward pass; it runs when asked for.
 
     Raises:
-        ValueError: if the model would not fill the cache.
+        ValueError: if the model does not use such caches.
     """
     check_enabled(model)
     for part in input_ids.split(num_segments * segment_length(model), dim=1):
@@ -127,8 +127,8 @@ def segment_length(model: PreTrainedModel) -> int:
 
 
 def _open(body: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-    """Give a forward pass of the model's body what its Infini layers need."""
-    if kwargs.get("carrier") is not None:
+    """Add `cut` and `state` to a forward pass of the model's body."""
+    if kwargs.get("cut") is not None:
         return args, kwargs
     if args:
         kwargs = dict(**inspect.signature(body.forward).bind_partial(*args).arguments, **kwargs)
@@ -138,33 +138,33 @@ def _open(body: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, 
     uses_cache = kwargs.get("use_cache")
     if cache is None and (body.config.use_cache if uses_cache is None else uses_cache):
         cache = InfiniCache(body)
-    carrier, num_seen = Carrier(), 0
+    state, num_seen = None, 0
     if cache is not None:
         _require_infini(cache)
         cache.check_rows(num_rows)
-        carrier.is_open, carrier.before, num_seen = True, cache.carried, cache.num_seen
-    carrier.is_token = _padding(mask, num_seen, num_columns)
+        state, num_seen = State(before=cache.layer_states), cache.num_seen
+    cut = Cut(is_open=cache is not None, is_token=_padding(mask, num_seen, num_columns))
     if all(isinstance(module, InfiniAttention) for module in attention_modules(body)):
-        # A mask of four axes is taken as it is: none is built that no layer would use.
+        # transformers takes a mask of four axes as it is, and builds none.
         kwargs["attention_mask"] = torch.ones(1, 1, 1, 1, dtype=torch.bool)
-    return (), kwargs | {"past_key_values": cache, "carrier": carrier}
+    return (), kwargs | {"past_key_values": cache, "cut": cut, "state": state}
 
 
 def _close(body: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
-    """Put into the cache what the layers left."""
-    cache, carrier = kwargs.get("past_key_values"), kwargs["carrier"]
-    if isinstance(cache, InfiniCache) and carrier.before is cache.carried:
-        cache.keep(carrier, *output[0].shape[:2])  # of a tuple as well
+    """Store the state after a forward pass in the cache."""
+    cache, state = kwargs.get("past_key_values"), kwargs.get("state")
+    if isinstance(cache, InfiniCache) and state.before is cache.layer_states:
+        cache.keep(state, kwargs["cut"], *output[0].shape[:2])  # of a tuple as well
 
 
 def _padding(mask: Tensor | None, num_seen: int, num_columns: int) -> Tensor | None:
-    """Return where the new columns are tokens; None: they all are."""
+    """Return True where a new column is a token; None: all are."""
     if mask is None:
         return None
     if mask.dim() != 2 or mask.shape[1] != num_seen + num_columns:
         raise ValueError(
             "attention_mask must have 2 axes (row, token) for a model with Infini layers, and "
-            f"tell of the {num_seen} tokens that the cache has seen and the {num_columns} new "
+            f"cover the {num_seen} tokens that the cache has seen and the {num_columns} new "
             f"ones, got shape {tuple(mask.shape)}"
         )
     is_token = mask[:, -num_columns:].bool()
@@ -172,7 +172,7 @@ def _padding(mask: Tensor | None, num_seen: int, num_columns: int) -> Tensor | N
 
 
 def _require_infini(cache: Any) -> None:
-    """Refuse a cache that the Infini layers could not use."""
+    """Refuse a cache of another kind."""
     if not isinstance(cache, InfiniCache):
         raise ValueError(
             "past_key_values must be an InfiniCache for a model with Infini layers, "
@@ -188,7 +188,7 @@ def _prepare_cache(
     batch_size: int,
     *args: Any,
 ) -> None:
-    """Let `generate` start from an `InfiniCache`, its own or the caller's, a row for each beam."""
+    """Give `generate` an `InfiniCache`, or the caller's with a row for each beam."""
     _check_generation(generation_config, generation_mode, segment_length(model))
     cache = model_kwargs.get("past_key_values")
     if cache is not None:
@@ -209,7 +209,7 @@ def _make_mask(
     generation_config: GenerationConfig,
     model_kwargs: dict[str, Any],
 ) -> Tensor:
-    """Make the mask that a caller of `generate` left out, where that can mean one thing only."""
+    """Make the mask that a caller of `generate` left out, if that is unambiguous."""
     cache = model_kwargs.get("past_key_values")
     if isinstance(cache, InfiniCache) and cache.num_seen:
         raise ValueError(
@@ -222,7 +222,7 @@ def _make_mask(
 
 
 def _check_generation(config: GenerationConfig, mode: GenerationMode, length: int) -> None:
-    """Refuse what an `InfiniCache` cannot do."""
+    """Refuse modes of generation that an `InfiniCache` excludes."""
     if config.cache_implementation is not None:
         raise ValueError(
             "cache_implementation must be None for a model with Infini layers, which have an "
@@ -243,7 +243,7 @@ def _check_generation(config: GenerationConfig, mode: GenerationMode, length: in
 def _check_continuation(
     cache: InfiniCache, config: GenerationConfig, model_kwargs: dict[str, Any]
 ) -> None:
-    """Refuse a prompt of which `transformers` would skip all: see `InfiniCache.mask_for`."""
+    """Refuse a mask that is too short: `transformers` would skip the whole prompt."""
     mask = model_kwargs.get("attention_mask")
     num_columns = config._mask_length if mask is None else mask.shape[1]
     if num_columns <= cache.get_seq_length():
@@ -254,10 +254,10 @@ def _check_continuation(
 
 
 def confine_others(model: PreTrainedModel, params: InfiniParams) -> None:
-    """Confine the attention of layers that are no Infini layers, and what stands beside a branch.
+    """Confine the base's own attention to its segment, in place.
 
-    It becomes an Infini attention without a memory: of the same weights, carrying nothing. Beside
-    a branch its index is its layer's plus the number of layers, because the branch has that.
+    It becomes an `InfiniAttention` of the same weights, without memory and context. Beside a
+    parallel branch, which has the layer's index, its index is that plus the number of layers.
 
     Args:
         model: a retrofitted model, changed in place.

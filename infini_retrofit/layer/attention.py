@@ -1,7 +1,7 @@
 """`InfiniAttention`: local attention inside a segment, memory of all segments before it.
 
-A drop-in for a decoder layer's attention module. It knows nothing of model families, weights
-of a base model, losses or files.
+A drop-in for a decoder layer's attention module. Knows nothing of model families, weights of a
+base model, losses or files. `naive` computes the same, one token at a time.
 
 Source: Munkhdalai et al. 2024, arXiv:2404.07143v2, section 2.1.
 
@@ -16,31 +16,37 @@ Axes:
     N  key/value head
     K  key channel
     V  value channel
-    F  feature of a query or key
+    NK channel of all keys of a token, heads side by side
+    NV channel of all values of a token
+    HK channel of all queries of a token
+    HV channel of all outputs of a token
 """
 
 import math
+from dataclasses import replace
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from infini_retrofit.layer.compressive_memory import CompressiveMemory
-from infini_retrofit.layer.cut import SegmentCut, place_by
+from infini_retrofit.layer.cut import Cut, Keys, Layout
 from infini_retrofit.layer.feature_maps import FeatureMaps
-from infini_retrofit.layer.form import AttentionShape, InfiniParams
-from infini_retrofit.layer.gate import Local, Recalled, add_up, memory_share, mix
+from infini_retrofit.layer.form import BYTES_PER_STATE_VALUE, AttentionShape, InfiniParams
 from infini_retrofit.layer.local_attention import (
     alibi_slopes,
     linear_attention,
-    masked_linear_sums,
     softmax_attention,
 )
-from infini_retrofit.layer.local_context import Keys, carry_context
-from infini_retrofit.layer.memory import SMALLEST_DENOMINATOR, quotient
-from infini_retrofit.layer.state import Carried, Carrier, MemoryReading, Tokens
-from infini_retrofit.layer.streaming import Segments, go_on
-from infini_retrofit.layer.window_attention import older_sums, window_attention
+from infini_retrofit.layer.local_context import carry_context
+from infini_retrofit.layer.memory import Recalled, count_state_values, memory_share, mix, quotient
+from infini_retrofit.layer.probe import MemoryReading, Probe
+from infini_retrofit.layer.state import LayerState, Segments, State, Tokens
+from infini_retrofit.layer.streaming import running_segment, state_after
+
+# The gate at the start: small enough to keep the base's output, large enough to have a gradient.
+INITIAL_MEMORY_SHARE = 0.02
 
 
 class InfiniAttention(nn.Module):
@@ -49,8 +55,7 @@ class InfiniAttention(nn.Module):
     Attributes:
         memory: None: neither read nor written.
         gate_logit: one for each query head, float32; `sigmoid(gate_logit)` is the share of the
-            memory, before queries and decay move it. With the local attention `window_linear`
-            it weighs all linear sums against the window. None: there is nothing to weigh.
+            memory, before queries and decay move it. None: there is no memory.
         alpha: factor on the output of a parallel branch, which starts at zero; None: no branch.
     """
 
@@ -60,11 +65,10 @@ class InfiniAttention(nn.Module):
         self.shape = shape
         self.layer_index = layer_index
         self.local = params.local
-        self.window = params.window
         self.uses_rope = params.positions == "rope"
         self.segment_length = params.segment_length
         self.local_context = params.local_context
-        self.bptt_segments = params.cutting_borders
+        self.stop_gradient_every = params.stop_gradient_every
         self.state_dtype = params.state_dtype
         q_size, kv_size = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
         self.q_proj = nn.Linear(shape.hidden_size, q_size, bias=shape.qkv_bias)
@@ -73,7 +77,7 @@ class InfiniAttention(nn.Module):
         self.o_proj = nn.Linear(q_size, shape.hidden_size, bias=shape.o_bias)
         num_features = params.count_features(shape.head_dim)
         self.feature_maps = None
-        if params.memory == "on" or params.local != "softmax":
+        if params.memory == "on" or params.local == "linear":
             heads = (shape.num_heads, shape.num_kv_heads)
             self.feature_maps = FeatureMaps(
                 params.feature_map, *heads, shape.head_dim, num_features
@@ -83,47 +87,41 @@ class InfiniAttention(nn.Module):
         self.memory = self.gate_logit = self.alpha = None
         if params.memory == "on":
             self.memory = CompressiveMemory(shape, params, num_features)
-        if params.memory == "on" or params.local == "window_linear":
-            share = params.initial_memory_share
-            logits = torch.full((shape.num_heads,), math.log(share / (1 - share)))
-            self.gate_logit = nn.Parameter(logits)
+            logit = math.log(INITIAL_MEMORY_SHARE / (1 - INITIAL_MEMORY_SHARE))
+            self.gate_logit = nn.Parameter(torch.full((shape.num_heads,), logit))
         if params.insertion == "parallel":
             self.alpha = nn.Parameter(torch.zeros(1))
 
     @property
-    def border_bytes(self) -> int:
+    def state_bytes(self) -> int:
         """Bytes that cross a segment border in this layer, for one document."""
-        num_features = 0 if self.memory is None else self.feature_maps.num_features
-        return self.shape.border_bytes(self.local_context, num_features, self.state_dtype)
+        context = self.local_context * self.shape.context_token_bytes()
+        if self.memory is None:
+            return context
+        sizes = (self.shape.num_kv_heads, self.feature_maps.num_features, self.shape.head_dim)
+        return context + count_state_values(*sizes) * BYTES_PER_STATE_VALUE[self.state_dtype]
 
     def memory_parameters(self) -> dict[str, list[nn.Parameter]]:
-        """Return what a base's attention has no counterpart of, in groups of a learning rate."""
-        memory = [] if self.memory is None else list(self.memory.parameters())
-        maps = [] if self.feature_maps is None else list(self.feature_maps.parameters())
-        gates = [] if self.memory is None else self.memory.gates()
-        others = [p for p in memory if not any(p is g for g in gates)]
-        return {
-            "gate": gates + ([] if self.gate_logit is None else [self.gate_logit]),
-            "alpha": [] if self.alpha is None else [self.alpha],
-            "memory": others + maps,
-        }
-
-    def start_memory(self) -> None:
-        """Finish the start of what depends on the projections, once these have theirs."""
+        """Return the parameters that a base's attention lacks, by learning-rate group."""
+        gates = [self.gate_logit]
+        others = [] if self.feature_maps is None else list(self.feature_maps.parameters())
         if self.memory is not None:
-            self.memory.start_from(self.v_proj)
+            gates.insert(0, self.memory.decay_logit)  # a logit, and needs a gate's rate
+            others.insert(0, self.memory.query_gate)
+        groups = {"gate": gates, "alpha": [self.alpha], "memory": others}
+        return {name: [p for p in group if p is not None] for name, group in groups.items()}
 
     def drop_memory(self) -> None:
-        """Remember nothing from here on, beside the keys and values of `local_context`."""
-        self.memory = None
-        if self.local != "window_linear":
-            self.gate_logit = None
+        """Remove the memory; keys and values of `local_context` still cross borders."""
+        self.memory = self.gate_logit = None
 
     def forward(
         self,
         hidden_states: Float[Tensor, "R T D"],
         position_embeddings: tuple[Tensor, Tensor] | None = None,
-        carrier: Carrier | None = None,
+        cut: Cut | None = None,
+        state: State | None = None,
+        probe: Probe | None = None,
         **_: object,
     ) -> tuple[Float[Tensor, "R T D"], None]:
         """Attend within segments and read the memory of the segments before.
@@ -131,120 +129,135 @@ class InfiniAttention(nn.Module):
         Args:
             hidden_states: the layer's normalised input.
             position_embeddings: cosines and sines, (R or 1, T, P) each; needed with RoPE only.
-            carrier: how to cut and what to carry; None: in-layer, starting with nothing.
+            cut: how to cut rows into segments; None: in-layer.
+            state: what crosses calls; None: the document begins and ends here.
+            probe: what an evaluation changes and notes; None: nothing.
 
         Returns:
             The output and None, where the attention modules of `transformers` return weights.
         """
-        carrier = Carrier() if carrier is None else carrier
-        before = carrier.before.get(self.layer_index, Carried())
+        cut, probe = cut or Cut(), probe or Probe()
+        before = (state or State()).before.get(self.layer_index, LayerState())
         query, key, value = (p(hidden_states) for p in (self.q_proj, self.k_proj, self.v_proj))
         tables = position_embeddings if self.uses_rope else None
-        if carrier.is_open:
-            new = Tokens.of(key, value, tables, carrier.is_token)
-            out, after = go_on(self, query, new, before, carrier)
+        if cut.is_open:
+            new = Tokens.of(key, value, tables, cut.is_token)
+            out, after = self._stream(query, new, before, cut, probe)
         else:
-            cut = SegmentCut(hidden_states, carrier, self.segment_length)
-            segments = self.lay_out(cut, key, value, tables, before, carrier)
-            query = cut.split(query, self.shape.num_heads)
-            out = cut.join(self.attend(query, segments, carrier))
-            after = Carried(segments.memory, segments.context)
-        carrier.after[self.layer_index] = after
+            layout = Layout(hidden_states, cut, self.segment_length)
+            segments = self._lay_out(layout, key, value, tables, before, probe)
+            query = layout.split(query, self.shape.num_heads)
+            out = layout.join(self._attend(query, segments, probe))
+            after = LayerState(segments.memory, segments.context)
+        if state is not None:
+            state.after[self.layer_index] = after
         out = self.o_proj(out.to(hidden_states.dtype))
         return out if self.alpha is None else self.alpha.to(out.dtype) * out, None
 
-    def reads(self, carrier: Carrier) -> bool:
-        """Tell whether the memory is read and written."""
-        return self.memory is not None and carrier.read != "off"
-
-    def lay_out(
+    def _stream(
         self,
-        cut: SegmentCut,
+        query: Float[Tensor, "B T HK"],
+        new: Tokens,
+        before: LayerState,
+        cut: Cut,
+        probe: Probe,
+    ) -> tuple[Float[Tensor, "B T HV"], LayerState]:
+        """Attend with the tokens of an open call to themselves and to all before them.
+
+        Returns:
+            The output of every head, and the state that the next call needs.
+        """
+        kept, heads = before.unfinished, self.shape.num_heads
+        tokens = new if kept is None else kept.followed_by(new)
+        length = cut.segment_length or self.segment_length
+        is_step = kept is not None and len(new) == 1 and cut.is_token is None
+        if is_step:  # one query: the keys of its segment are known already
+            reads, by_distance = self._reads(probe), self.slopes is not None
+            heads_kv = self.shape.num_kv_heads
+            segments = running_segment(tokens, before, heads_kv, reads, by_distance)
+            layout = Layout(new.key, Cut(num_segments=1), 1)
+            out = layout.join(self._attend(layout.split(query, heads), segments, probe))
+            if len(tokens) < length:
+                return out, replace(before, unfinished=tokens)
+        is_token = None if cut.is_token is None and len(tokens) == len(new) else tokens.is_token
+        layout = Layout(tokens.key, Cut(is_token=is_token), length)
+        segments = self._lay_out(layout, tokens.key, tokens.value, tokens.tables, before, probe)
+        if not is_step:
+            # Pad queries; the outputs of earlier tokens are dropped.
+            num_kept = len(tokens) - len(new)
+            query = layout.split(F.pad(query, (0, 0, num_kept, 0)), heads)
+            out = layout.join(self._attend(query, segments, probe))[:, num_kept:]
+        return out, state_after(segments, tokens, before, length, self.local_context)
+
+    def _reads(self, probe: Probe) -> bool:
+        """Return whether the memory is read and written."""
+        return self.memory is not None and probe.read != "off"
+
+    def _lay_out(
+        self,
+        layout: Layout,
         key: Float[Tensor, "R T NK"],
         value: Float[Tensor, "R T NV"],
         tables: tuple[Tensor, Tensor] | None,
-        before: Carried,
-        carrier: Carrier,
+        before: LayerState,
+        probe: Probe,
     ) -> Segments:
-        """Cut keys and values into segments, and let each segment find what the others left."""
-        key = cut.split(key, self.shape.num_kv_heads)
-        value = cut.split(value, self.shape.num_kv_heads)
-        place = place_by(cut, tables)
-        keys = Keys(place(key), value, cut.mask(key.device))
-        # Padding stands at a document's end, where causality hides it: only what is carried
-        # over needs a mask, because before the first segment there is nothing.
-        is_key = context = feature = found = memory = None
+        """Cut keys and values into segments, and write the memory before each."""
+        key = layout.split(key, self.shape.num_kv_heads)
+        value = layout.split(value, self.shape.num_kv_heads)
+        place = layout.place_by(tables)
+        keys = Keys(place(key), value, layout.mask(key.device))
+        # Causality hides padding, which stands at a document's end. Carried keys need a mask,
+        # because there are none before the first segment.
+        is_key = context = memories = memory = None
         if self.local_context:
-            carried = (self.local_context, before.context, self.bptt_segments)
+            carried = (self.local_context, before.context, self.stop_gradient_every)
             keys, context = carry_context(keys, key[:, 0, :, :1], place, *carried)
             is_key = keys.is_key
-        # The memory works on queries and keys before position encoding (section 2.1 of the
-        # paper): what was stored far away is found by content, not by distance.
-        if self.reads(carrier) or self.local == "window_linear":
+        if self._reads(probe):
+            # Queries and keys before position encoding (section 2.1 of the paper): the memory
+            # finds by content, not by distance.
+            write = self.memory.recent_states if probe.read == "recent" else self.memory.states
             feature = self.feature_maps.of_key(key)
-        if self.reads(carrier):
-            write = self.memory.recent_states if carrier.read == "recent" else self.memory.states
-            found, memory = write(key, feature, value, cut.is_token, before.memory)
-        return Segments(place, value, feature, keys, is_key, context, found, memory)
+            memories, memory = write(feature, value, layout.is_token, before.memory)
+        return Segments(place, keys, is_key, context, memories, memory)
 
-    def attend(
-        self, query: Float[Tensor, "B S H L K"], segments: Segments, carrier: Carrier
+    def _attend(
+        self, query: Float[Tensor, "B S H L K"], segments: Segments, probe: Probe
     ) -> Float[Tensor, "B S H L V"]:
-        """Attend inside each segment and read the memory that it finds."""
-        local, sums = self._attend_locally(segments.place(query), segments), []
-        if segments.key_feature is not None or segments.found is not None:
-            query_feature = self.feature_maps.of_query(query)
-        if self.local == "window_linear":
-            sums.append(self._older(query_feature, segments))
-        if segments.found is not None:
-            found = segments.found
-            if carrier.found is not None:
-                carrier.found[self.layer_index] = found
-            found = carrier.strangers.get(self.layer_index, found)
-            read = self.memory.read(query, query_feature, found, segments.num_before)
-            sums.append(read)
-        return self._mix(local, sums, carrier) if sums else local.out
+        """Attend inside each segment, and blend with what its memory recalls (eq. 10)."""
+        local = self._attend_locally(segments.place(query), segments)
+        if segments.memories is None:
+            return local
+        if probe.memories is not None:
+            probe.memories[self.layer_index] = segments.memories
+        memories = probe.swapped.get(self.layer_index, segments.memories)
+        feature = self.feature_maps.of_query(query)
+        recalled = self.memory.read(query, feature, memories, segments.num_before)
+        gate = self.gate_logit.to(recalled.denominator.dtype)[:, None, None]
+        share = memory_share(recalled.denominator, gate + recalled.logit)
+        if probe.readings is not None:
+            probe.readings[self.layer_index] = _reading(share, recalled, local)
+        return mix(local, recalled.numerator, recalled.denominator, share)
 
-    def _attend_locally(self, query: Float[Tensor, "B S H L K"], segments: Segments) -> Local:
-        """Attend inside each segment, and to what is carried over from the one before."""
-        keys, grid = segments.keys, query.shape[:2]
-        is_key = None if segments.is_key is None else segments.is_key.flatten(0, 1)
+    def _attend_locally(
+        self, query: Float[Tensor, "B S H L K"], segments: Segments
+    ) -> Float[Tensor, "B S H L V"]:
+        """Attend inside each segment, and to the context carried into it."""
+        keys, is_key = segments.keys, segments.is_key
+        is_key = None if is_key is None else is_key.flatten(0, 1)
         flat = (query.flatten(0, 1), keys.key.flatten(0, 1), keys.value.flatten(0, 1), is_key)
-        if self.local == "window_linear":
-            out, log_mass = window_attention(*flat, self.window, self.slopes)
-            return Local(out.unflatten(0, grid), log_mass.unflatten(0, grid))
         if self.local == "linear":
             out = linear_attention(*flat, self.feature_maps)
         else:
             out = softmax_attention(*flat, slopes=self.slopes)
-        return Local(out.unflatten(0, grid))
+        return out.unflatten(0, query.shape[:2])
 
-    def _older(self, query_feature: Float[Tensor, "B S H L F"], segments: Segments) -> Recalled:
-        """Sum over the segment's own tokens that a query's window has left behind."""
-        value, is_older = segments.value, segments.is_older
-        flat = [x.flatten(0, 1) for x in (query_feature, segments.key_feature, value)]
-        if is_older is None:
-            sums = older_sums(*flat, self.window)
-        else:
-            sums = masked_linear_sums(*flat, is_older.flatten(0, 1)[:, None, None])
-        sums = [x.unflatten(0, value.shape[:2]) for x in sums]
-        return Recalled(*sums, logit=query_feature.new_zeros(1, 1, 1))
 
-    def _mix(
-        self, local: Local, recalled: list[Recalled], carrier: Carrier
-    ) -> Float[Tensor, "B S H L V"]:
-        """Blend the local attention with what linear sums there are."""
-        total = add_up(recalled)
-        gate = self.gate_logit.to(total.denominator.dtype)[:, None, None]
-        logit = gate + total.logit
-        if local.log_mass is not None:
-            # Of the order of 1 while the linear sums hold no more tokens than the window.
-            mass = total.denominator / (self.feature_maps.num_features * self.window)
-            logit = logit + mass.clamp_min(SMALLEST_DENOMINATOR).log() - local.log_mass
-        share = memory_share(total.denominator, logit)
-        if carrier.readings is not None:
-            found = quotient(total.numerator, total.denominator)
-            norms = (x.detach().float().norm(dim=-1) for x in (found, local.out))
-            reading = MemoryReading(share.detach()[..., 0].float(), *norms)
-            carrier.readings[self.layer_index] = reading
-        return mix(local.out, total.numerator, total.denominator, share)
+def _reading(
+    share: Float[Tensor, "B S H L 1"], recalled: Recalled, local: Float[Tensor, "B S H L V"]
+) -> MemoryReading:
+    """Return shares and norms of one layer, without gradients, in float32."""
+    found = quotient(recalled.numerator, recalled.denominator)
+    norms = (x.detach().float().norm(dim=-1) for x in (found, local))
+    return MemoryReading(share.detach()[..., 0].float(), *norms)

@@ -1,27 +1,56 @@
-"""Rotary positions of queries and keys that are cut into segments.
+"""Cut a forward pass into segments; lay out, rotate and shift what is cut.
 
-Knows nothing of attention and of where a model's tables of cosines and sines come from.
+Knows shapes only: nothing here computes attention, and nothing knows of models.
 
 Axes:
+    R  row of the batch as the model sees it
+    T  token of a row
     B  document
     S  segment of a document
-    L  token of a segment
+    L  token of a segment (padding at the end of a document's last one)
     H  head
+    N  key/value head
     K  channel of a head
+    V  value channel
     P  rotated channel, the first P of K
 """
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from infini_retrofit.layer.local_context import Place
-from infini_retrofit.layer.state import Carrier
+# Rotates queries or keys (B S H L K), or those of one token of every segment, by its index.
+Place = Callable[..., Tensor]
 
 
-class SegmentCut:
-    """The cut of one (row, token) grid into (document, segment, token).
+@dataclass(frozen=True)
+class Cut:
+    """How the rows of one forward pass are cut into segments.
+
+    Passed through the model as the keyword `cut`. Without it each row is a document, which the
+    layer cuts after its own segment length (in-layer).
+
+    Attributes:
+        num_segments: rows that make up one document (folded); None: each row is a document.
+        segment_length: tokens of a segment when cut in-layer; None: the layer's own.
+        is_open: the document may continue in a later call: a segment that has not ended is kept,
+            not written. In-layer only.
+        is_token: False at padding; None: no padding. In-layer a row may be padded anywhere;
+            folded, a document may be padded at its end only.
+    """
+
+    num_segments: int | None = None
+    segment_length: int | None = None
+    is_open: bool = False
+    is_token: Bool[Tensor, "R T"] | None = None
+
+
+class Layout:
+    """The (row, token) grid of one call as (document, segment, token).
 
     Attributes:
         is_token: False at padding, of the documents or added to fill the last segment; None:
@@ -30,30 +59,31 @@ class SegmentCut:
 
     is_token: Bool[Tensor, "B S L"] | None
 
-    def __init__(self, hidden_states: Tensor, carrier: Carrier, length: int) -> None:
+    def __init__(self, hidden_states: Tensor, cut: Cut, segment_length: int) -> None:
         num_rows, num_tokens = hidden_states.shape[:2]
         self.num_rows, self.num_tokens = num_rows, num_tokens
-        self.order: Tensor | None = None
-        is_token = carrier.is_token
-        if carrier.num_segments is not None:
-            assert num_rows % carrier.num_segments == 0, "folded rows must fill whole documents"
-            self.grid = (num_rows // carrier.num_segments, carrier.num_segments, num_tokens)
+        self.order: Int[Tensor, "R T"] | None = None
+        is_token = cut.is_token
+        if cut.num_segments is not None:
+            assert num_rows % cut.num_segments == 0, "folded rows must fill whole documents"
+            self.grid = (num_rows // cut.num_segments, cut.num_segments, num_tokens)
             self.padding = 0
         else:
-            length = min(carrier.segment_length or length, num_tokens)
+            length = min(cut.segment_length or segment_length, num_tokens)
             num_segments = -(-num_tokens // length)
             self.grid = (num_rows, num_segments, length)
             self.padding = num_segments * length - num_tokens
             if is_token is not None:
-                self.order = _tokens_first(is_token)
+                # Moves the padding of each row to its end.
+                self.order = is_token.int().argsort(dim=1, descending=True, stable=True)
         if is_token is None and self.padding:
             is_token = hidden_states.new_ones(num_rows, num_tokens, dtype=torch.bool)
         self.is_token = None if is_token is None else self._grid(is_token)
 
     def _grid(self, x: Tensor) -> Tensor:
-        """Lay (R, T, ...) out as (B, S, L, ...), each row's first real token first."""
+        """Lay (R, T, ...) out as (B, S, L, ...), the first real token of each row first."""
         if self.order is not None:
-            x = x.gather(1, _like(self.order, x))
+            x = x.gather(1, like(self.order, x).expand_as(x))
         if self.padding:
             x = F.pad(x, (0, 0) * (x.dim() - 2) + (0, self.padding))
         return x.reshape(*self.grid, *x.shape[2:])
@@ -76,7 +106,7 @@ class SegmentCut:
         x = x.reshape(self.num_rows, -1, x.shape[-1])[:, : self.num_tokens]
         if self.order is None:
             return x
-        return torch.empty_like(x).scatter(1, _like(self.order, x), x)
+        return torch.empty_like(x).scatter(1, like(self.order, x).expand_as(x), x)
 
     def mask(self, device: torch.device) -> Bool[Tensor, "B S L"]:
         """Return `is_token`, all True where there is no padding."""
@@ -84,33 +114,55 @@ class SegmentCut:
             return self.is_token
         return torch.ones(self.grid, dtype=torch.bool, device=device)
 
+    def place_by(self, tables: tuple[Tensor, Tensor] | None) -> Place:
+        """Return the function that rotates queries and keys.
 
-def _tokens_first(is_token: Bool[Tensor, "R T"]) -> Tensor:
-    """Return for each row the order that moves its padding to its end."""
-    return is_token.int().argsort(dim=1, descending=True, stable=True)
+        Args:
+            tables: cosines and sines, (R or 1, T, P) each; None: nothing is rotated.
+        """
+        if tables is None:
+            return lambda x, index=None: x
+        cos, sin = (self.split_positions(table) for table in tables)
+
+        def place(x: Tensor, index: int | None = None) -> Tensor:
+            at = slice(None) if index is None else slice(index, index + 1)
+            return rotate(x, cos[..., at, :], sin[..., at, :])
+
+        return place
 
 
-def _like(order: Tensor, x: Tensor) -> Tensor:
-    """Widen a (row, token) index to the trailing axes of `x`."""
-    return order.view(*order.shape, *(1,) * (x.dim() - 2)).expand_as(x)
+@dataclass(frozen=True)
+class Keys:
+    """Keys and values that the queries of each segment attend to."""
 
+    key: Float[Tensor, "B S N L K"]  # with position encoding
+    value: Float[Tensor, "B S N L V"]
+    is_key: Bool[Tensor, "B S L"]  # False at padding, and where the document has not begun
 
-def place_by(cut: SegmentCut, tables: tuple[Tensor, Tensor] | None) -> Place:
-    """Return the function that gives queries and keys their positions.
+    def followed_by(self, other: "Keys") -> "Keys":
+        """Append tokens to every segment."""
+        return Keys(
+            torch.cat([self.key.to(other.key.dtype), other.key], dim=3),
+            torch.cat([self.value.to(other.value.dtype), other.value], dim=3),
+            torch.cat([self.is_key, other.is_key], dim=2),
+        )
 
-    Args:
-        cut: how the tokens are laid out.
-        tables: cosines and sines of each; None: there are no positions.
-    """
-    if tables is None:
-        return lambda x, index=None: x
-    cos, sin = (cut.split_positions(table) for table in tables)
+    def last(self, num_tokens: int) -> "Keys":
+        """Return the last tokens of every segment."""
+        begin = self.key.shape[3] - num_tokens
+        return Keys(self.key[..., begin:, :], self.value[..., begin:, :], self.is_key[..., begin:])
 
-    def place(x: Tensor, index: int | None = None) -> Tensor:
-        at = slice(None) if index is None else slice(index, index + 1)
-        return rotate(x, cos[..., at, :], sin[..., at, :])
+    def shifted(self, first: "Keys") -> "Keys":
+        """Move every segment's tokens to the next segment.
 
-    return place
+        Args:
+            first: what the first segment gets instead (S = 1).
+        """
+        return Keys(
+            torch.cat([first.key, self.key[:, :-1]], dim=1),
+            torch.cat([first.value, self.value[:, :-1]], dim=1),
+            torch.cat([first.is_key, self.is_key[:, :-1]], dim=1),
+        )
 
 
 def rotate(
@@ -126,3 +178,8 @@ def rotate(
     first, second = rotated.chunk(2, dim=-1)
     rotated = rotated * cos + torch.cat([-second, first], dim=-1) * sin
     return torch.cat([rotated.to(x.dtype), rest], dim=-1) if rest.shape[-1] else rotated.to(x.dtype)
+
+
+def like(order: Int[Tensor, "R _"], x: Tensor) -> Tensor:
+    """Widen a (row, token) index to the trailing axes of `x`."""
+    return order.view(*order.shape, *(1,) * (x.dim() - 2))

@@ -1,6 +1,6 @@
-"""How a memory fades as tokens pass, as pure functions of rates in 1 / tokens.
+"""How a memory forgets as tokens pass, as pure functions of rates in 1 / tokens.
 
-Knows nothing of what else decides what is written and read.
+Knows nothing of what else decides the writing and reading.
 
 Axes:
     B  document
@@ -8,7 +8,7 @@ Axes:
     L  token of a segment
     H  query head
     N  key/value head
-    F  feature of a query or key; 1 where all features of a head fade alike
+    F  feature of a query or key
 """
 
 import math
@@ -19,27 +19,24 @@ from torch import Tensor
 
 from infini_retrofit.layer.memory import SMALLEST_DENOMINATOR
 
-# Half-lives with which the heads of a layer, or the features of a head, start: evenly spread on a
-# logarithmic scale.
+# Half-lives of a head's features at the start, evenly spread on a logarithmic scale.
 SHORTEST_HALF_LIFE, LONGEST_HALF_LIFE = 2.0, 2048.0  # tokens
 
 
 def starting_rates(number: int) -> Float[Tensor, "_"]:
-    """Return the logarithms of so many rates to start with."""
+    """Return the logarithms of the rates that features start with."""
     shortest, longest = math.log(SHORTEST_HALF_LIFE), math.log(LONGEST_HALF_LIFE)
-    middle = torch.tensor([(shortest + longest) / 2])
-    half_lives = torch.linspace(shortest, longest, number) if number > 1 else middle
-    return math.log(math.log(2)) - half_lives
+    return math.log(math.log(2)) - torch.linspace(shortest, longest, number)
 
 
-def left_of_tokens(
-    rate: Float[Tensor, "N #F"], num_tokens: Int[Tensor, "B S"], segment_length: int
-) -> Float[Tensor, "B S N L #F"]:
-    """Return what is left of each token where its segment ends.
+def token_retention(
+    rate: Float[Tensor, "N F"], num_tokens: Int[Tensor, "B S"], segment_length: int
+) -> Float[Tensor, "B S N L F"]:
+    """Return the share of each token that is left at the end of its segment.
 
     Args:
-        rate: of each head.
-        num_tokens: of each segment: it ends with its last token, not with padding behind it.
+        rate: of each feature.
+        num_tokens: of each segment, without the padding at its end.
         segment_length: tokens, padding included.
     """
     last = num_tokens[..., None, None, None] - 1
@@ -47,30 +44,30 @@ def left_of_tokens(
     return torch.exp(-rate[:, None] * steps)
 
 
-def left_of_memory(
-    rate: Float[Tensor, "N #F"], num_tokens: Int[Tensor, "B S"]
-) -> Float[Tensor, "B S N #F"]:
-    """Return what each segment leaves of the memory that it finds."""
+def memory_retention(
+    rate: Float[Tensor, "N F"], num_tokens: Int[Tensor, "B S"]
+) -> Float[Tensor, "B S N F"]:
+    """Return the share of the memory before each segment that is left after it."""
     return torch.exp(-rate * num_tokens[..., None, None])
 
 
 def fade(
-    rate: Float[Tensor, "N #F"],
+    rate: Float[Tensor, "N F"],
     feature: Float[Tensor, "B S H L F"],
     normalizer: Float[Tensor, "B S N F"],
     num_before: Int[Tensor, "B"] | None,
 ) -> tuple[Float[Tensor, "B S H L F"], Float[Tensor, "B S H L 1"]]:
-    """Let what was found at the border go on fading while the segment is read.
+    """Scale queries by the decay of the memory since the segment began.
 
     Args:
-        rate: of each head.
+        rate: of each feature.
         feature: of the queries.
-        normalizer: of the memory that each segment finds.
+        normalizer: of the memory before each segment.
         num_before: tokens of the segment before its first query; None: none.
 
     Returns:
-        The features that read what is left, and the logarithm of how much that is: the share
-        of a memory falls as what it holds for a query does.
+        The scaled features, and the logarithm of the share of the denominator that is left: the
+        gate falls by it.
     """
     group = feature.shape[2] // len(rate)
     rate = rate.repeat_interleave(group, dim=0)

@@ -1,4 +1,4 @@
-"""Feature maps: how queries and keys become the positive vectors of linear attention.
+"""Feature maps: queries and keys as the positive vectors of linear attention.
 
 Knows nothing of memory, layers and positions.
 
@@ -15,18 +15,17 @@ Axes:
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-FeatureMapName = Literal["elu1", "hedgehog", "dpfp"]
-FEATURES_PER_CHANNEL = {"elu1": 1, "hedgehog": 2, "dpfp": 2}
-# Exponents beyond this would let sums over a long document leave float32.
+FeatureMapName = Literal["elu1", "hedgehog"]
+FEATURES_PER_CHANNEL = {"elu1": 1, "hedgehog": 2}
+# Larger exponents would overflow float32 in the sums over a long document.
 LARGEST_EXPONENT = 20.0
 
 
 def computing_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Return the number type of features, and of sums, made from tensors of `dtype`."""
+    """Return the number type in which features and sums of `dtype` are computed."""
     return torch.promote_types(dtype, torch.float32)
 
 
@@ -56,15 +55,6 @@ class _Elu1(torch.autograd.Function):
         return grad_feature * feature.clamp(max=1)
 
 
-def dpfp(x: Float[Tensor, "*B K"]) -> Float[Tensor, "*B F"]:
-    """Map to products of neighbouring rectified channels, which keeps unlike keys apart.
-
-    Source: Schlag et al. 2021, arXiv:2102.11174, equation 37 with nu = 1.
-    """
-    rectified = torch.cat([x.relu(), (-x).relu()], dim=-1)
-    return rectified * rectified.roll(1, dims=-1)
-
-
 def hedgehog(
     x: Float[Tensor, "*B H L K"], weight: Float[Tensor, "H K P"]
 ) -> Float[Tensor, "*B H L F"]:
@@ -80,11 +70,11 @@ def hedgehog(
 
 
 class FeatureMaps(nn.Module):
-    """One map for the queries of a layer and one for its keys, learnable or not.
+    """The feature maps of one layer: one for its queries and one for its keys.
 
     A learnable map starts as the exponential of x / K^(1/4): a query and a key, each scaled so,
     have the dot product that softmax attention exponentiates. With fewer features it starts from
-    as many directions, at random but at right angles, the same for queries and keys.
+    random orthogonal directions, the same for queries and keys.
     """
 
     def __init__(
@@ -118,11 +108,4 @@ class FeatureMaps(nn.Module):
     def _map(self, x: Tensor, weight: Tensor | None) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
             x = x.to(computing_dtype(x.dtype), memory_format=torch.contiguous_format)
-            if self.name == "hedgehog":
-                return hedgehog(x, weight.to(x.dtype))
-            return elu1(x) if self.name == "elu1" else dpfp(x)
-
-
-def rms_norm(x: Float[Tensor, "*B V"]) -> Float[Tensor, "*B V"]:
-    """Divide by the root mean square over the last axis; zeros stay zeros."""
-    return F.rms_norm(x, x.shape[-1:], eps=torch.finfo(x.dtype).tiny ** 0.5)
+            return elu1(x) if self.name == "elu1" else hedgehog(x, weight.to(x.dtype))

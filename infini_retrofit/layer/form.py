@@ -1,4 +1,4 @@
-"""What form Infini-attention takes: section `infini` of params.yaml, and the sizes it works with.
+"""The form of Infini-attention: section `infini` of params.yaml, and sizes.
 
 Knows nothing of how any of it is computed.
 """
@@ -7,17 +7,17 @@ from dataclasses import dataclass
 from typing import Literal
 
 from infini_retrofit.layer.feature_maps import FEATURES_PER_CHANNEL, FeatureMapName
-from infini_retrofit.layer.memory import UpdateRule, count_state_values
+from infini_retrofit.layer.memory import UpdateRule
 
-# A deployed model keeps carried keys and values in a 16-bit type.
-BYTES_PER_CARRIED_CHANNEL = 2
+# A deployed model keeps keys and values in a 16-bit type.
+BYTES_PER_CONTEXT_VALUE = 2
 StateDtype = Literal["float32", "bfloat16"]
 BYTES_PER_STATE_VALUE: dict[StateDtype, int] = {"float32": 4, "bfloat16": 2}
 
 
 @dataclass(frozen=True, kw_only=True)
 class InfiniParams:
-    """Section `infini` of params.yaml: where the memory goes, and in what form.
+    """Section `infini` of params.yaml: which layers, and in what form.
 
     The defaults are Infini-attention as published, on the base's weights, in every layer.
     """
@@ -25,31 +25,29 @@ class InfiniParams:
     layers: list[int] | Literal["all"] = "all"  # decoder layers, negative from the end; []: none
     insertion: Literal["replace", "parallel"] = "replace"  # parallel: the base's attention stays
     init: Literal["base", "random_attention", "random_layer"] = "base"  # what starts at random
-    local: Literal["softmax", "linear", "window_linear"] = "softmax"  # inside a segment
-    window: int = 64  # tokens that window_linear attends to with softmax
+    local: Literal["softmax", "linear"] = "softmax"  # attention inside a segment
     positions: Literal["rope", "alibi", "none"] = "rope"  # encoding of the local attention
     heads: Literal["base", "single"] = "base"  # as many as the base has, or one of full width
     memory: Literal["on", "off"] = "on"
     update_rule: UpdateRule = "linear"
     feature_map: FeatureMapName = "elu1"
     num_features: int | Literal["base"] = "base"  # of hedgehog, a head; base: two a channel
-    recall_norm: Literal["none", "rms"] = "none"  # of what is recalled
-    seed_scaling: bool = False  # the seeds' read, too small by the segment length
+    seed_scaling: bool = False  # the seeds' mistake: recalled / segment_length
     gate: Literal["head", "query"] = "head"  # query: each query moves its head's share, learnable
-    decay: Literal["none", "head", "feature"] = "none"  # what forgets at a learnable rate
-    written_tokens: int | Literal["all"] = "all"  # of a segment, the best by a learnable score
-    initial_state: Literal["empty", "learnable"] = "empty"
+    decay: Literal["none", "feature"] = "none"  # feature: each forgets at a learnable rate
     state_dtype: StateDtype = "float32"  # in which the memory crosses a border
-    bptt_segments: int | Literal["all"] = "all"  # no gradients across every so many-th border
+    bptt_segments: int | Literal["all"] = "all"  # segments between borders that stop gradients
     segment_length: int = 256  # tokens
     local_context: int = 0  # tokens of keys and values carried over, the document's first included
-    initial_memory_share: float = 0.02  # sigmoid(gate_logit) at the start
 
     def __post_init__(self) -> None:
-        """Refuse values that no base model could make sense of."""
+        """Refuse values that no base model could make sense of.
+
+        Raises:
+            ValueError: naming the key.
+        """
         self._check_sizes()
         self._check_combinations()
-        self._check_seed_scaling()
 
     def _check_sizes(self) -> None:
         length = self.segment_length
@@ -63,26 +61,14 @@ class InfiniParams:
                 f"infini.local_context must be in 0..segment_length={length} "
                 f"tokens, got {self.local_context}"
             )
-        if self.window < 1:
-            raise ValueError(f"infini.window must be at least 1 token, got {self.window}")
         if self.num_features != "base" and (self.num_features < 2 or self.num_features % 2):
             raise ValueError(
                 "infini.num_features must be base or an even number from 2 on, "
                 f"got {self.num_features}"
             )
-        if self.written_tokens != "all" and not 1 <= self.written_tokens <= length:
-            raise ValueError(
-                f"infini.written_tokens must be all or in 1..segment_length={length} tokens, "
-                f"got {self.written_tokens}"
-            )
         if self.bptt_segments != "all" and self.bptt_segments < 1:
             raise ValueError(
                 f"infini.bptt_segments must be all or at least 1, got {self.bptt_segments}"
-            )
-        if not 0 < self.initial_memory_share < 1:
-            raise ValueError(
-                "infini.initial_memory_share must lie between 0 and 1, "
-                f"got {self.initial_memory_share}"
             )
 
     def _check_combinations(self) -> None:
@@ -108,40 +94,20 @@ class InfiniParams:
             )
         if self.update_rule != "linear" and self.decay != "none":
             raise ValueError(
-                "infini.decay must be none unless infini.update_rule is linear: what a delta rule "
-                f"takes back must be as old as what it wrote, got {self.decay}"
+                "infini.decay must be none unless infini.update_rule is linear: a delta rule must "
+                f"read back exactly what it wrote, got {self.decay}"
             )
-        if self.update_rule == "delta_gamma" and self.initial_state == "learnable":
+        if self.update_rule != "linear" and self.seed_scaling:
             raise ValueError(
-                "infini.initial_state must be empty when infini.update_rule is delta_gamma, whose "
-                "normaliser would not grow with what is written, got learnable"
+                f"infini.seed_scaling must be false when infini.update_rule is {self.update_rule}: "
+                "only a plain read of sums can be too small by the segment length, got true"
             )
-        if self.local == "window_linear":
-            for name, plain in (("recall_norm", "none"), ("decay", "none")):
-                if (value := getattr(self, name)) != plain:
-                    raise ValueError(
-                        f"infini.{name} must be {plain} when infini.local is window_linear, whose "
-                        f"parts share one denominator, got {value}"
-                    )
-
-    def _check_seed_scaling(self) -> None:
-        """Refuse the seeds' scale where it would be undone, or spoil more than what is read."""
-        for name, others in (
-            ("recall_norm", ("rms",)),
-            ("update_rule", ("delta", "delta_gamma")),
-            ("local", ("window_linear",)),
-        ):
-            if self.seed_scaling and (value := getattr(self, name)) in others:
-                raise ValueError(
-                    f"infini.seed_scaling must be false when infini.{name} is {value}: only a "
-                    "plain read of sums can be too small by the segment length, got true"
-                )
 
     def count_features(self, head_dim: int) -> int:
-        """Return how many features a query or key has.
+        """Return the number of features of a query or key.
 
         Raises:
-            ValueError: if the head is too small for the number asked for.
+            ValueError: if heads of `head_dim` channels have fewer.
         """
         most = FEATURES_PER_CHANNEL[self.feature_map] * head_dim
         if self.num_features == "base":
@@ -155,17 +121,17 @@ class InfiniParams:
 
     @property
     def whole_layers(self) -> bool:
-        """Whether MLP and norms of the Infini layers start at random, and must train, too."""
+        """Whether MLP and norms of the Infini layers start at random, and must train too."""
         return self.init == "random_layer"
 
     @property
-    def cutting_borders(self) -> int | None:
-        """Every which border no gradient crosses; None: they cross all."""
+    def stop_gradient_every(self) -> int | None:
+        """Segments between two borders that stop gradients; None: no border does."""
         return None if self.bptt_segments == "all" else self.bptt_segments
 
     @property
     def has_memory(self) -> bool:
-        """Whether anything is remembered across segments, beside carried keys and values."""
+        """Whether any layer has a memory."""
         return self.memory == "on" and self.layers != []
 
 
@@ -181,7 +147,7 @@ class AttentionShape:
     o_bias: bool
 
     def of_heads(self, heads: Literal["base", "single"]) -> "AttentionShape":
-        """Return this shape, or the seeds' form: one head of the full width, no biases."""
+        """Return this shape, or the seeds' form: one head of full width, no biases."""
         if heads == "base":
             return self
         return AttentionShape(
@@ -193,18 +159,6 @@ class AttentionShape:
             o_bias=False,
         )
 
-    def carried_token_bytes(self) -> int:
-        """Count the bytes of one token's keys and values."""
-        return 2 * self.num_kv_heads * self.head_dim * BYTES_PER_CARRIED_CHANNEL
-
-    def border_bytes(self, local_context: int, num_features: int, state_dtype: StateDtype) -> int:
-        """Count the bytes that cross a segment border, for one document.
-
-        Args:
-            local_context: tokens.
-            num_features: of the memory, a head; 0: there is no memory.
-            state_dtype: in which the memory is kept.
-        """
-        num_values = count_state_values(self.num_kv_heads, num_features, self.head_dim)
-        memory = num_values * BYTES_PER_STATE_VALUE[state_dtype]
-        return local_context * self.carried_token_bytes() + memory
+    def context_token_bytes(self) -> int:
+        """Count the bytes of one carried token's keys and values."""
+        return 2 * self.num_kv_heads * self.head_dim * BYTES_PER_CONTEXT_VALUE

@@ -33,7 +33,7 @@ QUERIES_PER_BLOCK = 128
 
 
 def prefers_products(query: Tensor, key: Tensor, value: Tensor) -> bool:
-    """Tell whether `softmax_attention` should use explicit products, not a fused kernel."""
+    """Return whether explicit products are faster than a fused kernel."""
     needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
     longest = LONGEST_EXPLICIT * (1 if needs_grad else LONGER_WITHOUT_GRADIENTS)
     return query.device.type == "cpu" and max(query.shape[2], key.shape[2]) <= longest
@@ -46,7 +46,7 @@ def visible_keys(num_queries: int, num_keys: int, device: torch.device) -> Bool[
 
 
 def query_blocks(num_queries: int) -> list[slice]:
-    """Part queries into blocks, so that no block need meet keys that none of it sees."""
+    """Cut queries into blocks, so that a block skips keys that none of it sees."""
     begins = range(0, num_queries, QUERIES_PER_BLOCK)
     return [slice(begin, min(begin + QUERIES_PER_BLOCK, num_queries)) for begin in begins]
 
@@ -99,7 +99,10 @@ def alibi_slopes(num_heads: int) -> Float[Tensor, "H"]:
 def alibi_bias(
     slopes: Float[Tensor, "H"], num_queries: int, num_keys: int
 ) -> Float[Tensor, "H L C"]:
-    """Return what ALiBi adds to the scores; the last keys are the queries' own tokens."""
+    """Return the bias that ALiBi adds to the scores.
+
+    The last keys are the queries' own tokens.
+    """
     keys = torch.arange(num_keys, device=slopes.device)
     distance = keys[num_keys - num_queries :, None] - keys
     return -slopes[:, None, None] * distance
@@ -119,7 +122,7 @@ def _mask(
 class _ExplicitSoftmaxAttention(torch.autograd.Function):
     """Softmax attention by explicit products over blocks of queries.
 
-    A block meets no key after its last query, which saves up to half of the work.
+    A block skips the keys after its last query, which saves up to half of the work.
     """
 
     @staticmethod
@@ -182,12 +185,12 @@ def _hide_keys(scores: Float[Tensor, "B N L G C"], is_key: Bool[Tensor, "B *"] |
 
 
 def _group(x: Float[Tensor, "B H L K"], num_kv_heads: int) -> Float[Tensor, "B N L G K"]:
-    """Lay out beside each other the heads that share a key/value head."""
+    """Group the query heads that share a key/value head."""
     return x.unflatten(1, (num_kv_heads, -1)).transpose(2, 3).contiguous()
 
 
 def _empty_groups(x: Float[Tensor, "B N L G K"], size: int) -> Float[Tensor, "B N L G V"]:
-    """Make room for a result in the order in which the output projection wants it: L first."""
+    """Allocate a result in the memory order of the output projection: L first."""
     batch, num_kv_heads, num_tokens, group, _ = x.shape
     return x.new_empty(batch, num_tokens, num_kv_heads, group, size).transpose(1, 2)
 
@@ -197,7 +200,7 @@ def _ungroup(x: Float[Tensor, "B N L G K"]) -> Float[Tensor, "B H L K"]:
 
 
 def _rows(x: Float[Tensor, "B N L G K"], tokens: slice = slice(None)) -> Float[Tensor, "B N R K"]:
-    """Return some tokens, with all heads of a group, as rows of one product."""
+    """Return some tokens, with all heads of their group, as rows of one product."""
     return x[:, :, tokens].flatten(2, 3)
 
 
@@ -231,7 +234,7 @@ def masked_linear_sums(
     value: Float[Tensor, "B N C V"],
     mask: Bool[Tensor, "*#B L C"],
 ) -> tuple[Float[Tensor, "B H L V"], Float[Tensor, "B H L 1"]]:
-    """Return numerator and denominator of linear attention to the keys that a mask shows.
+    """Return numerator and denominator of linear attention under a mask.
 
     Args:
         query: features of the queries.

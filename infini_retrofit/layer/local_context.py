@@ -1,4 +1,4 @@
-"""Keys and values that a segment carries over to the next one: a window with an attention sink.
+"""Keys and values that a segment carries over to the next: a window with a sink.
 
 One of the carried tokens is the document's first. Models of this kind give it much of their
 attention whatever it says; segments that carry only their last tokens have no such token in
@@ -17,15 +17,13 @@ Axes:
     V  value channel
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-# Applies the position of one token of every segment, given by its index in the segment.
-Place = Callable[[Tensor, int], Tensor]
+from infini_retrofit.layer.cut import Keys, Place
 
 
 @dataclass(frozen=True)
@@ -37,28 +35,15 @@ class LocalContext:
     is_token: Bool[Tensor, "B C"]
     sink_key: Float[Tensor, "B N 1 K"]  # the document's first key, without position encoding
 
-    def carried(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Return what keys are put behind."""
-        return self.key, self.value, self.is_token
+    def as_keys(self) -> Keys:
+        """Return the keys of one segment (S = 1)."""
+        return Keys(self.key[:, None], self.value[:, None], self.is_token[:, None])
 
     def detach(self) -> "LocalContext":
-        """Cut the gradient here, so that back-propagation stops at this segment."""
+        """Stop the gradient here."""
         return LocalContext(
             self.key.detach(), self.value.detach(), self.is_token, self.sink_key.detach()
         )
-
-
-@dataclass(frozen=True)
-class Keys:
-    """What each segment's queries attend to."""
-
-    key: Float[Tensor, "B S N L K"]  # with position encoding
-    value: Float[Tensor, "B S N L V"]
-    is_key: Bool[Tensor, "B S L"]  # False at padding and where there is no segment before
-
-    def __iter__(self):
-        """Yield each tensor and the axis of its tokens."""
-        return iter(((self.key, -2), (self.value, -2), (self.is_key, -1)))
 
 
 def carry_context(
@@ -67,102 +52,91 @@ def carry_context(
     place: Place,
     num_carried: int,
     before: LocalContext | None,
-    bptt_segments: int | None = None,
+    stop_gradient_every: int | None = None,
 ) -> tuple[Keys, LocalContext | None]:
-    """Put before each segment's keys and values what the segment before carries over.
+    """Put the context of the segment before ahead of each segment's own keys.
 
     Args:
         own: each segment's own keys and values.
         first_key: key of the first token here, without position encoding.
-        place: applies positions.
+        place: applies position encoding.
         num_carried: C, at least 1 and at most a segment.
-        before: what comes from before the first segment; None: nothing, the document begins.
-        bptt_segments: gradients do not cross every so many-th border, nor come from `before`;
-            None: they cross all.
+        before: the context of the first segment; None: the document begins here.
+        stop_gradient_every: segments between borders that stop gradients, `before` included;
+            None: gradients cross all borders.
 
     Returns:
-        All that each segment attends to, and what the segment after the last will need; None
+        All that each segment attends to, and the context of the segment after the last; None
         after a segment shorter than C, which must be the document's last.
     """
-    first = _nothing(own, num_carried) if before is None else before
-    first = first if bptt_segments is None else first.detach()
+    first = _empty_context(own, num_carried) if before is None else before
+    first = first if stop_gradient_every is None else first.detach()
     sink_key, sink_value = _sink(own, first_key, first)
-    firsts = [x[:, None] for x in first.carried()]
-    length = own.key.shape[3]
+    num_documents, num_segments, _, length = own.key.shape[:4]
     if length < num_carried:
-        return _put_before(own, firsts), None
-    shape = own.key.shape[:2]
+        return first.as_keys().followed_by(own), None
+    each = (num_documents, num_segments, -1, -1, -1)
     # The sink takes the place of the token before the last C - 1, next to them.
-    placed_sink = place(sink_key[:, None].expand(*shape, -1, -1, -1), length - num_carried)
-    sinks = (
-        placed_sink,
-        sink_value[:, None].expand(*shape, -1, -1, -1),
-        own.is_key.new_ones(*shape, 1),
+    sinks = Keys(
+        place(sink_key[:, None].expand(each), length - num_carried),
+        sink_value[:, None].expand(each),
+        own.is_key.new_ones(num_documents, num_segments, 1),
     )
-    left = [
-        torch.cat([sink, x.narrow(axis, length - num_carried + 1, num_carried - 1)], dim=axis)
-        for sink, (x, axis) in zip(sinks, own, strict=True)
-    ]
-    found = [torch.cat([f, x[:, :-1]], dim=1) for f, x in zip(firsts, left, strict=True)]
-    if bptt_segments is not None:
-        found = _cut_gradients(found, bptt_segments)
-    return _put_before(own, found), LocalContext(*(x[:, -1] for x in left), sink_key)
+    left = sinks.followed_by(own.last(num_carried - 1))
+    context = left.shifted(first.as_keys())
+    if stop_gradient_every is not None:
+        context = _stop_gradients(context, stop_gradient_every)
+    after = LocalContext(left.key[:, -1], left.value[:, -1], left.is_key[:, -1], sink_key)
+    return context.followed_by(own), after
 
 
 def _sink(own: Keys, first_key: Tensor, before: LocalContext) -> tuple[Tensor, Tensor]:
-    """Return the key, unplaced, and the value of each document's first token."""
+    """Return the key, without position encoding, and value of each document's first token."""
     # Documents that start late in a batch have nothing before them yet.
     has_begun = before.is_token.any(dim=1)[:, None, None, None]
     sink_key = torch.where(has_begun, before.sink_key, first_key)
     return sink_key, torch.where(has_begun, before.value[:, :, :1], own.value[:, 0, :, :1])
 
 
-def put_before(own: Keys, context: LocalContext) -> Keys:
-    """Put before the keys of a document's only segment what is carried over to it."""
-    return _put_before(own, [x[:, None] for x in context.carried()])
-
-
 def context_at(
     keys: Keys, last: LocalContext, border: Int[Tensor, "B"], num_carried: int
 ) -> LocalContext:
-    """Return what each document carries over one of its borders.
+    """Return the context that each document carries over one of its borders.
 
     Args:
-        keys: what each segment attends to.
-        last: what is carried over the last border.
+        keys: all that each segment attends to, from `carry_context`.
+        last: the context after the last segment.
         border: 0 before the first segment.
         num_carried: C.
     """
     num_segments = keys.key.shape[1]
     rows = torch.arange(len(border), device=border.device)
     index, is_last = border.clamp(max=num_segments - 1), border == num_segments
-    found = (x[rows, index].narrow(axis, 0, num_carried) for x, axis in keys)
-    pairs = zip(last.carried(), found, strict=True)
-    chosen = (torch.where(is_last.view(-1, *(1,) * (x.dim() - 1)), x, f) for x, f in pairs)
-    return LocalContext(*chosen, last.sink_key)
+    per_head = is_last[:, None, None, None]
+    return LocalContext(
+        torch.where(per_head, last.key, keys.key[rows, index][:, :, :num_carried]),
+        torch.where(per_head, last.value, keys.value[rows, index][:, :, :num_carried]),
+        torch.where(is_last[:, None], last.is_token, keys.is_key[rows, index][:, :num_carried]),
+        last.sink_key,
+    )
 
 
-def _cut_gradients(found: list[Tensor], bptt_segments: int) -> list[Tensor]:
-    """Cut the gradients of the keys and values that each segment finds, at every so many-th border.
+def _stop_gradients(context: Keys, every: int) -> Keys:
+    """Stop the gradients of carried keys and values at every so many-th border.
 
     The document's first token has crossed every border before a segment, the others the last.
     """
-    key, value, is_token = found
-    num_segments, num_carried = is_token.shape[1:]
-    segment = torch.arange(num_segments, device=key.device)[:, None]
-    is_sink = torch.arange(num_carried, device=key.device) == 0
-    is_cut = (segment % bptt_segments == 0) | (is_sink & (segment >= bptt_segments))
+    num_segments, num_carried = context.is_key.shape[1:]
+    segment = torch.arange(num_segments, device=context.key.device)[:, None]
+    is_sink = torch.arange(num_carried, device=context.key.device) == 0
+    is_cut = (segment % every == 0) | (is_sink & (segment >= every))
     is_cut = is_cut[:, None, :, None]
-    return [torch.where(is_cut, x.detach(), x) for x in (key, value)] + [is_token]
+    key, value = (torch.where(is_cut, x.detach(), x) for x in (context.key, context.value))
+    return Keys(key, value, context.is_key)
 
 
-def _put_before(own: Keys, found: list[Tensor]) -> Keys:
-    pairs = zip(found, own, strict=True)
-    return Keys(*(torch.cat([f.to(x.dtype), x], dim=axis) for f, (x, axis) in pairs))
-
-
-def _nothing(own: Keys, num_carried: int) -> LocalContext:
-    """Return what stands before a document: masked zeros."""
+def _empty_context(own: Keys, num_carried: int) -> LocalContext:
+    """Return the context before a document: masked zeros."""
     batch, _, num_heads, _, key_dim = own.key.shape
     key = own.key.new_zeros(batch, num_heads, num_carried, key_dim)
     value = own.value.new_zeros(batch, num_heads, num_carried, own.value.shape[-1])

@@ -1,10 +1,12 @@
-"""Compressive memory of Infini-attention, as pure functions on tensors.
+"""Compressive memory of Infini-attention: equations 7 to 10, as pure functions.
 
-Memory is a value: it comes in as an argument and goes out as a result. It is written from and
-read with features of keys and queries (module feature_maps). Nothing here knows of layers,
-position encodings, checkpoints or `transformers`.
+Memory is a value: it comes in as an argument and goes out as a result. It is written and read with
+features of keys and queries (module feature_maps). Nothing here knows of layers, position
+encodings, checkpoints or `transformers`.
 
-Source: Munkhdalai et al. 2024, arXiv:2404.07143v2, equations 7 to 10.
+Where each equation is: 7 `retrieve`, 8 `write_segments` and `prefix_states`, 9 `_update`, 10 `mix`.
+
+Source: Munkhdalai et al. 2024, arXiv:2404.07143v2.
 
 Axes:
     *B  any leading axes: batch, or batch and segment
@@ -33,9 +35,9 @@ UpdateRule = Literal["linear", "delta", "delta_gamma"]
 
 @dataclass(frozen=True)
 class MemoryState:
-    """What one layer keeps of all segments before the current one.
+    """The memory of one layer: sums over the tokens of all segments so far.
 
-    Computed with in float32 or better; a shorter number type is for keeping it.
+    Computed in float32 or float64; kept in that or a shorter number type.
 
     Attributes:
         matrix: M in the paper, under the linear rule the sum over past tokens of feature(key)
@@ -55,13 +57,13 @@ class MemoryState:
         return MemoryState(self.matrix.to(dtype), self.normalizer.to(dtype))
 
     def rounded_to(self, dtype: torch.dtype | None) -> "MemoryState":
-        """Return what a shorter number type keeps of it, its gradient as if nothing was lost."""
+        """Round to a shorter number type; the gradient passes unchanged."""
         if dtype is None:
             return self
         return MemoryState(_Round.apply(self.matrix, dtype), _Round.apply(self.normalizer, dtype))
 
     def roll_batch(self) -> "MemoryState":
-        """Hand every document the memory of the document before it in the batch."""
+        """Give every document the memory of the one before it in the batch."""
         return MemoryState(self.matrix.roll(1, dims=0), self.normalizer.roll(1, dims=0))
 
 
@@ -80,7 +82,7 @@ class _Round(torch.autograd.Function):
 def quotient(
     numerator: Float[Tensor, "*B V"], denominator: Float[Tensor, "*B 1"]
 ) -> Float[Tensor, "*B V"]:
-    """Divide by a sum of weights, which is 0 where the memory is empty: 0 / 0 is 0 here."""
+    """Divide by a sum of weights; 0 / 0 is 0, where the memory is empty."""
     return numerator / denominator.clamp_min(SMALLEST_DENOMINATOR)
 
 
@@ -90,14 +92,28 @@ def count_state_values(num_heads: int, num_features: int, value_dim: int) -> int
 
 
 @dataclass(frozen=True)
+class Recalled:
+    """What the queries read from the memory.
+
+    Attributes:
+        numerator: the sum of values, each weighted by the likeness of its key and the query.
+        denominator: the sum of those weights; 0 where the memory is empty.
+        logit: added to the gate's logit, from the query and its distance to the border.
+    """
+
+    numerator: Float[Tensor, "B S H L V"]
+    denominator: Float[Tensor, "B S H L 1"]
+    logit: Float[Tensor, "*#B #H #L 1"]
+
+
+@dataclass(frozen=True)
 class Write:
-    """What a segment's tokens bring to the memory.
+    """The tokens to write to a memory.
 
     Attributes:
         feature: of the keys.
         value: the values.
-        weight: how much each token counts, 0 at padding, in every feature or in each; None: all
-            count once.
+        weight: of each token, 0 at padding, one for all features or one each; None: 1.
     """
 
     feature: Float[Tensor, "*B N L F"]
@@ -105,44 +121,44 @@ class Write:
     weight: Float[Tensor, "*B #N L #F"] | None = None
 
     @property
-    def counted(self) -> Float[Tensor, "*B N L F"]:
-        """The features, each as much as its token counts."""
+    def weighted(self) -> Float[Tensor, "*B N L F"]:
+        """The features times their weights."""
         return self.feature if self.weight is None else self.feature * self.weight
 
     def segment(self, index: int) -> "Write":
-        """Return one segment's part of leading axes (batch, segment)."""
+        """Return one segment of leading axes (batch, segment)."""
         weight = None if self.weight is None else self.weight[:, index]
         return Write(self.feature[:, index], self.value[:, index], weight)
 
 
 def write_segments(write: Write) -> MemoryState:
-    """Return what each segment by itself adds to the memory (the sums of eq. 8)."""
+    """Return the memory that each segment alone adds (the sums of eq. 8)."""
     with torch.autocast(write.feature.device.type, enabled=False):
-        feature = write.counted
+        feature = write.weighted
         matrix = feature.transpose(-1, -2) @ write.value.to(feature.dtype)
         return MemoryState(matrix, feature.sum(dim=-2))
 
 
 def prefix_states(
-    written: MemoryState, initial: MemoryState | None = None, bptt_segments: int | None = None
+    written: MemoryState, initial: MemoryState | None = None, stop_gradient_every: int | None = None
 ) -> tuple[MemoryState, MemoryState]:
-    """Turn what each segment writes into what each segment finds, for all segments at once.
+    """Turn what each segment adds into the memory before each segment, all at once.
 
     Args:
         written: leading axes (batch, segment), from `write_segments`.
         initial: the memory before the first segment, leading axis (batch); None: empty.
-        bptt_segments: gradients do not cross every so many-th border; None: they cross all.
+        stop_gradient_every: segments between borders that stop gradients; None: no border does.
 
     Returns:
         The memory before each segment (batch, segment), and the one after the last (batch).
     """
     num_segments = written.normalizer.shape[1]
-    every = num_segments if bptt_segments is None else bptt_segments
+    every = num_segments if stop_gradient_every is None else stop_gradient_every
     parts, first = [], initial
     for begin in range(0, num_segments, every):
         part, first = _prefix_sums(written, slice(begin, begin + every), first)
         parts.append(part)
-        if bptt_segments is not None and begin + every <= num_segments:
+        if stop_gradient_every is not None and begin + every <= num_segments:
             first = first.detach()
     matrix = torch.cat([part.matrix for part in parts], dim=1)
     normalizer = torch.cat([part.normalizer for part in parts], dim=1)
@@ -169,18 +185,18 @@ def scan_states(
     rule: UpdateRule,
     initial: MemoryState | None = None,
     retention: Float[Tensor, "B S N #F"] | None = None,
-    bptt_segments: int | None = None,
+    stop_gradient_every: int | None = None,
     state_dtype: torch.dtype | None = None,
 ) -> tuple[MemoryState, MemoryState]:
-    """Do what `write_segments` and `prefix_states` do for a rule that needs the memory so far.
+    """Write segment by segment, for rules that need the memory so far.
 
     Args:
         write: leading axes (batch, segment).
         rule: how the memory is updated.
         initial: the memory before the first segment, leading axis (batch); None: empty.
-        retention: what each segment leaves of each head's memory, by feature; None: all of it.
-        bptt_segments: as in `prefix_states`.
-        state_dtype: of a shorter number type, to which every state is rounded; None: they stay.
+        retention: share of the memory before each segment that is left after it; None: all.
+        stop_gradient_every: as in `prefix_states`.
+        state_dtype: to which every state is rounded; None: it is not.
 
     Returns:
         As `prefix_states`.
@@ -188,12 +204,12 @@ def scan_states(
     state = empty_state(write) if initial is None else initial
     states = []
     for index in range(write.feature.shape[1]):
-        if bptt_segments is not None and index and index % bptt_segments == 0:
+        if stop_gradient_every is not None and index and index % stop_gradient_every == 0:
             state = state.detach()
         states.append(state)
         left = None if retention is None else retention[:, index]
         state = _update(state, write.segment(index), rule, left).rounded_to(state_dtype)
-    if bptt_segments is not None and len(states) % bptt_segments == 0:
+    if stop_gradient_every is not None and len(states) % stop_gradient_every == 0:
         state = state.detach()
     matrix = torch.stack([s.matrix for s in states], dim=1)
     normalizer = torch.stack([s.normalizer for s in states], dim=1)
@@ -201,7 +217,7 @@ def scan_states(
 
 
 def empty_state(write: Write) -> MemoryState:
-    """Return the memory of documents of which nothing is written yet, for what is to be."""
+    """Return an empty memory for the documents of a write."""
     feature, value = write.feature[:, 0], write.value[:, 0]
     shape = (*feature.shape[:2], feature.shape[-1])
     return MemoryState(feature.new_zeros(*shape, value.shape[-1]), feature.new_zeros(shape))
@@ -212,9 +228,8 @@ def _update(
 ) -> MemoryState:
     """Write one segment: eq. 8 (linear), eq. 9 (delta) or ARMT's correction (delta_gamma).
 
-    `delta` is printed with a flaw: z grows by a key's feature even where the key was known, so
-    that a pair written twice is read back at half. ARMT scales what z gains by the part of the
-    feature that is new.
+    `delta` as printed has a flaw: z grows by the feature of a key that was known, so a pair
+    written twice is read back at half. ARMT scales the gain of z by the new part of the feature.
 
     Source: Rodkin et al. 2024, arXiv:2407.04841, equation 4, for gamma.
     """
@@ -231,7 +246,7 @@ def _update(
         added = write_segments(replace(write, value=value))
         gain = added.normalizer
         if new_share is not None:
-            gain = replace(write, feature=write.feature * new_share).counted.sum(dim=-2)
+            gain = replace(write, feature=write.feature * new_share).weighted.sum(dim=-2)
         kept = state
         if retention is not None:
             kept = MemoryState(state.matrix * retention[..., None], state.normalizer * retention)
@@ -260,3 +275,25 @@ def retrieve(
 
 def _split_groups(x: Float[Tensor, "*B N GL V"], num_heads: int, num_tokens: int) -> Tensor:
     return x.unflatten(-2, (num_heads // x.shape[-3], num_tokens)).flatten(-4, -3)
+
+
+def memory_share(
+    denominator: Float[Tensor, "*B H L 1"], logit: Float[Tensor, "*#B #H #L #1"]
+) -> Float[Tensor, "*B H L 1"]:
+    """Return the share of the MEMORY in each query's output: 0 where the memory is empty.
+
+    Differs from the paper: there an empty memory still takes its share, which scales the first
+    segment by `1 - memory_share`. Here an empty memory gives exactly the local attention.
+    """
+    return torch.sigmoid(logit.to(denominator.dtype)) * (denominator > SMALLEST_DENOMINATOR)
+
+
+def mix(
+    local: Float[Tensor, "*B H L V"],
+    numerator: Float[Tensor, "*B H L V"],
+    denominator: Float[Tensor, "*B H L 1"],
+    share: Float[Tensor, "*B H L 1"],
+) -> Float[Tensor, "*B H L V"]:
+    """Blend local attention with what each query recalls (eq. 10)."""
+    weight = quotient(share, denominator)
+    return torch.addcmul(local * (1 - share), numerator, weight).to(local.dtype)

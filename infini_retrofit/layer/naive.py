@@ -1,16 +1,20 @@
-"""Every form of Infini-attention as loops that can be checked by eye, one token at a time.
+"""Infini-attention in every form, as loops over tokens: start reading here.
 
-Slow, one document at a time, and without a state: what a query finds is summed anew over every
-token that was ever written. Shares no code with the library, but for the weights of a layer.
+Slow, one document at a time, and without a state: each query sums anew over every token that was
+ever written. `attention` computes the same numbers fast, and the tests compare both, gradients
+too. Shares no code with the fast path but the weights of a layer.
+
+Source: Munkhdalai et al. 2024, arXiv:2404.07143v2, section 2.1.
 
 Axes:
     T  token of a document
     D  model width
     H  query head
-    N  key/value head
+    N  key/value head; query head h uses key/value head h // (H / N)
     K  key channel
-    F  feature
+    F  feature of a query or key
     V  value channel
+    P  rotated channel, the first P of K
 """
 
 from dataclasses import dataclass
@@ -22,13 +26,13 @@ from torch import Tensor
 from infini_retrofit.layer.attention import InfiniAttention
 from infini_retrofit.layer.form import InfiniParams
 
-# Cosines and sines, or numerator and denominator.
+# Cosines and sines, (T P) each; or numerator and denominator of an average.
 Tables = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True)
 class Heads:
-    """Queries (H T K), keys (N T K) and values (N T V) of one document, not yet placed."""
+    """Queries (H T K), keys (N T K) and values (N T V) of a document, not rotated."""
 
     query: Tensor
     key: Tensor
@@ -37,44 +41,23 @@ class Heads:
 
 @dataclass(frozen=True)
 class Entry:
-    """One thing that the memory of one head holds.
+    """One token in the memory of one head.
 
     Attributes:
         feature: of its key, (F).
-        value: (V).
-        weight: with which its value counts.
-        mass: with which its key counts in the denominator.
-        token: its position in the document; -1: from before it.
+        value: (V), under a delta rule less what the memory recalled for its key.
+        mass: weight of its key in the normalizer.
+        token: its position in the document.
     """
 
     feature: Tensor
     value: Tensor
-    weight: Tensor | float
     mass: Tensor | float
     token: int
 
 
-def naive_heads(layer: InfiniAttention, hidden_states: Tensor) -> Heads:
-    """Project hidden states (T D), one head after another."""
-    size = layer.shape.head_dim
-
-    def project(linear: torch.nn.Linear, num_heads: int) -> Tensor:
-        heads = []
-        for h in range(num_heads):
-            rows = slice(h * size, (h + 1) * size)
-            bias = 0 if linear.bias is None else linear.bias[rows]
-            heads.append(hidden_states @ linear.weight[rows].T + bias)
-        return torch.stack(heads)
-
-    return Heads(
-        project(layer.q_proj, layer.shape.num_heads),
-        project(layer.k_proj, layer.shape.num_kv_heads),
-        project(layer.v_proj, layer.shape.num_kv_heads),
-    )
-
-
 class NaiveLayer:
-    """What an Infini layer computes, by its weights and the form that it should have."""
+    """An Infini layer by its weights and the form that it should have."""
 
     def __init__(self, layer: InfiniAttention, params: InfiniParams) -> None:
         self.layer, self.params, self.memory = layer, params, layer.memory
@@ -90,145 +73,139 @@ class NaiveLayer:
             tables: cosines and sines, (T P) each; None: no positions.
             memory_of: the document whose memory is read, (T D); None: its own.
         """
-        heads = naive_heads(self.layer, hidden_states)
-        owner = heads if memory_of is None else naive_heads(self.layer, memory_of)
+        heads = self.project(hidden_states)
+        owner = heads if memory_of is None else self.project(memory_of)
         rows = []
         for h in range(len(heads.query)):
-            finds = self.written(owner, h // self.group) if self.memory is not None else {}
+            memories = self.write(owner, h // self.group) if self.memory is not None else {}
             tokens = range(len(hidden_states))
-            rows.append(torch.stack([self.one(heads, tables, finds, h, t) for t in tokens]))
+            rows.append(torch.stack([self.attend(heads, tables, memories, h, t) for t in tokens]))
         out = self.layer.o_proj(torch.cat(rows, dim=-1))
         return out if self.layer.alpha is None else self.layer.alpha * out
 
-    def feature(self, x: Tensor, head: int, of: str) -> Tensor:
-        """Map one vector of a head of queries or of keys."""
-        weight = getattr(self.layer.feature_maps, f"{of}_weight", None)
-        return naive_feature(x, self.params.feature_map, None if weight is None else weight[head])
+    def attend(
+        self, heads: Heads, tables: Tables | None, memories: dict[int, list[Entry]], h: int, t: int
+    ) -> Tensor:
+        """Compute the output (V) of one head for one token (eq. 10)."""
+        n = h // self.group
+        begin = t // self.params.segment_length * self.params.segment_length
+        local = self.attend_locally(heads, tables, h, t, begin)
+        if not memories:
+            return local
+        query, entries = heads.query[h, t], memories[begin]
+        feature = self.feature(query, h, "query")
+        numerator, denominator = self.read(feature, entries, n, t)
+        if denominator == 0:  # an empty memory: exactly the local attention
+            return local
+        recalled = numerator / denominator  # eq. 7
+        if self.params.seed_scaling:
+            recalled = recalled / self.params.segment_length
+        logit = self.layer.gate_logit[h]
+        at_border = self.read(feature, entries, n, begin)[1]
+        logit = logit + torch.log(denominator / at_border)  # 0 unless features forget
+        if self.memory.query_gate is not None:
+            logit = logit + query @ self.memory.query_gate[h] / len(query) ** 0.5
+        share = torch.sigmoid(logit)
+        return share * recalled + (1 - share) * local
 
-    def written(self, heads: Heads, n: int) -> dict[int, list[Entry]]:
-        """Return what a key/value head holds where each segment begins."""
-        entries, found = [], {}
-        if self.memory.initial_matrix is not None:
-            weights = self.memory.initial_logit[n].exp()
-            units = torch.eye(len(weights), dtype=weights.dtype)
-            values = self.memory.initial_matrix[n]
-            entries = [Entry(*e, -1) for e in zip(units, values, weights, weights, strict=True)]
+    def write(self, heads: Heads, n: int) -> dict[int, list[Entry]]:
+        """Return the memory of one head before each segment, by the segment's first token.
+
+        All tokens of a segment are written at its end: eq. 8; under a delta rule eq. 9.
+        """
+        entries: list[Entry] = []
+        memories = {}
         length, num_tokens = self.params.segment_length, heads.key.shape[1]
-        of_armt = self.params.update_rule == "delta_gamma"
         for begin in range(0, num_tokens, length):
-            found[begin] = list(entries)
-            chosen = self.chosen(heads.key[n, begin : begin + length], n)
-            for t, weight in chosen.items():
-                feature = self.feature(heads.key[n, begin + t], n, "key")
-                value, new = heads.value[n, begin + t], 1.0
+            memories[begin] = list(entries)
+            for t in range(begin, min(begin + length, num_tokens)):
+                feature, mass = self.feature(heads.key[n, t], n, "key"), 1.0
+                value = heads.value[n, t]
                 if self.params.update_rule != "linear":
-                    numerator, denominator = self.sums(feature, found[begin], n, begin)
+                    numerator, denominator = self.read(feature, memories[begin], n, begin)
                     if denominator > 0:
                         value = value - numerator / denominator
-                        known = denominator / (feature @ feature)
-                        new = (1 - known).clamp(0, 1) if of_armt else 1.0
-                entries.append(Entry(feature, value, weight, weight * new, begin + t))
-        return found
+                        if self.params.update_rule == "delta_gamma":
+                            mass = (1 - denominator / (feature @ feature)).clamp(0, 1)
+                entries.append(Entry(feature, value, mass, t))
+        return memories
 
-    def chosen(self, keys: Tensor, n: int) -> dict[int, Tensor | float]:
-        """Return the tokens of a segment that are written, and how much each counts."""
-        if self.params.written_tokens == "all":
-            return dict.fromkeys(range(len(keys)), 1.0)
-        scores = [k @ self.memory.write_score[n] / len(k) ** 0.5 for k in keys]
-        best = sorted(range(len(keys)), key=lambda t: -scores[t].item())
-        return {t: torch.sigmoid(scores[t]) for t in best[: self.params.written_tokens]}
-
-    def sums(self, feature: Tensor, entries: list[Entry], n: int, at: int) -> Tables:
-        """Return numerator and denominator of what one feature vector finds at a position."""
+    def read(self, feature: Tensor, entries: list[Entry], n: int, at: int) -> Tables:
+        """Return numerator (V) and denominator of eq. 7 for one feature at a position."""
         numerator = feature.new_zeros(self.layer.shape.head_dim)
         denominator = feature.new_zeros(())
         for entry in entries:
-            common = feature * entry.feature
+            likeness = feature * entry.feature
             if self.memory.decay_logit is not None:
                 rate = self.memory.decay_logit[n].exp()
-                common = common * torch.exp(-rate * (at - 1 - entry.token))
-            common = common.sum()
-            numerator = numerator + entry.weight * common * entry.value
-            denominator = denominator + entry.mass * common
+                likeness = likeness * torch.exp(-rate * (at - 1 - entry.token))
+            likeness = likeness.sum()
+            numerator = numerator + likeness * entry.value
+            denominator = denominator + likeness * entry.mass
         return numerator, denominator
 
-    def one(
-        self, heads: Heads, tables: Tables | None, finds: dict[int, list[Entry]], h: int, t: int
+    def attend_locally(
+        self, heads: Heads, tables: Tables | None, h: int, t: int, begin: int
     ) -> Tensor:
-        """Compute one head's output (V) for one token."""
-        params, n = self.params, h // self.group
-        begin = t // params.segment_length * params.segment_length
-        key, value, distance = self.seen(heads, tables, n, begin, t)
-        query, placed = heads.query[h, t], place_at(heads.query[h, t], t, tables)
-        feature = self.feature(query, h, "query")
-        numerator, denominator, logit = 0, 0, 0
-        if self.layer.gate_logit is not None:
-            logit = self.layer.gate_logit[h]
-        if finds:
-            numerator, denominator = self.sums(feature, finds[begin], n, t)
-            at_border = self.sums(feature, finds[begin], n, begin)[1]
-            if at_border > 0:
-                logit = logit + torch.log(denominator / at_border)
-            if self.memory.query_gate is not None:
-                logit = logit + query @ self.memory.query_gate[h] / len(query) ** 0.5
-        scores = (key @ placed) / len(query) ** 0.5
-        if params.positions == "alibi":
+        """Attend with one query to its segment up to itself, and to the carried context."""
+        key, value, distance = self.visible(heads, tables, h // self.group, begin, t)
+        query = place_at(heads.query[h, t], t, tables)
+        if self.params.local == "linear":
+            query = self.feature(query, h, "query")
+            weights = [query @ self.feature(k, h // self.group, "key") for k in key]
+            return naive_average(torch.stack(weights), value)
+        scores = (key @ query) / len(query) ** 0.5
+        if self.params.positions == "alibi":
             scores = scores - 2.0 ** (-8 * (h + 1) / len(heads.query)) * distance
-        if params.local == "window_linear":
-            for s in range(begin, t - params.window + 1):
-                common = feature @ self.feature(heads.key[n, s], n, "key")
-                numerator = numerator + common * heads.value[n, s]
-                denominator = denominator + common
-            near = (scores - scores.max()).exp()
-            far = torch.as_tensor(logit).exp() / (len(feature) * params.window)
-            # ARMT's z may have nothing in common with a query where M has.
-            far = far * (denominator > 0)
-            return (near @ value + far * numerator) / (near.sum() + far * denominator)
-        weights = scores.exp()
-        if params.local == "linear":
-            placed = self.feature(placed, h, "query")
-            weights = torch.stack([placed @ self.feature(k, n, "key") for k in key])
-        local = naive_average(weights, value)
-        if not finds or denominator == 0:
-            return local
-        recalled = numerator / denominator
-        if params.seed_scaling:
-            recalled = recalled / params.segment_length
-        if params.recall_norm == "rms":
-            size = recalled.square().mean().sqrt()
-            recalled = self.memory.recall_gain[h] * (recalled / size if size > 0 else recalled)
-        share = torch.sigmoid(logit)
-        return (1 - share) * local + share * recalled
+        return naive_average(scores.exp(), value)
 
-    def seen(
+    def visible(
         self, heads: Heads, tables: Tables | None, n: int, begin: int, t: int
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return keys, values and distances of what a token attends to besides the memory.
+        """Return keys, values and distances of the tokens that a query attends to.
 
-        That is its own segment up to itself, or the last tokens of that, and of the segment
-        before the last ones, but for one, and the document's first, placed next to them.
+        The context is the last tokens of the segment before, and the document's first token in
+        the place of the one before them.
         """
-        context, first = self.params.local_context, begin
-        if self.params.local == "window_linear":
-            first = max(begin, t - self.params.window + 1)
-        seen = {s: s for s in range(first, t + 1)}  # position: token
+        context = self.params.local_context
+        token_at = {position: position for position in range(begin, t + 1)}
         if begin and context:
-            seen[begin - context] = 0
-            seen |= {s: s for s in range(begin - context + 1, begin)}
-        key = [place_at(heads.key[n, token], at, tables) for at, token in seen.items()]
-        distance = torch.tensor([t - at for at in seen]).double()
-        return torch.stack(key), heads.value[n, list(seen.values())], distance
+            token_at[begin - context] = 0
+            token_at |= {s: s for s in range(begin - context + 1, begin)}
+        key = [place_at(heads.key[n, token], at, tables) for at, token in token_at.items()]
+        distance = torch.tensor([t - at for at in token_at]).double()
+        return torch.stack(key), heads.value[n, list(token_at.values())], distance
+
+    def feature(self, x: Tensor, head: int, of: str) -> Tensor:
+        """Map one query or key (K) of a head to features (F)."""
+        weight = getattr(self.layer.feature_maps, f"{of}_weight")
+        return naive_feature(x, None if weight is None else weight[head])
+
+    def project(self, hidden_states: Tensor) -> Heads:
+        """Project hidden states (T D), one head after another."""
+        size, shape = self.layer.shape.head_dim, self.layer.shape
+
+        def heads_of(linear: torch.nn.Linear, num_heads: int) -> Tensor:
+            heads = []
+            for h in range(num_heads):
+                rows = slice(h * size, (h + 1) * size)
+                bias = 0 if linear.bias is None else linear.bias[rows]
+                heads.append(hidden_states @ linear.weight[rows].T + bias)
+            return torch.stack(heads)
+
+        return Heads(
+            heads_of(self.layer.q_proj, shape.num_heads),
+            heads_of(self.layer.k_proj, shape.num_kv_heads),
+            heads_of(self.layer.v_proj, shape.num_kv_heads),
+        )
 
 
-def naive_feature(x: Tensor, name: str = "elu1", weight: Tensor | None = None) -> Tensor:
-    """Map one query or key (K) to features as the papers print it."""
-    if name == "elu1":
+def naive_feature(x: Tensor, weight: Tensor | None = None) -> Tensor:
+    """Map one query or key (K) to features: ELU + 1, or Hedgehog by its weight (K P)."""
+    if weight is None:
         return F.elu(x) + 1
-    if name == "hedgehog":
-        projected = sum(x[k] * weight[k] for k in range(len(x)))
-        return torch.cat([projected.exp(), (-projected).exp()])
-    rectified = [c.clamp_min(0) for c in (*x, *-x)]
-    return torch.stack([rectified[i] * rectified[i - 1] for i in range(len(rectified))])
+    projected = sum(x[k] * weight[k] for k in range(len(x)))
+    return torch.cat([projected.exp(), (-projected).exp()])
 
 
 def naive_average(weights: Tensor, value: Tensor) -> Tensor:
@@ -248,7 +225,7 @@ def naive_rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def place_at(x: Tensor, position: int, tables: Tables | None) -> Tensor:
-    """Give one vector (K) the position of a token of the document, if there are positions."""
+    """Rotate one vector (K) by the position of its token, if there are positions."""
     if tables is None:
         return x
     cos, sin = tables

@@ -21,7 +21,7 @@ _MADE_BY = "dvc repro prepare_base"
 
 
 def load_base(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
-    """Load what `bring_base` wrote, in evaluation mode, after comparing it with its manifest."""
+    """Load a base in evaluation mode, after comparing it with its manifest."""
     check_base(folder)
     verify_manifest(folder, _MADE_BY)
     model = AutoModelForCausalLM.from_pretrained(
@@ -31,7 +31,7 @@ def load_base(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
 
 
 def load_weightless(folder: Path) -> PreTrainedModel:
-    """Build a base's modules without its weights, for what is to be known of their sizes."""
+    """Build a base's modules without weights, to count sizes."""
     check_base(folder)
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
     with torch.device("meta"):
@@ -39,7 +39,7 @@ def load_weightless(folder: Path) -> PreTrainedModel:
 
 
 def check_base(folder: Path) -> None:
-    """Refuse a folder that holds no base, before anything is read.
+    """Refuse a folder that holds no base.
 
     Raises:
         FileNotFoundError: if it is missing or holds something else, or has no manifest.
@@ -53,5 +53,5 @@ def check_base(folder: Path) -> None:
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
-    """Load the tokenizer that `bring_base` wrote."""
+    """Load the tokenizer of a base."""
     return AutoTokenizer.from_pretrained(folder, local_files_only=True)

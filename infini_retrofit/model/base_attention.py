@@ -1,7 +1,6 @@
-"""The base's own attention, computed by this library where that is faster.
+"""The base's own attention, by explicit products where these are faster.
 
-Registered with `transformers` under a name of its own, for `attn_implementation`. Knows nothing
-of memory, segments and families of models.
+An `attn_implementation` of `transformers`. Knows nothing of memory, segments and families.
 
 Axes:
     B  row of the batch
@@ -33,7 +32,7 @@ def attend(
     scaling: float | None = None,
     **kwargs: object,
 ) -> tuple[Float[Tensor, "B L H K"], None]:
-    """Attend like `sdpa`, whose mask this shares: None means plainly causal."""
+    """Attend like `sdpa`, with its masks: None means causal."""
     # Rotations are float32 where weights are: under autocast only the values are not.
     query, key = query.to(value.dtype), key.to(value.dtype)
     plain = attention_mask is None and dropout == 0 and query.shape[2] == key.shape[2]

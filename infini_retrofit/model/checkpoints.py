@@ -1,12 +1,12 @@
-"""A retrofitted model on disk: what differs from its base, and how to put it back.
+"""A retrofitted model on disk: the tensors that differ from its base, and its form.
 
 Knows nothing of where the pipeline keeps its models.
 """
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -22,20 +22,34 @@ from infini_retrofit.pipeline.files import (
     write_manifest,
     write_text,
 )
+from infini_retrofit.pipeline.params import load_json
 
 WEIGHTS, CONFIG = "retrofit.safetensors", "infini_config.json"
-FORMAT = 3  # 1 named neither the base nor what the other layers see, 2 no type of the state
-# What the layers that are no Infini layers see when the model runs on its own: their segment, as
-# in training, or everything.
-OTHER_LAYERS = ("segment", "full")
+FORMAT = 4  # older ones have choices of form that no longer exist
 _NO_TRAINING_SEED = 2**32  # parameters allow smaller ones only
 
 
-def save_retrofit(model: PreTrainedModel, params: InfiniParams, base_dir: Path, out: Path) -> None:
-    """Write the tensors that inserting into the base does not bring back, and how to insert them.
+@dataclass(frozen=True, kw_only=True)
+class _Config:
+    """The file that says what a retrofit is.
 
-    What was frozen and rounded for a run is taken from the base again, unrounded. The base's files
-    are compared with, not loaded as a second model.
+    Attributes:
+        format: of the folder.
+        base: sha256 of each file of the base's weights.
+        other_layers: what layers without Infini attention see in generation.
+        infini: the form.
+    """
+
+    format: int
+    base: dict[str, str]
+    other_layers: Literal["segment", "full"]
+    infini: InfiniParams
+
+
+def save_retrofit(model: PreTrainedModel, params: InfiniParams, base_dir: Path, out: Path) -> None:
+    """Write the tensors that differ from a fresh insertion, and the form.
+
+    Weights that were frozen and rounded for a run come from the base again, unrounded.
 
     Args:
         model: a retrofitted model; `model.config.other_layers` is kept if it is there.
@@ -63,23 +77,19 @@ def save_retrofit(model: PreTrainedModel, params: InfiniParams, base_dir: Path, 
         changed[name] = tensor
     out.mkdir(parents=True, exist_ok=True)
     save_file(changed, out / WEIGHTS)
-    about = {
-        "format": FORMAT,
-        "base": base,
-        "other_layers": getattr(model.config, "other_layers", OTHER_LAYERS[0]),
-        "infini": asdict(params),
-    }
-    write_text(out / CONFIG, json.dumps(about, indent=2) + "\n")
+    other_layers = getattr(model.config, "other_layers", "segment")
+    config = _Config(format=FORMAT, base=base, other_layers=other_layers, infini=params)
+    write_text(out / CONFIG, json.dumps(asdict(config), indent=2) + "\n")
     write_manifest(out)
 
 
 def load_retrofit(
     base_dir: Path, folder: Path, dtype: torch.dtype, made_by: str = "dvc repro"
 ) -> tuple[PreTrainedModel, InfiniParams]:
-    """Load a base and put into it what `save_retrofit` wrote.
+    """Load a base and insert what `save_retrofit` wrote.
 
-    `model.config` says what was put in, as `infini`, and what the other layers are to see when the
-    model runs on its own, as `other_layers`.
+    `model.config.infini` holds the form, `model.config.other_layers` what other layers see in
+    generation.
 
     Args:
         base_dir: the base model's folder.
@@ -89,27 +99,26 @@ def load_retrofit(
 
     Raises:
         FileNotFoundError: if a folder or its manifest is missing, or holds something else.
-        ValueError: if a file was changed, the base is another, or the format is newer.
+        ValueError: if a file was changed, or the base or the format is another.
     """
     _check_retrofit(folder, made_by)
     verify_manifest(folder, made_by)
-    about = _read_config(folder)
-    _check_base(about, base_dir, folder)
-    params = InfiniParams(**about["infini"])
+    config = _read_config(folder, made_by)
+    _check_base(config, base_dir, folder)
     model = load_base(base_dir, dtype)
-    insert_infini(model, params)
+    insert_infini(model, config.infini)
     result = model.load_state_dict(load_file(folder / WEIGHTS), strict=False)
     assert not result.unexpected_keys, result.unexpected_keys
-    model.config.infini = asdict(params)
-    model.config.other_layers = about.get("other_layers", OTHER_LAYERS[0])
-    return model.eval(), params
+    model.config.infini = asdict(config.infini)
+    model.config.other_layers = config.other_layers
+    return model.eval(), config.infini
 
 
 def base_identity(base_dir: Path) -> dict[str, str]:
     """Return the sha256 of each file of a base's weights, by the file's name.
 
     Raises:
-        FileNotFoundError: if it is no base, or has no manifest to read them from.
+        FileNotFoundError: if it is no base, or has no manifest.
     """
     check_base(base_dir)
     digests = json.loads((base_dir / MANIFEST).read_text(encoding="utf-8"))
@@ -120,7 +129,7 @@ def check_layers(params: InfiniParams, base_dir: Path) -> None:
     """Refuse layers and sizes that do not fit the base, without loading it.
 
     Raises:
-        ValueError: if there are any; a base that is missing is for others to notice.
+        ValueError: if they do not fit. A base that is missing is no error here.
     """
     path = base_dir / "config.json"
     if path.is_file():
@@ -129,15 +138,15 @@ def check_layers(params: InfiniParams, base_dir: Path) -> None:
 
 
 def _freshly_inserted(base_dir: Path, params: InfiniParams) -> dict[str, torch.Tensor]:
-    """Return the tensors of the base, of the dtype of its files, after an insertion."""
+    """Return the tensors of a fresh insertion, in the number type of the base's files."""
     fresh = AutoModelForCausalLM.from_pretrained(base_dir, dtype="auto", local_files_only=True)
-    # With a seed of its own nothing that starts at random is taken for what would come back.
+    # Another seed than training's: weights that start at random always differ, and are saved.
     insert_infini(fresh, params, _NO_TRAINING_SEED)
     return fresh.state_dict()
 
 
 def _check_retrofit(folder: Path, made_by: str) -> None:
-    """Refuse a folder that holds no retrofit, and an export by what it is."""
+    """Refuse a folder that holds no retrofit; name an export as one."""
     if (folder / "modeling.py").is_file():
         raise FileNotFoundError(
             f"{folder} must be the folder of a retrofit, got an exported model: name the folder "
@@ -147,27 +156,30 @@ def _check_retrofit(folder: Path, made_by: str) -> None:
     check_folder(folder, CONFIG, "retrofitted model", made_by)
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
-    """Read how a retrofit was inserted."""
-    about = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    if (found := about.get("format", 1)) > FORMAT:
+def _read_config(folder: Path, made_by: str) -> _Config:
+    """Read the form of a retrofit.
+
+    Raises:
+        ValueError: if the format is another, or a value is none that `save_retrofit` writes.
+    """
+    path = folder / CONFIG
+    if (found := load_json(dict, path, made_by).get("format")) != FORMAT:
         raise ValueError(
-            f"the format of {folder / CONFIG} must be at most {FORMAT}, the newest that this "
-            f"version of infini-retrofit reads, got {found}"
+            f"the format of {path} must be {FORMAT}, which this version of infini-retrofit reads "
+            f"and writes, got {found}: run `{made_by}`, or use the version that wrote it"
         )
-    return about
+    return load_json(_Config, path, made_by)
 
 
-def _check_base(about: dict[str, Any], base_dir: Path, folder: Path) -> None:
-    """Refuse a base whose weights are not those that a retrofit was made from."""
-    expected = about.get("base")
-    if expected is not None and (found := base_identity(base_dir)) != expected:
+def _check_base(config: _Config, base_dir: Path, folder: Path) -> None:
+    """Refuse another base than the one a retrofit was made from."""
+    if (found := base_identity(base_dir)) != config.base:
         raise ValueError(
             f"the base of {folder} must be the one that it was made from, of sha256 "
-            f"{_short(expected)}, got {base_dir} of sha256 {_short(found)}"
+            f"{_short(config.base)}, got {base_dir} of sha256 {_short(found)}"
         )
 
 
 def _short(digests: dict[str, str]) -> str:
-    """Name digests so that two of them can be told apart by eye."""
+    """Shorten digests for an error message."""
     return ", ".join(digest[:12] for digest in digests.values())

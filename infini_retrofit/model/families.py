@@ -1,6 +1,6 @@
-"""The families of models that can be retrofitted: where their layers are, how they keep weights.
+"""The model families that can be retrofitted: their layers and their weights.
 
-Knows nothing of Infini layers.
+Add a family: one entry of `FAMILIES`. Knows nothing of Infini layers.
 """
 
 from collections.abc import Callable
@@ -10,17 +10,17 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
-# What the model type of an exported model has before that of its base.
+# Prefix of the model type of an exported model.
 EXPORTED = "infini_"
 
 
 @dataclass(frozen=True)
 class Family:
-    """What differs between families of models.
+    """How one family of models differs from another.
 
     Attributes:
         attention: name of the attention module in a decoder layer.
-        split: its weights and biases as those of q_proj, k_proj, v_proj and o_proj.
+        split: returns its weights and biases by the names of q_proj, k_proj, v_proj, o_proj.
     """
 
     attention: str
@@ -32,7 +32,7 @@ def _split_llama(attention: nn.Module) -> dict[str, Tensor]:
 
 
 def _split_neox(attention: nn.Module) -> dict[str, Tensor]:
-    """Take apart GPT-NeoX's fused projection, whose rows run head by head, then q, k, v."""
+    """Split GPT-NeoX's fused projection: rows by head, in each q, then k, then v."""
     parts = {}
     for name, fused in attention.query_key_value.state_dict().items():
         by_head = fused.unflatten(0, (-1, 3, attention.head_size))

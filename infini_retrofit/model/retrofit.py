@@ -3,6 +3,8 @@
 Knows nothing of training, files, texts or protocols.
 """
 
+import copy
+
 import torch
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
@@ -11,18 +13,18 @@ from infini_retrofit.layer.attention import InfiniAttention
 from infini_retrofit.layer.form import AttentionShape, InfiniParams
 from infini_retrofit.model.families import PROJECTIONS, decoder_layers, family_of
 
-# Name under which a parallel branch hangs below the base's attention, whose own names stay.
+# The attribute of the base's attention that holds a parallel branch.
 BRANCH = "infini"
 
 
 def attention_modules(model: PreTrainedModel) -> list[nn.Module]:
-    """Return each layer's attention module: the base's, maybe with a branch, or an Infini one."""
+    """Return the attention module of each layer: the base's or an Infini one."""
     name = family_of(model.config).attention
     return [getattr(layer, name) for layer in decoder_layers(model)]
 
 
 def infini_modules(model: PreTrainedModel) -> dict[int, InfiniAttention]:
-    """Return the Infini attention modules by layer index; none for a base model."""
+    """Return the Infini attention modules by layer index, branches included."""
     found = {}
     for index, module in enumerate(attention_modules(model)):
         module = getattr(module, BRANCH, module)
@@ -32,7 +34,7 @@ def infini_modules(model: PreTrainedModel) -> dict[int, InfiniAttention]:
 
 
 def has_memory(model: PreTrainedModel) -> bool:
-    """Tell whether any layer of a base or retrofitted model remembers across segments."""
+    """Return whether any layer of a base or retrofitted model has a memory."""
     return any(module.memory is not None for module in infini_modules(model).values())
 
 
@@ -79,23 +81,24 @@ def check_form(params: InfiniParams, config: PretrainedConfig) -> None:
     params.count_features(attention_shape(config).of_heads(params.heads).head_dim)
 
 
-def border_bytes(model: PreTrainedModel) -> int:
-    """Count the bytes that cross a segment border in a retrofitted model, for one document."""
-    return sum(module.border_bytes for module in infini_modules(model).values())
+def state_bytes(model: PreTrainedModel, params: InfiniParams | None = None) -> int:
+    """Count the bytes that cross a segment border, for one document.
 
-
-def state_bytes(model: PreTrainedModel, params: InfiniParams) -> int:
-    """Count the bytes that would cross a segment border in a base with such layers in it."""
-    num_layers = len(resolve_layers(params.layers, len(decoder_layers(model))))
-    shape = attention_shape(model.config).of_heads(params.heads)
-    num_features = params.count_features(shape.head_dim) if params.has_memory else 0
-    return num_layers * shape.border_bytes(params.local_context, num_features, params.state_dtype)
+    Args:
+        model: a base or retrofitted model.
+        params: a form that would be inserted into such a base; None: the model as it is.
+    """
+    if params is not None:
+        with torch.device("meta"):
+            model = type(model)(copy.deepcopy(model.config))
+            insert_infini(model, params)
+    return sum(module.state_bytes for module in infini_modules(model).values())
 
 
 def insert_infini(model: PreTrainedModel, params: InfiniParams, seed: int = 0) -> None:
-    """Put `InfiniAttention` in the place of the chosen layers' attention, or beside it.
+    """Replace the attention of chosen layers by `InfiniAttention`, or add it beside.
 
-    `model.generate` then computes every step anew, until `enable_generation` gives it a cache.
+    `model.generate` recomputes the prompt at each step until `enable_generation` adds a cache.
 
     Args:
         model: a base model, changed in place.
@@ -116,7 +119,6 @@ def insert_infini(model: PreTrainedModel, params: InfiniParams, seed: int = 0) -
             infini = InfiniAttention(shape, params, index)
             if params.init == "base":
                 infini.load_state_dict(family.split(base), strict=False)
-            infini.start_memory()
             if params.whole_layers:
                 layer.apply(_randomise)
             parameter = next(base.parameters())
@@ -128,18 +130,18 @@ def insert_infini(model: PreTrainedModel, params: InfiniParams, seed: int = 0) -
             else:
                 setattr(layer, family.attention, infini)
             layer.train(model.training)
-    # The caches of `transformers` know no segments; `enable_generation` brings one that does.
+    # The caches of `transformers` hold no memory; `enable_generation` adds one that does.
     model.generation_config.use_cache = False
 
 
 def put_beside(base: nn.Module, branch: InfiniAttention) -> None:
-    """Let a branch's output be added to that of an attention module."""
+    """Add a parallel branch to an attention module, in place."""
     base.add_module(BRANCH, branch)
     base.register_forward_hook(_add_branch, with_kwargs=True)
 
 
 def _add_branch(base: nn.Module, args: tuple, kwargs: dict, output: tuple) -> tuple:
-    """Add the branch's output to that of the base's attention, below which it hangs."""
+    """Add the output of the branch to that of the base's attention."""
     branch = getattr(base, BRANCH, None)
     if branch is None:
         return output
@@ -147,7 +149,7 @@ def _add_branch(base: nn.Module, args: tuple, kwargs: dict, output: tuple) -> tu
 
 
 def _randomise(module: nn.Module) -> None:
-    """Restart a module: torch's own initialisation; norms of either kind from ones."""
+    """Restart a module with torch's own initialisation, norms with ones."""
     if hasattr(module, "reset_parameters"):
         module.reset_parameters()
     elif "weight" in module._parameters:
@@ -155,10 +157,10 @@ def _randomise(module: nn.Module) -> None:
 
 
 def without_memory(params: InfiniParams, local_context: int = 0) -> InfiniParams:
-    """Return the form in which the same layers are the base's own attention, confined.
+    """Return the form of the base's own attention in the same layers and segments.
 
-    What else a form may be makes no difference to it: those of two retrofits of the same layers,
-    segments and `local_context` are equal, unless gradients cross other borders.
+    The other fields of `params` are ignored, so that retrofits which differ in their memory share
+    a control.
     """
     return InfiniParams(
         layers=params.layers,

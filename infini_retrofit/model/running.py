@@ -1,7 +1,7 @@
 """Run documents through a model segment by segment, all segments at once.
 
 Folded: the segments become the batch, so that every layer of the model sees its own segment
-only, and nothing but Infini layers look across. Knows nothing of losses or protocols.
+only, and only Infini layers look across. Knows nothing of losses or protocols.
 
 Axes:
     B  document
@@ -18,8 +18,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from infini_retrofit.layer.cut import Cut
 from infini_retrofit.layer.memory import MemoryState
-from infini_retrofit.layer.state import Carrier, Read
+from infini_retrofit.layer.probe import Probe
+from infini_retrofit.layer.state import State
 
 
 def fold(x: Int[Tensor, "B T"], segment_length: int) -> Int[Tensor, "BS L"]:
@@ -40,24 +42,21 @@ def run_folded(
     model: PreTrainedModel,
     input_ids: Int[Tensor, "B T"],
     segment_length: int,
-    read: Read = "own",
-    carrier: Carrier | None = None,
+    probe: Probe | None = None,
+    state: State | None = None,
     first_position: int = 0,
 ) -> Float[Tensor, "B T D"]:
-    """Return the last hidden states of documents of which each layer sees one segment.
+    """Return the last hidden states of documents; every layer sees one segment.
 
     Args:
         model: a base or retrofitted model.
         input_ids: documents of equal length.
         segment_length: tokens.
-        read: the memory that is read, see `Carrier`.
-        carrier: what the layers start with, and where they leave what they end with; its
-            `num_segments` and `read` are set here.
-        first_position: tokens of the documents that came before these.
+        probe: what to read in place of the memory, and what to note; None: nothing.
+        state: what crosses calls; None: the documents begin and end here.
+        first_position: tokens of the documents before these.
     """
     num_documents, num_tokens = input_ids.shape
-    carrier = Carrier() if carrier is None else carrier
-    carrier.num_segments, carrier.read = num_tokens // segment_length, read
     # Positions count through the document: scores see differences only, and keys carried into
     # the next segment are then already in their place.
     positions = torch.arange(num_tokens, device=input_ids.device) + first_position
@@ -66,7 +65,9 @@ def run_folded(
         input_ids=fold(input_ids, segment_length),
         position_ids=fold(positions, segment_length),
         use_cache=False,
-        carrier=carrier,
+        cut=Cut(num_segments=num_tokens // segment_length),
+        state=state,
+        probe=probe,
     ).last_hidden_state
     return hidden_states.reshape(num_documents, num_tokens, -1)
 
@@ -75,27 +76,27 @@ def run_swapped(
     model: PreTrainedModel,
     input_ids: Int[Tensor, "B T"],
     segment_length: int,
-    found: Mapping[int, MemoryState],
+    memories: Mapping[int, MemoryState],
 ) -> Float[Tensor, "B T D"]:
-    """Do what `run_folded` does, each document reading the memory of the one before it.
+    """Run folded documents, each reading the memory of the one before it.
 
-    That memory is what the other document wrote for itself: nothing of its own comes back.
+    The other document wrote that memory for itself: it holds nothing of the reader.
 
     Args:
         model: a retrofitted model.
         input_ids: at least two documents of equal length.
         segment_length: tokens.
-        found: what `run_folded` noted in `Carrier.found` for the same documents.
+        memories: by layer, as `run_folded` noted them in `Probe.memories` for these documents.
     """
-    strangers = {layer: state.roll_batch() for layer, state in found.items()}
-    return run_folded(model, input_ids, segment_length, carrier=Carrier(strangers=strangers))
+    swapped = {layer: state.roll_batch() for layer, state in memories.items()}
+    return run_folded(model, input_ids, segment_length, Probe(swapped=swapped))
 
 
 def run_in_layer(
     model: PreTrainedModel,
     input_ids: Int[Tensor, "B T"],
     segment_length: int | None = None,
-    read: Read = "own",
+    probe: Probe | None = None,
 ) -> Float[Tensor, "B T D"]:
     """Return the last hidden states of rows that the base's layers see whole.
 
@@ -103,7 +104,8 @@ def run_in_layer(
         model: a base or retrofitted model.
         input_ids: rows of equal length, each with a memory of its own that starts empty.
         segment_length: tokens after which an Infini layer updates its memory; None: its own.
-        read: the memory that is read, see `Carrier`.
+        probe: what to read in place of the memory, and what to note; None: nothing.
     """
-    carrier = Carrier(segment_length=segment_length, read=read)
-    return model.base_model(input_ids=input_ids, use_cache=False, carrier=carrier).last_hidden_state
+    cut = Cut(segment_length=segment_length)
+    body = model.base_model
+    return body(input_ids=input_ids, use_cache=False, cut=cut, probe=probe).last_hidden_state

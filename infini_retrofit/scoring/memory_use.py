@@ -19,7 +19,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from infini_retrofit.layer.state import Carrier, MemoryReading
+from infini_retrofit.layer.probe import MemoryReading, Probe
 from infini_retrofit.model.retrofit import has_memory
 from infini_retrofit.model.running import run_folded
 from infini_retrofit.scoring.labels import next_token_nlls
@@ -46,10 +46,10 @@ def _runs(
     if not has_memory(model) or input_ids.shape[1] <= segment_length:
         return
     for ids in input_ids.to(model.device).split(DOCUMENTS_PER_BATCH):
-        carrier = Carrier(readings={})
+        probe = Probe(readings={})
         with torch.no_grad():
-            hidden_states = run_folded(model, ids, segment_length, carrier=carrier)
-        yield carrier.readings, ids, hidden_states
+            hidden_states = run_folded(model, ids, segment_length, probe)
+        yield probe.readings, ids, hidden_states
 
 
 def _join(batches: list[dict[int, MemoryReading]]) -> dict[int, MemoryReading]:

@@ -23,7 +23,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from infini_retrofit.layer.state import Carrier, Read
+from infini_retrofit.layer.probe import Probe, Read
 from infini_retrofit.model.running import run_folded, run_in_layer, run_swapped
 from infini_retrofit.scoring.labels import next_token_nlls
 
@@ -34,7 +34,7 @@ DOCUMENTS_PER_BATCH = 2
 Run = tuple[Tensor, Tensor]
 
 
-# Whose memory a document reads: as a `Carrier` says, or another document's.
+# Whose memory a document reads: as a `Probe` says, or another document's.
 Whose = Literal[Read, "swapped"]
 
 
@@ -113,14 +113,14 @@ def _hidden_states(
     model: PreTrainedModel, ids: Int[Tensor, "B T"], segment_length: int, reads: Sequence[Whose]
 ) -> dict[Whose, Float[Tensor, "B T D"]]:
     """Run one batch; what is swapped is found in the run of `own`, whether asked for or not."""
-    found, carrier = {}, Carrier(found={} if "swapped" in reads else None)
+    found, probe = {}, Probe(memories={} if "swapped" in reads else None)
     if "own" in reads or "swapped" in reads:
-        found["own"] = run_folded(model, ids, segment_length, carrier=carrier)
+        found["own"] = run_folded(model, ids, segment_length, probe)
     for read in reads:
         if read == "swapped":
-            found[read] = run_swapped(model, ids, segment_length, carrier.found)
+            found[read] = run_swapped(model, ids, segment_length, probe.memories)
         elif read != "own":
-            found[read] = run_folded(model, ids, segment_length, read)
+            found[read] = run_folded(model, ids, segment_length, Probe(read=read))
     return found
 
 

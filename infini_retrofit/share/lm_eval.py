@@ -19,7 +19,7 @@ from lm_eval.api.registry import register_model
 from torch import Tensor
 from tqdm import tqdm
 
-from infini_retrofit.layer.state import Carrier
+from infini_retrofit.layer.state import State
 from infini_retrofit.model.base import load_tokenizer
 from infini_retrofit.model.checkpoints import load_retrofit
 from infini_retrofit.model.running import run_folded
@@ -140,19 +140,18 @@ class InfiniLM(TemplateLM):
 
         The last hidden state of a piece predicts the first token of the next.
         """
-        before, last = {}, None
+        state, last = State(), None
         length = SEGMENTS_PER_PIECE * self.segment_length
         for begin in range(0, len(ids), length):
-            carrier = Carrier(before=before)
             piece = torch.tensor(ids[begin : begin + length], device=self._device)
-            hidden_states = self._run(piece, begin, carrier)
+            hidden_states = self._run(piece, begin, state)
             if last is not None:
                 hidden_states = torch.cat([last[0], hidden_states])
                 piece = torch.cat([last[1], piece])
-            before, last = carrier.after, (hidden_states[-1:], piece[-1:])
+            state, last = state.next(), (hidden_states[-1:], piece[-1:])
             yield next_tokens(piece, hidden_states)
 
-    def _run(self, piece: Int[Tensor, "T"], first_position: int, carrier: Carrier) -> Tensor:
+    def _run(self, piece: Int[Tensor, "T"], first_position: int, state: State) -> Tensor:
         """Return hidden states (T D); padding fills the last segment, after every scored token."""
         missing = -len(piece) % self.segment_length
         documents = F.pad(piece, (0, missing))[None]
@@ -160,7 +159,7 @@ class InfiniLM(TemplateLM):
             self.model,
             documents,
             self.segment_length,
-            carrier=carrier,
+            state=state,
             first_position=first_position,
         )
         return hidden_states[0, : len(piece)]

@@ -17,8 +17,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from infini_retrofit.layer.cut import Cut
 from infini_retrofit.layer.form import InfiniParams
-from infini_retrofit.layer.state import Carrier
 from infini_retrofit.model.families import decoder_layers
 from infini_retrofit.model.retrofit import attention_modules, insert_infini, resolve_layers
 from infini_retrofit.model.running import run_folded, run_in_layer
@@ -105,8 +105,8 @@ class Distillation(Trainee):
     def _layer_loss(self, index: int, call: LayerCall) -> Float[Tensor, ""]:
         """Mean squared error of the layer's output, the seeds' loss."""
         layer = decoder_layers(self.model)[index]
-        carrier = Carrier(num_segments=call.num_segments)
-        output = layer(*call.args, **call.kwargs, carrier=carrier)
+        cut = Cut(num_segments=call.num_segments)
+        output = layer(*call.args, **call.kwargs, cut=cut)
         return _squared_error(output, call.output)
 
     def _attention_loss(self, index: int, call: LayerCall) -> Float[Tensor, ""]:
@@ -115,8 +115,8 @@ class Distillation(Trainee):
         In the layer's output the residual outweighs the attention's part and hides its error.
         """
         attention = attention_modules(self.model)[index]
-        carrier = Carrier(num_segments=call.num_segments)
-        output, _ = attention(*call.attention_args, **call.attention_kwargs, carrier=carrier)
+        cut = Cut(num_segments=call.num_segments)
+        output, _ = attention(*call.attention_args, **call.attention_kwargs, cut=cut)
         error = _squared_error(output, call.attention_output)
         return error / self.mean_of_step(call.attention_output.float().square().mean())
 

@@ -1,0 +1,129 @@
+"""Section `infini`: what it refuses by name, and the format that grows with it."""
+
+from dataclasses import fields, make_dataclass
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin
+
+import pytest
+
+from infini_retrofit.layer.form import AttentionShape, InfiniParams
+from infini_retrofit.model.checkpoints import FORMAT
+from tests.reference import infini_params
+
+HEDGEHOG = {"feature_map": "hedgehog"}
+NO_ROPE = {"positions": "none", "init": "random_layer"}
+RANDOM_BRANCH = {"insertion": "parallel", "init": "random_layer"}
+REFUSED = [
+    ({"segment_length": 2}, r"segment_length must be at least 3 tokens, .* got 2"),
+    ({"local_context": -1}, r"local_context must be in 0\.\.segment_length=5 tokens, got -1"),
+    ({"local_context": 6}, r"local_context must be in 0\.\.segment_length=5 tokens, got 6"),
+    ({"num_features": 5, **HEDGEHOG}, r"num_features must be base or an even .* got 5"),
+    ({"num_features": 0, **HEDGEHOG}, r"num_features must be base or an even .* got 0"),
+    ({"num_features": 4}, r"num_features must be base unless .* hedgehog, .* got 4"),
+    ({"bptt_segments": 0}, r"bptt_segments must be all or at least 1, got 0"),
+    ({"heads": "single"}, r"heads must be base .*, got single"),
+    ({"heads": "single", "init": "random_layer"}, r"heads must be base .* got single"),
+    ({"heads": "single", "positions": "none"}, r"heads must be base .* got single"),
+    (RANDOM_BRANCH, r"init must be base or random_attention when .* parallel, .* got random_layer"),
+    ({"update_rule": "delta", "decay": "feature"}, r"decay must be none unless .*, got feature"),
+    ({"local": "linear", "positions": "alibi"}, r"positions must be rope or none .* got alibi"),
+    (
+        {"update_rule": "delta", "seed_scaling": True},
+        r"seed_scaling must be false when infini\.update_rule is delta: .*, got true",
+    ),
+]
+TAKEN = [
+    {"layers": []},
+    {"segment_length": 3},
+    {"local_context": 5},
+    {"bptt_segments": 1},
+    {"num_features": 2, **HEDGEHOG},
+    {"heads": "single", **NO_ROPE},
+    {"heads": "single", "init": "random_attention", "positions": "alibi"},
+    {"insertion": "parallel", "init": "random_attention"},
+    {"seed_scaling": True, "memory": "off"},
+    {"seed_scaling": True, "decay": "feature", "local": "linear", "positions": "none"},
+]
+SHAPE = AttentionShape(
+    hidden_size=24, num_heads=4, num_kv_heads=2, head_dim=6, qkv_bias=True, o_bias=True
+)
+# What `InfiniParams` was when files of each format were written.
+FIELDS = {
+    4: {
+        "layers": "list | all",
+        "insertion": "replace | parallel",
+        "init": "base | random_attention | random_layer",
+        "local": "softmax | linear",
+        "positions": "rope | alibi | none",
+        "heads": "base | single",
+        "memory": "on | off",
+        "update_rule": "linear | delta | delta_gamma",
+        "feature_map": "elu1 | hedgehog",
+        "num_features": "int | base",
+        "seed_scaling": "bool",
+        "gate": "head | query",
+        "decay": "none | feature",
+        "state_dtype": "float32 | bfloat16",
+        "bptt_segments": "int | all",
+        "segment_length": "int",
+        "local_context": "int",
+    },
+}
+
+
+@pytest.mark.parametrize(("over", "message"), REFUSED, ids=str)
+def test_values_that_no_base_could_make_sense_of_are_refused_by_name(over, message):
+    with pytest.raises(ValueError, match=rf"^infini\.{message}$"):
+        infini_params(**over)
+
+
+@pytest.mark.parametrize("over", TAKEN, ids=str)
+def test_values_at_the_edge_of_what_makes_sense_are_taken(over):
+    params = infini_params(**over)
+    assert {name: getattr(params, name) for name in over} == over
+
+
+def test_what_a_form_says_of_itself():
+    assert infini_params().has_memory
+    assert not infini_params(memory="off").has_memory
+    assert not infini_params(layers=[]).has_memory
+    inits = ("base", "random_attention", "random_layer")
+    assert [infini_params(init=init).whole_layers for init in inits] == [False, False, True]
+    every = [infini_params(bptt_segments=n).stop_gradient_every for n in ("all", 1, 3)]
+    assert every == [None, 1, 3]
+
+
+def test_a_single_head_has_the_full_width_and_no_biases():
+    single = SHAPE.of_heads("single")
+    assert (single.num_heads, single.num_kv_heads, single.head_dim) == (1, 1, 24)
+    assert not single.qkv_bias
+    assert not single.o_bias
+    assert SHAPE.of_heads("base") == SHAPE
+
+
+def test_features_are_counted_and_more_than_a_head_has_directions_for_are_refused():
+    assert infini_params().count_features(6) == 6
+    assert infini_params(**HEDGEHOG).count_features(6) == 12
+    params = infini_params(num_features=14, **HEDGEHOG)
+    assert params.count_features(7) == 14
+    message = r"^infini\.num_features must be at most 12 for heads of 6 channels, got 14$"
+    with pytest.raises(ValueError, match=message):
+        params.count_features(6)
+
+
+def choices_of(kind: Any) -> str:
+    if get_origin(kind) in (Literal, Union, UnionType):
+        return " | ".join(c if isinstance(c, str) else choices_of(c) for c in get_args(kind))
+    return kind.__name__
+
+
+def fields_of(params: type[InfiniParams]) -> dict[str, str]:
+    return {field.name: choices_of(field.type) for field in fields(params)}
+
+
+def test_a_new_field_or_choice_needs_a_new_format():
+    reminder = "raise checkpoints.FORMAT, and add an entry to FIELDS: older versions cannot read it"
+    assert fields_of(InfiniParams) == FIELDS.get(FORMAT), reminder
+    for field in (("mood", int, 0), ("gate", Literal["head", "query", "token"], "head")):
+        grown = make_dataclass("Grown", [field], bases=(InfiniParams,), frozen=True, kw_only=True)
+        assert fields_of(grown) != FIELDS[FORMAT]

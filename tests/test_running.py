@@ -1,0 +1,245 @@
+"""Whole models of both families: documents folded into a batch against a loop over segments."""
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from infini_retrofit.layer import compressive_memory, memory
+from infini_retrofit.layer.cut import Cut
+from infini_retrofit.layer.memory import MemoryState, prefix_states
+from infini_retrofit.layer.probe import Probe
+from infini_retrofit.layer.state import State
+from infini_retrofit.model import running
+from infini_retrofit.model.retrofit import attention_modules, infini_modules
+from infini_retrofit.model.running import fold, run_folded, run_in_layer, run_swapped
+from tests.reference import (
+    MODEL_FORMS,
+    largest,
+    make_model,
+    name_of,
+    segment_loop,
+    set_share,
+)
+from tests.tiny import FAMILIES, random_ids, tiny_model
+
+SEGMENT, DOCUMENT = 5, 15
+TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-5, torch.bfloat16: 2e-2}
+both_families = pytest.mark.parametrize("family", FAMILIES)
+every_form = pytest.mark.parametrize("form", MODEL_FORMS, ids=name_of)
+
+
+def ids_for(model: PreTrainedModel, num_rows: int = 2, num_tokens: int = DOCUMENT) -> Tensor:
+    return random_ids(model.config.vocab_size, num_rows, num_tokens)
+
+
+@both_families
+@every_form
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+@torch.no_grad()
+def test_folded_equals_a_loop_over_segments(family, form, dtype):
+    model = make_model(family, form, dtype)
+    ids = ids_for(model)
+    got, want = run_folded(model, ids, SEGMENT), segment_loop(model, ids, SEGMENT)
+    assert got.dtype is dtype
+    assert largest(got - want) < TOLERANCES[dtype] * largest(want)
+    apart = run_folded(model, ids[:, SEGMENT:], SEGMENT, first_position=SEGMENT)
+    assert largest(got[:, SEGMENT:] - apart) > 0.01 * largest(got)
+
+
+@both_families
+@every_form
+def test_the_gradient_of_folded_equals_that_of_the_loop(family, form):
+    # In 16 bits a state passes its gradient from call to call in 16 bits, too.
+    model = make_model(family, form | {"bptt_segments": "all", "state_dtype": "float32"})
+    ids, gradients = ids_for(model), []
+    for run in (run_folded, segment_loop):
+        model.zero_grad()
+        run(model, ids, SEGMENT)[..., 0].sin().sum().backward()
+        gradients.append({n: p.grad for n, p in model.base_model.named_parameters()})
+    for name, want in gradients[1].items():
+        assert largest(gradients[0][name] - want) < 1e-9 * max(1, largest(want)), name
+        assert largest(want) > 1e-8 or name.endswith(("key.bias", "k_proj.bias")), name
+
+
+def fold_segments_first(x: Tensor, segment_length: int) -> Tensor:
+    return x.unflatten(1, (-1, segment_length)).transpose(0, 1).flatten(0, 1)
+
+
+def inclusive_prefix(written: MemoryState, before: MemoryState, stop_gradient_every):
+    _, after = prefix_states(written, before)
+    return MemoryState(written.matrix.cumsum(1), written.normalizer.cumsum(1)), after
+
+
+@both_families
+@torch.no_grad()
+def test_a_wrong_fold_and_a_memory_of_the_segment_itself_are_noticed(family, monkeypatch):
+    model = make_model(family, {}, torch.float32)
+    ids = ids_for(model)
+    want = segment_loop(model, ids, SEGMENT)
+    with monkeypatch.context() as patch:
+        patch.setattr(running, "fold", fold_segments_first)
+        assert largest(run_folded(model, ids, SEGMENT) - want) > 0.1
+    monkeypatch.setattr(compressive_memory, "prefix_states", inclusive_prefix)
+    assert largest(run_folded(model, ids, SEGMENT) - want) > 0.1
+
+
+@both_families
+@pytest.mark.parametrize("local_context", [0, 3])
+@torch.no_grad()
+def test_positions_that_restart_in_a_later_call_matter_to_carried_keys_only(family, local_context):
+    model = make_model(family, {"local_context": local_context})
+    ids, state, cut = ids_for(model), State(), 2 * SEGMENT
+    want = run_folded(model, ids, SEGMENT)[:, cut:]
+    run_folded(model, ids[:, :cut], SEGMENT, state=state)
+    restarted = run_folded(model, ids[:, cut:], SEGMENT, state=state.next())
+    moved = largest(restarted - want)
+    assert moved > 0.01 if local_context else moved < 1e-5
+
+
+@both_families
+@every_form
+@torch.no_grad()
+def test_under_autocast_the_state_stays_in_its_number_type(family, form):
+    model, state = make_model(family, form, torch.float32), State()
+    ids = ids_for(model)
+    want = run_folded(model, ids, SEGMENT)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = run_folded(model, ids, SEGMENT, state=state)
+    assert 0 < (got - want).abs().mean() < 0.05 * largest(want)
+    memories = [after.memory for after in state.after.values()]
+    want_dtype = getattr(torch, form.get("state_dtype", "float32"))
+    assert {x.dtype for m in memories for x in (m.matrix, m.normalizer)} == {want_dtype}
+
+
+def rounded_prefix(written: MemoryState, before: MemoryState, stop_gradient_every):
+    """Keep the state in bfloat16, segment after segment."""
+    found = []
+    for x in (written.matrix, written.normalizer):
+        states = [torch.zeros_like(x[:, 0]).bfloat16()]
+        for added in x.unbind(1):
+            states.append(states[-1] + added.bfloat16())
+        found.append(torch.stack(states, dim=1).float())
+    matrix, normalizer = found
+    memories = MemoryState(matrix[:, :-1], normalizer[:, :-1])
+    return memories, MemoryState(matrix[:, -1], normalizer[:, -1])
+
+
+UPDATE = memory._update
+
+
+def rounded_update(state: MemoryState, *args: object) -> MemoryState:
+    """Keep the state in bfloat16, as a rule leaves it."""
+    return UPDATE(state, *args).to(torch.bfloat16).to(torch.float32)
+
+
+@pytest.mark.parametrize(("rule", "most"), [("linear", 0.8), ("delta", 0.8), ("delta_gamma", 0.9)])
+@torch.no_grad()
+def test_a_bfloat16_model_is_closer_to_float32_than_one_with_a_bfloat16_state(
+    rule, most, monkeypatch
+):
+    form = {"layers": [0], "update_rule": rule}
+    exact, model = (make_model("llama", form, d) for d in (torch.float32, torch.bfloat16))
+    exact.load_state_dict(model.state_dict())
+    for x in (exact, model):
+        set_share(x, 0.9)
+    ids = ids_for(exact, 1, 400 * SEGMENT)
+    want = run_folded(exact, ids, SEGMENT)
+    error = (run_folded(model, ids, SEGMENT) - want).abs().mean()
+    monkeypatch.setattr(compressive_memory, "prefix_states", rounded_prefix)
+    monkeypatch.setattr(memory, "_update", rounded_update)
+    rounded_error = (run_folded(model, ids, SEGMENT) - want).abs().mean()
+    assert error < TOLERANCES[torch.bfloat16]
+    assert error < most * rounded_error
+
+
+ALL_OF_IT = {
+    "layers": [0, -1],
+    "feature_map": "hedgehog",
+    "gate": "query",
+    "decay": "feature",
+    "positions": "alibi",
+}
+OF_MEMORY = {
+    *("gate_logit", "memory.decay_logit", "memory.query_gate"),
+    *("feature_maps.query_weight", "feature_maps.key_weight"),
+}
+
+
+@both_families
+@pytest.mark.parametrize(("insertion", "more"), [("replace", set()), ("parallel", {"alpha"})])
+@torch.no_grad()
+def test_a_state_dict_holds_all_that_is_learned_and_no_state(family, insertion, more):
+    form = ALL_OF_IT | {"insertion": insertion}
+    model, other = make_model(family, form), make_model(family, form)
+    ids = ids_for(model)
+    want = run_folded(model, ids, SEGMENT)
+    names = infini_modules(model)[0].state_dict().keys()
+    assert {name for name in names if "proj" not in name} == OF_MEMORY | more
+    assert largest(run_folded(other, ids, SEGMENT) - want) > 0.01
+    other.load_state_dict(model.state_dict())
+    assert torch.equal(run_folded(other, ids, SEGMENT), want)
+
+
+def swapped(model: PreTrainedModel, ids: Tensor) -> Tensor:
+    probe = Probe(memories={})
+    run_folded(model, ids, SEGMENT, probe)
+    return run_swapped(model, ids, SEGMENT, probe.memories)
+
+
+@both_families
+@torch.no_grad()
+def test_swapped_a_document_reads_what_another_wrote_for_itself(family):
+    model = make_model(family, {})
+    ids = ids_for(model, num_rows=3)
+    got = swapped(model, ids)
+    for row in range(3):
+        other = Probe(memories={})
+        run_folded(model, ids[[row - 1]], SEGMENT, other)
+        want = run_folded(model, ids[[row]], SEGMENT, Probe(swapped=other.memories))
+        assert largest(got[row] - want[0]) < 1e-9
+    assert largest(got - run_folded(model, ids, SEGMENT)) > 0.01
+    same = ids[:1].expand(3, -1)
+    assert largest(run_folded(model, same, SEGMENT) - swapped(model, same)) < 1e-9
+
+
+def test_a_document_that_is_no_whole_number_of_segments_is_refused():
+    with pytest.raises(ValueError, match=r"whole number of segments of 5 tokens, got 13 tokens"):
+        fold(torch.zeros(2, 13, dtype=torch.long), SEGMENT)
+
+
+def spy_on_attention(model: PreTrainedModel) -> list[dict]:
+    calls: list[dict] = []
+    for module in attention_modules(model):
+        module.register_forward_pre_hook(
+            lambda _, args, kwargs: calls.append(kwargs), with_kwargs=True
+        )
+    return calls
+
+
+@both_families
+@pytest.mark.parametrize("layers", [[], [1]])
+def test_what_a_run_says_reaches_every_attention_and_no_mask_is_made(family, layers):
+    model = make_model(family, {"layers": layers})
+    calls, state, probe = spy_on_attention(model), State(), Probe()
+    run_folded(model, ids_for(model, num_rows=1), SEGMENT, probe, state)
+    run_in_layer(model, ids_for(model, num_rows=1), SEGMENT, probe)
+    assert len(calls) == 2 * 3
+    assert all(call["probe"] is probe for call in calls)
+    assert all(call["state"] is state for call in calls[:3])
+    assert [call["cut"] for call in calls] == [Cut(num_segments=3)] * 3 + [
+        Cut(segment_length=5)
+    ] * 3
+    assert all(call["attention_mask"] is None for call in calls)
+
+
+@both_families
+def test_restarting_positions_would_have_made_a_mask_and_padding_would_not_have_arrived(family):
+    model = tiny_model(family)
+    calls, ids = spy_on_attention(model), ids_for(model, num_rows=1)
+    restarting = (torch.arange(DOCUMENT) % SEGMENT)[None]
+    model.base_model(input_ids=ids, position_ids=restarting, use_cache=False)
+    assert calls[0]["attention_mask"].shape == (1, 1, DOCUMENT, DOCUMENT)
+    padding = torch.ones_like(ids)
+    model.base_model(input_ids=ids, attention_mask=padding, use_cache=False)
+    assert calls[3]["attention_mask"] is None
