@@ -29,14 +29,7 @@ def read_splits(corpus: CorpusShares) -> dict[str, list[Article]]:
 
 
 def read_corpus(corpus: CorpusShares) -> list[Article]:
-    """Read all articles of a corpus.
-
-    Raises:
-        FileNotFoundError: if the user's path does not exist.
-        ConnectionError: if the Hub cannot be reached and its files are not in the local cache.
-        ValueError: naming a file that has a wrong sha256, no text, no UTF-8 text, or no column
-            `text`, or that is no parquet file.
-    """
+    """Read all articles of a corpus; an error names the file at fault."""
     if isinstance(corpus, GensimCorpus):
         return read_gensim_sample()
     if isinstance(corpus, HubCorpus):
@@ -46,10 +39,7 @@ def read_corpus(corpus: CorpusShares) -> list[Article]:
 
 
 def read_gensim_sample() -> list[Article]:
-    """Read the Wikipedia sample that gensim ships for its own tests.
-
-    Its hash must be that of the file behind the measured numbers.
-    """
+    """Read the Wikipedia sample that gensim ships for its own tests."""
     from gensim.test.utils import datapath
 
     path = Path(datapath(SAMPLE_FILE))
@@ -61,10 +51,7 @@ def read_gensim_sample() -> list[Article]:
 
 
 def read_dump(path: Path) -> Iterator[Article]:
-    """Read the articles of a bz2 MediaWiki dump.
-
-    Redirects and lists of homonyms are no articles.
-    """
+    """Read a bz2 MediaWiki dump without redirects and lists of homonyms."""
     from gensim.corpora.wikicorpus import extract_pages
 
     with bz2.open(path) as file:
@@ -146,8 +133,10 @@ def _read_parquet(path: Path, name: str) -> list[Article]:
         )
     texts = [text or "" for text in table["text"].to_pylist()]
     titles = table[title_column].to_pylist() if title_column else [None] * len(texts)
-    rows = enumerate(zip(titles, texts, strict=True))
-    return [Article(title or f"{name} row {i}", text) for i, (title, text) in rows]
+    return [
+        Article(title or f"{name} row {i}", text)
+        for i, (title, text) in enumerate(zip(titles, texts, strict=True))
+    ]
 
 
 def _assemble(rows: list[Article], path: Path) -> list[Article]:

@@ -9,11 +9,7 @@ from json import JSONDecodeError
 from pathlib import Path
 
 from huggingface_hub import get_cached_repo_tree, snapshot_download
-from huggingface_hub.errors import (
-    CachedRepoTreeNotFoundError,
-    HTTPError,
-    LocalEntryNotFoundError,
-)
+from huggingface_hub.errors import CachedRepoTreeNotFoundError, HTTPError, LocalEntryNotFoundError
 from huggingface_hub.utils import filter_repo_objects
 from huggingface_hub.utils.sha import git_hash
 
@@ -30,16 +26,8 @@ def fetch_snapshot(
 ) -> Path:
     """Download the files that the cache lacks, and return their folder.
 
-    Args:
-        repo_id: such as `EleutherAI/pythia-70m`.
-        revision: a commit; branches and tags move.
-        patterns: of the wanted files.
-        embedded: the line of params.yaml that needs no network, for the message.
-        repo_type: `model` or `dataset`.
-
-    Raises:
-        ConnectionError: if a file is not in the cache and the Hub does not send it.
-        ValueError: if a file differs from the hash that the Hub names it by.
+    A file that differs from the Hub's hash is an error. Messages name `embedded`, a line of
+    params.yaml that needs no network.
     """
     repository = {"repo_id": repo_id, "repo_type": repo_type, "revision": revision}
     try:

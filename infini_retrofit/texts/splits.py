@@ -57,9 +57,6 @@ def split_articles(
     """Deal articles to splits by a hash of their titles.
 
     An article keeps its split when others are added or removed. Each split is sorted by the hash.
-
-    Raises:
-        ValueError: if a split gets fewer than `MIN_ARTICLES`.
     """
     splits: dict[str, list[Article]] = {split: [] for split in SPLITS}
     for article in sorted(articles, key=lambda article: _title_hash(article.title)):
@@ -81,11 +78,7 @@ def _title_hash(title: str) -> float:
 
 
 def open_tokenizer(path: Path) -> Tokenizer:
-    """Open a tokenizer.json without truncation and padding.
-
-    Raises:
-        FileNotFoundError: if the file is missing; the message names the stage that makes it.
-    """
+    """Open a tokenizer.json without truncation and padding."""
     check_made(path, "dvc repro prepare_base")
     tokenizer = Tokenizer.from_file(str(path))
     tokenizer.no_truncation()
@@ -97,9 +90,8 @@ def tokenize(tokenizer: Tokenizer, articles: Sequence[Article]) -> Iterator[Toke
     """Encode articles batch by batch, without special tokens."""
     for begin in range(0, len(articles), BATCH_ARTICLES):
         batch = articles[begin : begin + BATCH_ARTICLES]
-        encodings = tokenizer.encode_batch(
-            [article.text for article in batch], add_special_tokens=False
-        )
+        texts = [article.text for article in batch]
+        encodings = tokenizer.encode_batch(texts, add_special_tokens=False)
         for article, encoding in zip(batch, encodings, strict=True):
             input_ids = np.array(encoding.ids, np.int32)
             yield TokenizedArticle(article.title, article.text, input_ids)
@@ -111,12 +103,11 @@ def cut_documents(articles: Sequence[TokenizedArticle], tokens_per_document: int
     The first pieces of all articles precede the second ones: the first N documents come from as
     many articles as possible. Each part is sorted by the hash of the titles.
     """
+    length = tokens_per_document
     documents = [
-        Document(article.title, part, article.input_ids[begin : begin + tokens_per_document])
+        Document(article.title, part, article.input_ids[part * length : (part + 1) * length])
         for article in articles
-        for part, begin in enumerate(
-            range(0, len(article.input_ids) - tokens_per_document + 1, tokens_per_document)
-        )
+        for part in range(len(article.input_ids) // length)
     ]
     return sorted(documents, key=lambda document: (document.part, _title_hash(document.title)))
 
@@ -139,20 +130,14 @@ def _write_rows(
     """Write titles, one column of the kind of row, and tokens."""
     titles = pa.array([row.title for row in rows], pa.string())
     tokens = pa.array([row.input_ids for row in rows], pa.large_list(pa.int32()))
+    table = pa.table({"title": titles, **column, "input_ids": tokens})
     with whole_file(folder / f"{split}.parquet") as path:
-        pq.write_table(
-            pa.table({"title": titles, **column, "input_ids": tokens}), path, compression="zstd"
-        )
+        pq.write_table(table, path, compression="zstd")
 
 
 def read_articles(folder: Path, split: str) -> list[TokenizedArticle]:
-    """Read one split that `write_articles` wrote.
-
-    Raises:
-        FileNotFoundError: if the file is missing; the message names the stage that makes it.
-    """
+    """Read one split that `write_articles` wrote."""
     path = folder / f"{split}.parquet"
-    table = read_table(path, ["title", "text"])
-    titles, texts = table["title"].to_pylist(), table["text"].to_pylist()
-    rows = zip(titles, texts, read_token_rows(path), strict=True)
-    return [TokenizedArticle(title, text, input_ids) for title, text, input_ids in rows]
+    texts = read_table(path, ["title", "text"]).to_pylist()
+    rows = zip(texts, read_token_rows(path), strict=True)
+    return [TokenizedArticle(**text, input_ids=input_ids) for text, input_ids in rows]

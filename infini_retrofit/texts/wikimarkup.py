@@ -8,8 +8,10 @@ import calendar
 import html
 import re
 from dataclasses import dataclass, field
+from itertools import count
 
 _COMMENT = re.compile(r"<!--.*?-->", re.S)
+_POEM = re.compile(r"<poem>(.*?)</poem>", re.S)
 _EMPTY_REF = re.compile(r"<ref\b[^<>]*/>")
 _BLOCK = re.compile(r"<(ref|gallery|source)\b[^<>]*>.*?</\1>", re.S)
 _FORMULA = re.compile(r"<math\b[^<>]*>(.*?)</math>", re.S)
@@ -25,6 +27,7 @@ _SOURCES = "(?:references|sources|notes|citations|bibliography|further reading)"
 _DROPPED_SECTION = re.compile(
     f"(?:selected )?{_SOURCES}(?: and {_SOURCES})*|see also|external links|gallery"
 )
+_ANNOUNCEMENT = re.compile(".{,198}:", re.S)  # of a table, which was removed
 
 
 @dataclass
@@ -41,24 +44,16 @@ def clean_article(markup: str) -> str:
 
     Tables, pictures, captions, footnotes and sections that only list sources are dropped.
     """
-    text, formulas = _set_formulas_aside(_COMMENT.sub("", markup))
+    text = _COMMENT.sub("", markup)
+    formulas = [_formula(latex) for latex in _FORMULA.findall(text)]
+    places = count()
+    text = _FORMULA.sub(lambda _: f"\ue000{next(places)}\ue001", text)  # braces are no markup there
     text = _BLOCK.sub("", _EMPTY_REF.sub("", text))
-    text = _strip_tags(_resolve_nested(_repeat(_TABLE, "\n", text)))
-    sections = _drop_empty(_drop_by_title(_read_sections(text)))
+    sections = _read_sections(_strip_tags(_resolve_nested(text)))
+    sections = _drop_empty(_drop_by_title(sections))
     blocks = [block for section in sections for block in (section.title, *section.paragraphs)]
     text = "\n\n".join(filter(None, blocks))
     return re.sub("\ue000(\\d+)\ue001", lambda match: formulas[int(match[1])], text).strip()
-
-
-def _set_formulas_aside(text: str) -> tuple[str, list[str]]:
-    """Replace formulas by placeholders: their braces are no markup."""
-    formulas: list[str] = []
-
-    def replace(match: re.Match[str]) -> str:
-        formulas.append(_formula(match[1]))
-        return f"\ue000{len(formulas) - 1}\ue001"
-
-    return _FORMULA.sub(replace, text), formulas
 
 
 def _formula(latex: str) -> str:
@@ -68,19 +63,12 @@ def _formula(latex: str) -> str:
     return f"${latex}$" if re.search(r"[\\{}^_]", latex) else latex
 
 
-def _repeat(pattern: re.Pattern[str], replacement: str, text: str) -> str:
-    """Replace from the inside out until no match is left."""
-    count = 1
-    while count:
-        text, count = pattern.subn(replacement, text)
-    return text
-
-
 def _resolve_nested(text: str) -> str:
-    """Render links and templates from the inside out."""
+    """Remove tables and render links and templates, from the inside out."""
     before = None
     while before != text:
         before = text
+        text = _TABLE.sub("\n", text)
         text = _URL_LINK.sub(lambda match: match[1] or "", text)
         text = _LINK.sub(lambda match: _render_link(match[1]), text)
         text = _TEMPLATE.sub(lambda match: render_template(match[1]), text)
@@ -95,7 +83,7 @@ def _render_link(body: str) -> str:
 
 def _strip_tags(text: str) -> str:
     """Remove HTML tags, but keep line breaks, superscripts and the text."""
-    text = re.sub("<poem>(.*?)</poem>", _poem, text, flags=re.S)
+    text = _POEM.sub(lambda poem: f"\n\n{'<br>'.join(poem[1].strip().splitlines())}\n\n", text)
     text = re.sub("<sup>(.*?)</sup>", _superscript, text)
     text = re.sub(r"<br\s*/?>", _BREAK, text)
     text = re.sub(r"</?blockquote\b[^<>]*>", "\n\n", text)
@@ -103,16 +91,11 @@ def _strip_tags(text: str) -> str:
     return re.sub("</?[a-zA-Z][^<>]*>", "", text)
 
 
-def _poem(match: re.Match[str]) -> str:
-    """Write a poem as one paragraph that keeps its lines."""
-    return f"\n\n{'<br>'.join(match[1].strip().splitlines())}\n\n"
-
-
 def _superscript(match: re.Match[str]) -> str:
     """Write a superscript: powers with a caret, ordinals and charges without."""
     body = match[1]
     if body in ("2", "3"):
-        return {"2": "\u00b2", "3": "\u00b3"}[body]
+        return "\u00b2" if body == "2" else "\u00b3"
     if not re.search(r"\d|^[a-z]$", body) or re.search("[-+\u2212]$", body):
         return body
     return f"^{body}" if re.fullmatch("[-\u2212]?\\w+", body) else f"^({body})"
@@ -206,73 +189,39 @@ def _drop_empty(sections: list[_Section]) -> list[_Section]:
     kept: list[_Section] = []
     for section in reversed(sections):
         has_children = kept and kept[-1].level > section.level
-        while section.paragraphs and not has_children and _announces(section.paragraphs[-1]):
-            section.paragraphs.pop()
+        if not has_children:
+            while section.paragraphs and _ANNOUNCEMENT.fullmatch(section.paragraphs[-1]):
+                section.paragraphs.pop()
         if section.paragraphs or has_children:
             kept.append(section)
     return kept[::-1]
 
 
-def _announces(paragraph: str) -> bool:
-    """Return whether a paragraph only introduces what followed it."""
-    return paragraph.endswith(":") and len(paragraph) < 200
-
-
 # The visible text of templates by name: {0} and {1} are the first and second positional argument.
 # A template without an entry and without a rule in `render_template` renders as nothing:
 # infoboxes, navigation boxes, citations, maintenance notes.
+# fmt: off
 _TEMPLATES = {
-    "ndash": "\u2013",
-    "mdashb": "\u2014",
-    "snd": " \u2013 ",
-    "spaced ndash": " \u2013 ",
-    "nbsp": " ",
-    "spaces": " ",
-    "'": "'",
-    "'s": "'s",
-    "' \"": "'\"",
-    '-"': '"',
-    "eqm": "\u21cc",
-    "sic": "[sic]",
-    "carbon": "C",
-    "hydrogen": "H",
-    "currentyear": "2016",  # of the sample
-    "angbr": "\u27e8{0}\u27e9",
-    "e": "\u00d710^{0}",
-    "us$": "US${0}",
-    "us patent": "U.S. patent {0}",
-    "uss": "USS {0}",
-    "hms": "HMS {0}",
-    "music": "\u266d",  # the sample has flats only
-    "ill": "{1}",
-    "inflation": "{1}",
-    "oldstyledate": "{0} {1}",
-    "bibleref": "{0} {1}",
+    "ndash": "\u2013", "mdashb": "\u2014", "snd": " \u2013 ", "spaced ndash": " \u2013 ",
+    "nbsp": " ", "spaces": " ", "'": "'", "'s": "'s", "' \"": "'\"", '-"': '"',
+    "eqm": "\u21cc", "sic": "[sic]", "carbon": "C", "hydrogen": "H",
+    "angbr": "\u27e8{0}\u27e9", "e": "\u00d710^{0}", "us$": "US${0}",
+    "us patent": "U.S. patent {0}", "uss": "USS {0}", "hms": "HMS {0}",
+    "ill": "{1}", "inflation": "{1}", "oldstyledate": "{0} {1}", "bibleref": "{0} {1}",
+    "music": "\u266d", "currentyear": "2016",  # the sample is of 2016 and has flats only
 }
+_UNITS = {
+    "mi": "miles", "nmi": "nautical miles", "ft": "feet", "in": "inches",
+    "sqmi": "square miles", "acre": "acres", "m2": "m\u00b2", "km2": "km\u00b2", "m3": "m\u00b3",
+    "C": "\u00b0C", "C-change": "\u00b0C", "lb": "pounds", "LT": "long tons", "USgal": "US gallons",
+    "oilbbl": "barrels", "Moilbbl": "million barrels", "oilbbl/d": "barrels per day",
+}
+# fmt: on
 _FIRST = re.compile(
     "lang-.+|nowrap|small|smaller|big|large|vr|linktext|nq|ipa|midsize|vanchor|flag|railgauge|script"
 )
 _LAST = re.compile("lang|transl|rtl-lang|script/.+|columns-list")
 _QUOTE = re.compile("b?quote|quotation")
-_UNITS = {
-    "mi": "miles",
-    "sqmi": "square miles",
-    "km2": "km\u00b2",
-    "m2": "m\u00b2",
-    "m3": "m\u00b3",
-    "acre": "acres",
-    "ft": "feet",
-    "in": "inches",
-    "nmi": "nautical miles",
-    "C": "\u00b0C",
-    "C-change": "\u00b0C",
-    "oilbbl": "barrels",
-    "Moilbbl": "million barrels",
-    "oilbbl/d": "barrels per day",
-    "LT": "long tons",
-    "lb": "pounds",
-    "USgal": "US gallons",
-}
 _RANGE_WORDS = {"-": "\u2013", "\u2013": "\u2013", "to": " to ", "and": " and ", "by": " by "}
 
 
