@@ -88,10 +88,7 @@ def enable_generation(
 
 
 def read(
-    model: PreTrainedModel,
-    input_ids: Int[Tensor, "B T"],
-    cache: InfiniCache,
-    num_segments: int = 4,
+    model: PreTrainedModel, input_ids: Int[Tensor, "B T"], cache: InfiniCache, num_segments: int = 4
 ) -> Iterator[int]:
     """Read texts of equal length into a cache, a few segments at a time.
 

@@ -34,11 +34,7 @@ from infini_retrofit.layer.compressive_memory import CompressiveMemory
 from infini_retrofit.layer.cut import Cut, Keys, Layout
 from infini_retrofit.layer.feature_maps import FeatureMaps
 from infini_retrofit.layer.form import BYTES_PER_STATE_VALUE, AttentionShape, InfiniParams
-from infini_retrofit.layer.local_attention import (
-    alibi_slopes,
-    linear_attention,
-    softmax_attention,
-)
+from infini_retrofit.layer.local_attention import alibi_slopes, linear_attention, softmax_attention
 from infini_retrofit.layer.local_context import carry_context
 from infini_retrofit.layer.memory import Recalled, count_state_values, memory_share, mix, quotient
 from infini_retrofit.layer.probe import MemoryReading, Probe
@@ -78,10 +74,8 @@ class InfiniAttention(nn.Module):
         num_features = params.count_features(shape.head_dim)
         self.feature_maps = None
         if params.memory == "on" or params.local == "linear":
-            heads = (shape.num_heads, shape.num_kv_heads)
-            self.feature_maps = FeatureMaps(
-                params.feature_map, *heads, shape.head_dim, num_features
-            )
+            sizes = (shape.num_heads, shape.num_kv_heads, shape.head_dim, num_features)
+            self.feature_maps = FeatureMaps(params.feature_map, *sizes)
         slopes = alibi_slopes(shape.num_heads) if params.positions == "alibi" else None
         self.register_buffer("slopes", slopes, persistent=False)
         self.memory = self.gate_logit = self.alpha = None
@@ -126,15 +120,9 @@ class InfiniAttention(nn.Module):
     ) -> tuple[Float[Tensor, "R T D"], None]:
         """Attend within segments and read the memory of the segments before.
 
-        Args:
-            hidden_states: the layer's normalised input.
-            position_embeddings: cosines and sines, (R or 1, T, P) each; needed with RoPE only.
-            cut: how to cut rows into segments; None: in-layer.
-            state: what crosses calls; None: the document begins and ends here.
-            probe: what an evaluation changes and notes; None: nothing.
-
-        Returns:
-            The output and None, where the attention modules of `transformers` return weights.
+        `position_embeddings` are cosines and sines, (R or 1, T, P) each, for RoPE only. Without
+        `state` the document begins and ends here. The None of the result stands where attention
+        modules of `transformers` return weights.
         """
         cut, probe = cut or Cut(), probe or Probe()
         before = (state or State()).before.get(self.layer_index, LayerState())
@@ -162,19 +150,14 @@ class InfiniAttention(nn.Module):
         cut: Cut,
         probe: Probe,
     ) -> tuple[Float[Tensor, "B T HV"], LayerState]:
-        """Attend with the tokens of an open call to themselves and to all before them.
-
-        Returns:
-            The output of every head, and the state that the next call needs.
-        """
+        """Attend with an open call's tokens; return the state that the next call needs too."""
         kept, heads = before.unfinished, self.shape.num_heads
         tokens = new if kept is None else kept.followed_by(new)
         length = cut.segment_length or self.segment_length
         is_step = kept is not None and len(new) == 1 and cut.is_token is None
         if is_step:  # one query: the keys of its segment are known already
-            reads, by_distance = self._reads(probe), self.slopes is not None
-            heads_kv = self.shape.num_kv_heads
-            segments = running_segment(tokens, before, heads_kv, reads, by_distance)
+            options = (self.shape.num_kv_heads, self._reads(probe), self.slopes is not None)
+            segments = running_segment(tokens, before, *options)
             layout = Layout(new.key, Cut(num_segments=1), 1)
             out = layout.join(self._attend(layout.split(query, heads), segments, probe))
             if len(tokens) < length:
@@ -244,13 +227,12 @@ class InfiniAttention(nn.Module):
         self, query: Float[Tensor, "B S H L K"], segments: Segments
     ) -> Float[Tensor, "B S H L V"]:
         """Attend inside each segment, and to the context carried into it."""
-        keys, is_key = segments.keys, segments.is_key
-        is_key = None if is_key is None else is_key.flatten(0, 1)
-        flat = (query.flatten(0, 1), keys.key.flatten(0, 1), keys.value.flatten(0, 1), is_key)
+        is_key = None if segments.is_key is None else segments.is_key.flatten(0, 1)
+        flat = (x.flatten(0, 1) for x in (query, segments.keys.key, segments.keys.value))
         if self.local == "linear":
-            out = linear_attention(*flat, self.feature_maps)
+            out = linear_attention(*flat, is_key, self.feature_maps)
         else:
-            out = softmax_attention(*flat, slopes=self.slopes)
+            out = softmax_attention(*flat, is_key, slopes=self.slopes)
         return out.unflatten(0, query.shape[:2])
 
 

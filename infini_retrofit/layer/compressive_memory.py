@@ -63,25 +63,19 @@ class CompressiveMemory(nn.Module):
         is_token: Bool[Tensor, "B S L"] | None,
         before: MemoryState | None,
     ) -> tuple[MemoryState, MemoryState]:
-        """Write all segments.
+        """Return the memory before each segment (B, S), and the one after the last (B).
 
-        Args:
-            feature: of the keys.
-            value: values.
-            is_token: False at padding, which is not written; None: no padding.
-            before: the memory before the first segment; None: the document begins.
-
-        Returns:
-            The memory before each segment (B, S), and the one after the last (B).
+        Padding is not written. `before` is the memory before the first segment; None: the
+        document begins.
         """
         with torch.autocast(feature.device.type, enabled=False):
-            num_tokens = _count_tokens(feature, is_token)
             write = Write(feature, value, self._weight(feature, is_token))
             before = self._before(write, before)
             if self.rule == "linear" and self.decay_logit is None and self.state_dtype is None:
                 return prefix_states(write_segments(write), before, self.stop_gradient_every)
             retention = None
             if self.decay_logit is not None:
+                num_tokens = _count_tokens(feature, is_token)
                 retention = memory_retention(self._rate(feature.dtype), num_tokens)
             options = (self.stop_gradient_every, self.state_dtype)
             memories, after = scan_states(write, self.rule, before, retention, *options)
@@ -126,13 +120,9 @@ class CompressiveMemory(nn.Module):
         memories: MemoryState,
         num_before: Int[Tensor, "B"] | None = None,
     ) -> Recalled:
-        """Read each segment's memory.
+        """Read each segment's memory (B, S) with queries that are not rotated.
 
-        Args:
-            query: before position encoding.
-            feature: of the queries.
-            memories: one for each segment, leading axes (B, S).
-            num_before: tokens of the segment before its first query; None: none.
+        `num_before` counts the tokens of a segment before its first query; None: none.
         """
         memories = memories.to(feature.dtype)
         with torch.autocast(query.device.type, enabled=False):

@@ -1,6 +1,6 @@
 """Cut a forward pass into segments; lay out, rotate and shift what is cut.
 
-Knows shapes only: nothing here computes attention, and nothing knows of models.
+Knows shapes only, neither attention nor models.
 
 Axes:
     R  row of the batch as the model sees it
@@ -29,10 +29,9 @@ Place = Callable[..., Tensor]
 
 @dataclass(frozen=True)
 class Cut:
-    """How the rows of one forward pass are cut into segments.
+    """How the rows of one forward pass are cut into segments: keyword `cut`.
 
-    Passed through the model as the keyword `cut`. Without it each row is a document, which the
-    layer cuts after its own segment length (in-layer).
+    Without it each row is a document, which the layer cuts after its own segment length (in-layer).
 
     Attributes:
         num_segments: rows that make up one document (folded); None: each row is a document.
@@ -115,11 +114,7 @@ class Layout:
         return torch.ones(self.grid, dtype=torch.bool, device=device)
 
     def place_by(self, tables: tuple[Tensor, Tensor] | None) -> Place:
-        """Return the function that rotates queries and keys.
-
-        Args:
-            tables: cosines and sines, (R or 1, T, P) each; None: nothing is rotated.
-        """
+        """Return the function that rotates by cosines and sines, (R or 1, T, P) each."""
         if tables is None:
             return lambda x, index=None: x
         cos, sin = (self.split_positions(table) for table in tables)
@@ -153,11 +148,7 @@ class Keys:
         return Keys(self.key[..., begin:, :], self.value[..., begin:, :], self.is_key[..., begin:])
 
     def shifted(self, first: "Keys") -> "Keys":
-        """Move every segment's tokens to the next segment.
-
-        Args:
-            first: what the first segment gets instead (S = 1).
-        """
+        """Move every segment's tokens to the next; the first segment gets `first` (S = 1)."""
         return Keys(
             torch.cat([first.key, self.key[:, :-1]], dim=1),
             torch.cat([first.value, self.value[:, :-1]], dim=1),

@@ -34,10 +34,7 @@ def token_retention(
 ) -> Float[Tensor, "B S N L F"]:
     """Return the share of each token that is left at the end of its segment.
 
-    Args:
-        rate: of each feature.
-        num_tokens: of each segment, without the padding at its end.
-        segment_length: tokens, padding included.
+    `num_tokens` leaves out the padding at a segment's end, `segment_length` includes it.
     """
     last = num_tokens[..., None, None, None] - 1
     steps = (last - torch.arange(segment_length, device=rate.device)[:, None]).clamp_min(0)
@@ -59,15 +56,9 @@ def fade(
 ) -> tuple[Float[Tensor, "B S H L F"], Float[Tensor, "B S H L 1"]]:
     """Scale queries by the decay of the memory since the segment began.
 
-    Args:
-        rate: of each feature.
-        feature: of the queries.
-        normalizer: of the memory before each segment.
-        num_before: tokens of the segment before its first query; None: none.
-
-    Returns:
-        The scaled features, and the logarithm of the share of the denominator that is left: the
-        gate falls by it.
+    `normalizer` is that of the memory before each segment, `num_before` counts the tokens of a
+    segment before its first query (None: none). The second result is the logarithm of the
+    denominator's share that is left: the gate falls by it.
     """
     group = feature.shape[2] // len(rate)
     rate = rate.repeat_interleave(group, dim=0)

@@ -88,7 +88,7 @@ class FeatureMaps(nn.Module):
         super().__init__()
         self.name = name
         self.num_features = num_features
-        self.query_weight, self.key_weight = None, None
+        self.query_weight = self.key_weight = None
         if name == "hedgehog":
             start = torch.eye(key_dim)
             if num_features < 2 * key_dim:

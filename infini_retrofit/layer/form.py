@@ -3,7 +3,7 @@
 Knows nothing of how any of it is computed.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from infini_retrofit.layer.feature_maps import FEATURES_PER_CHANNEL, FeatureMapName
@@ -41,11 +41,7 @@ class InfiniParams:
     local_context: int = 0  # tokens of keys and values carried over, the document's first included
 
     def __post_init__(self) -> None:
-        """Refuse values that no base model could make sense of.
-
-        Raises:
-            ValueError: naming the key.
-        """
+        """Refuse values that no base model could make sense of."""
         self._check_sizes()
         self._check_combinations()
 
@@ -104,11 +100,7 @@ class InfiniParams:
             )
 
     def count_features(self, head_dim: int) -> int:
-        """Return the number of features of a query or key.
-
-        Raises:
-            ValueError: if heads of `head_dim` channels have fewer.
-        """
+        """Return the number of features of a query or key, if heads have so many."""
         most = FEATURES_PER_CHANNEL[self.feature_map] * head_dim
         if self.num_features == "base":
             return most
@@ -150,14 +142,8 @@ class AttentionShape:
         """Return this shape, or the seeds' form: one head of full width, no biases."""
         if heads == "base":
             return self
-        return AttentionShape(
-            hidden_size=self.hidden_size,
-            num_heads=1,
-            num_kv_heads=1,
-            head_dim=self.hidden_size,
-            qkv_bias=False,
-            o_bias=False,
-        )
+        one = {"num_heads": 1, "num_kv_heads": 1, "head_dim": self.hidden_size}
+        return replace(self, **one, qkv_bias=False, o_bias=False)
 
     def context_token_bytes(self) -> int:
         """Count the bytes of one carried token's keys and values."""

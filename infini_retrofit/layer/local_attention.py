@@ -1,7 +1,7 @@
 """Causal attention inside a segment, as pure functions on tensors.
 
-Nothing here knows of the memory, of layers or of `transformers`. Queries and keys come with
-their position encoding already applied, or without one.
+Queries and keys are rotated already, or need no rotation. Knows nothing of the memory, of layers
+or of `transformers`.
 
 Axes:
     B  batch (documents times segments)
@@ -61,14 +61,8 @@ def softmax_attention(
 ) -> Float[Tensor, "B H L V"]:
     """Attend causally with softmax (scale 1 / sqrt(K) unless given).
 
-    Args:
-        query: queries.
-        key: keys.
-        value: values.
-        is_key: False where a key must not be seen (padding, or context before the first
-            segment); a query always sees its own token. None: all keys count.
-        scaling: factor on the scores.
-        slopes: of ALiBi, how much a score falls with each token of distance; None: not at all.
+    `is_key` is False where a key must not be seen: padding, or context before the first segment.
+    A query always sees its own token. `slopes` are those of ALiBi.
     """
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     num_queries, num_keys = query.shape[2], key.shape[2]
@@ -99,10 +93,7 @@ def alibi_slopes(num_heads: int) -> Float[Tensor, "H"]:
 def alibi_bias(
     slopes: Float[Tensor, "H"], num_queries: int, num_keys: int
 ) -> Float[Tensor, "H L C"]:
-    """Return the bias that ALiBi adds to the scores.
-
-    The last keys are the queries' own tokens.
-    """
+    """Return the bias that ALiBi adds to the scores."""
     keys = torch.arange(num_keys, device=slopes.device)
     distance = keys[num_keys - num_queries :, None] - keys
     return -slopes[:, None, None] * distance
@@ -234,14 +225,7 @@ def masked_linear_sums(
     value: Float[Tensor, "B N C V"],
     mask: Bool[Tensor, "*#B L C"],
 ) -> tuple[Float[Tensor, "B H L V"], Float[Tensor, "B H L 1"]]:
-    """Return numerator and denominator of linear attention under a mask.
-
-    Args:
-        query: features of the queries.
-        key: features of the keys.
-        value: values.
-        mask: True where a query may see a key.
-    """
+    """Return numerator and denominator of linear attention over the keys in `mask`."""
     batch, num_heads, num_queries, num_features = query.shape
     num_kv_heads, num_keys = key.shape[1:3]
     grouped = query.reshape(batch * num_kv_heads, -1, num_features)

@@ -56,14 +56,8 @@ def carry_context(
 ) -> tuple[Keys, LocalContext | None]:
     """Put the context of the segment before ahead of each segment's own keys.
 
-    Args:
-        own: each segment's own keys and values.
-        first_key: key of the first token here, without position encoding.
-        place: applies position encoding.
-        num_carried: C, at least 1 and at most a segment.
-        before: the context of the first segment; None: the document begins here.
-        stop_gradient_every: segments between borders that stop gradients, `before` included;
-            None: gradients cross all borders.
+    `first_key` is the key of the first token here, without position encoding. The border to
+    `before` stops gradients too, if any border does.
 
     Returns:
         All that each segment attends to, and the context of the segment after the last; None
@@ -103,11 +97,7 @@ def context_at(
 ) -> LocalContext:
     """Return the context that each document carries over one of its borders.
 
-    Args:
-        keys: all that each segment attends to, from `carry_context`.
-        last: the context after the last segment.
-        border: 0 before the first segment.
-        num_carried: C.
+    `keys` and `last` are the results of `carry_context`. Border 0 is before the first segment.
     """
     num_segments = keys.key.shape[1]
     rows = torch.arange(len(border), device=border.device)

@@ -1,8 +1,7 @@
 """Compressive memory of Infini-attention: equations 7 to 10, as pure functions.
 
-Memory is a value: it comes in as an argument and goes out as a result. It is written and read with
-features of keys and queries (module feature_maps). Nothing here knows of layers, position
-encodings, checkpoints or `transformers`.
+Memory is a value: an argument and a result. It is written and read with features of keys and
+queries (module feature_maps). Knows nothing of layers, position encodings and files.
 
 Where each equation is: 7 `retrieve`, 8 `write_segments` and `prefix_states`, 9 `_update`, 10 `mix`.
 
@@ -49,11 +48,11 @@ class MemoryState:
     normalizer: Float[Tensor, "*B N F"]
 
     def detach(self) -> "MemoryState":
-        """Cut the gradient here, so that back-propagation stops at this segment."""
+        """Stop the gradient here."""
         return MemoryState(self.matrix.detach(), self.normalizer.detach())
 
     def to(self, dtype: torch.dtype) -> "MemoryState":
-        """Return it in another number type."""
+        """Convert to another number type."""
         return MemoryState(self.matrix.to(dtype), self.normalizer.to(dtype))
 
     def rounded_to(self, dtype: torch.dtype | None) -> "MemoryState":
@@ -112,7 +111,6 @@ class Write:
 
     Attributes:
         feature: of the keys.
-        value: the values.
         weight: of each token, 0 at padding, one for all features or one each; None: 1.
     """
 
@@ -142,15 +140,13 @@ def write_segments(write: Write) -> MemoryState:
 def prefix_states(
     written: MemoryState, initial: MemoryState | None = None, stop_gradient_every: int | None = None
 ) -> tuple[MemoryState, MemoryState]:
-    """Turn what each segment adds into the memory before each segment, all at once.
+    """Turn what each segment adds (B, S) into the memory before each, all at once.
 
-    Args:
-        written: leading axes (batch, segment), from `write_segments`.
-        initial: the memory before the first segment, leading axis (batch); None: empty.
-        stop_gradient_every: segments between borders that stop gradients; None: no border does.
+    `initial` is the memory (B) before the first segment; None: empty. Gradients stop at each
+    border after `stop_gradient_every` segments; None: at no border.
 
     Returns:
-        The memory before each segment (batch, segment), and the one after the last (batch).
+        The memory before each segment (B, S), and the one after the last (B).
     """
     num_segments = written.normalizer.shape[1]
     every = num_segments if stop_gradient_every is None else stop_gradient_every
@@ -188,18 +184,10 @@ def scan_states(
     stop_gradient_every: int | None = None,
     state_dtype: torch.dtype | None = None,
 ) -> tuple[MemoryState, MemoryState]:
-    """Write segment by segment, for rules that need the memory so far.
+    """Write (B, S) segment by segment, for rules that need the memory so far.
 
-    Args:
-        write: leading axes (batch, segment).
-        rule: how the memory is updated.
-        initial: the memory before the first segment, leading axis (batch); None: empty.
-        retention: share of the memory before each segment that is left after it; None: all.
-        stop_gradient_every: as in `prefix_states`.
-        state_dtype: to which every state is rounded; None: it is not.
-
-    Returns:
-        As `prefix_states`.
+    `retention` is the share of the memory before each segment that is left after it; None: all.
+    Every state is rounded to `state_dtype`. All else is as in `prefix_states`.
     """
     state = empty_state(write) if initial is None else initial
     states = []
@@ -218,9 +206,9 @@ def scan_states(
 
 def empty_state(write: Write) -> MemoryState:
     """Return an empty memory for the documents of a write."""
-    feature, value = write.feature[:, 0], write.value[:, 0]
-    shape = (*feature.shape[:2], feature.shape[-1])
-    return MemoryState(feature.new_zeros(*shape, value.shape[-1]), feature.new_zeros(shape))
+    batch, _, num_heads, _, num_features = write.feature.shape
+    normalizer = write.feature.new_zeros(batch, num_heads, num_features)
+    return MemoryState(normalizer.new_zeros(*normalizer.shape, write.value.shape[-1]), normalizer)
 
 
 def _update(
@@ -256,25 +244,16 @@ def _update(
 def retrieve(
     feature: Float[Tensor, "*B H L F"], state: MemoryState
 ) -> tuple[Float[Tensor, "*B H L V"], Float[Tensor, "*B H L 1"]]:
-    """Read the memory once for each query (eq. 7), numerator and denominator apart.
-
-    Args:
-        feature: of the queries.
-        state: a memory for each of the query's leading axes.
-    """
+    """Read the memory once for each query (eq. 7), numerator and denominator apart."""
     num_heads, num_tokens = feature.shape[-3:-1]
     num_kv_heads = state.normalizer.shape[-2]
     with torch.autocast(feature.device.type, enabled=False):
         # The query heads that share a key/value head become rows of one product.
-        feature = feature.unflatten(-3, (num_kv_heads, num_heads // num_kv_heads)).flatten(-3, -2)
-        shape = (num_heads, num_tokens)
-        numerator = feature @ state.matrix
-        denominator = feature @ state.normalizer[..., None]
-    return _split_groups(numerator, *shape), _split_groups(denominator, *shape)
-
-
-def _split_groups(x: Float[Tensor, "*B N GL V"], num_heads: int, num_tokens: int) -> Tensor:
-    return x.unflatten(-2, (num_heads // x.shape[-3], num_tokens)).flatten(-4, -3)
+        feature = feature.unflatten(-3, (num_kv_heads, -1)).flatten(-3, -2)
+        sums = (feature @ state.matrix, feature @ state.normalizer[..., None])
+    group = num_heads // num_kv_heads
+    numerator, denominator = (x.unflatten(-2, (group, num_tokens)).flatten(-4, -3) for x in sums)
+    return numerator, denominator
 
 
 def memory_share(

@@ -66,12 +66,9 @@ class NaiveLayer:
     def __call__(
         self, hidden_states: Tensor, tables: Tables | None, memory_of: Tensor | None = None
     ) -> Tensor:
-        """Compute the output (T D) of one document.
+        """Compute the output (T D) of one document (T D).
 
-        Args:
-            hidden_states: (T D).
-            tables: cosines and sines, (T P) each; None: no positions.
-            memory_of: the document whose memory is read, (T D); None: its own.
+        It reads the memory of the document `memory_of` (T D); None: its own.
         """
         heads = self.project(hidden_states)
         owner = heads if memory_of is None else self.project(memory_of)
@@ -164,8 +161,8 @@ class NaiveLayer:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return keys, values and distances of the tokens that a query attends to.
 
-        The context is the last tokens of the segment before, and the document's first token in
-        the place of the one before them.
+        Carried are the last tokens of the segment before, and the document's first token in the
+        place of the one before them.
         """
         context = self.params.local_context
         token_at = {position: position for position in range(begin, t + 1)}

@@ -40,13 +40,10 @@ class MemoryReading:
 
 @dataclass(frozen=True)
 class Probe:
-    """What one forward pass reads in place of its own memory, and what it notes.
-
-    Passed through the model as the keyword `probe`. Without it each segment reads the memory of
-    all segments before it, and nothing is noted.
+    """What one forward pass reads in place of its own memory, and notes: keyword `probe`.
 
     Attributes:
-        read: see `Read`.
+        read: what a segment reads.
         swapped: the memory to read in place of each segment's (B, S), by layer index.
         memories: each layer puts the memory before each segment (B, S) here; None: it does not.
         readings: each layer notes its use of the memory here; None: it does not.

@@ -45,14 +45,7 @@ class Tokens:
         tables: tuple[Tensor, Tensor] | None,
         is_token: Bool[Tensor, "B W"] | None,
     ) -> "Tokens":
-        """Put the tokens of one call together.
-
-        Args:
-            key: keys.
-            value: values.
-            tables: cosines and sines, one for all rows or one each; None: no rotations.
-            is_token: False at padding; None: no padding.
-        """
+        """Put the tokens of one call together; the tables are one for all rows or one each."""
         if tables is None:
             tables = (key.new_zeros(1, key.shape[1], 0),) * 2
         cos, sin = (table.expand(len(key), -1, -1) for table in tables)
@@ -79,16 +72,12 @@ class Tokens:
         return self.is_token.sum(dim=1) // segment_length
 
     def after(self, num_tokens: Int[Tensor, "B"]) -> "Tokens":
-        """Drop the first tokens of each row, and padding that no row needs.
-
-        Args:
-            num_tokens: to drop. The longest row that is left has no padding.
-        """
+        """Drop the first tokens of each row; the longest row that is left has no padding."""
         is_left = self.is_token & (self.is_token.cumsum(dim=1) > num_tokens[:, None])
         width = int(is_left.sum(dim=1).max())
         order = is_left.int().argsort(dim=1, stable=True)[:, len(self) - width :]
-        kept = (x.take_along_dim(like(order, x), dim=1) for x in self._tensors()[:-1])
-        return Tokens(*kept, is_left.gather(1, order))
+        columns = (*self._tensors()[:-1], is_left)
+        return Tokens(*(x.take_along_dim(like(order, x), dim=1) for x in columns))
 
     def _tensors(self) -> list[Tensor]:
         return [getattr(self, field.name) for field in fields(self)]
@@ -105,9 +94,7 @@ class LayerState:
 
 @dataclass(frozen=True)
 class State:
-    """What every layer starts one forward pass with, and what it ends with.
-
-    Passed through the model as the keyword `state`.
+    """What every layer starts one forward pass with, and what it ends with: keyword `state`.
 
     Attributes:
         before: by layer index; a layer that is not named starts empty.

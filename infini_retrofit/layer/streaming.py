@@ -1,7 +1,6 @@
 """Streaming: append tokens to a segment that has not ended, in O(1) a token.
 
-Lays out what the queries of an open call can find, and what crosses to the next call. Knows
-nothing of how queries attend, and of no module.
+Knows nothing of how queries attend, and of no module.
 
 Axes:
     B  document
@@ -24,16 +23,11 @@ def running_segment(
 ) -> Segments:
     """Return what the last token of an unfinished segment can find.
 
-    Args:
-        tokens: of the segment so far.
-        before: from before the segment began.
-        num_kv_heads: key/value heads.
-        reads: whether the memory is read.
-        by_distance: whether scores depend on the distance between keys (ALiBi).
+    `reads` means that the memory is read, `by_distance` that scores depend on the distance
+    between keys (ALiBi).
     """
     layout = Layout(tokens.key, Cut(num_segments=1, is_token=tokens.is_token), 1)
-    key = layout.split(tokens.key, num_kv_heads)
-    value = layout.split(tokens.value, num_kv_heads)
+    key, value = (layout.split(x, num_kv_heads) for x in (tokens.key, tokens.value))
     keys = Keys(layout.place_by(tokens.tables)(key), value, layout.is_token)
     memories = None
     if before.context is not None:
@@ -64,12 +58,7 @@ def state_after(
 ) -> LayerState:
     """Return what each row carries over its last border, and the tokens behind that.
 
-    Args:
-        segments: of the call.
-        tokens: of the call, and those that were unfinished before it.
-        before: the state before the call.
-        segment_length: tokens.
-        num_carried: tokens of local context.
+    `tokens` are those of the call, and those that were unfinished before it.
     """
     border = tokens.num_whole(segment_length)
     memory, context = None, before.context
