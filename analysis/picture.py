@@ -16,6 +16,7 @@ from matplotlib.ticker import MaxNLocator, NullLocator
 from analysis.comparing import describe_texts, split_comparable
 from analysis.loading import find_experiments, load_metrics, load_scores
 from analysis.table import CONTROL, SEGMENT, STATE_BYTES, ppl
+from infini_retrofit.pipeline.files import whole_file
 
 INCHES_PER_LINE, WIDTH_INCHES, DPI = 0.42, 8.5, 160
 
@@ -94,10 +95,8 @@ def save(figure: Figure, path: Path) -> None:
     formats = sorted(figure.canvas.get_supported_filetypes())
     if (suffix := path.suffix.removeprefix(".")) not in formats:
         raise ValueError(f"FILE must end in one of {', '.join(formats)}, got {path}")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    figure.savefig(partial, dpi=DPI, format=suffix)
-    partial.replace(path)
+    with whole_file(path) as partial:
+        figure.savefig(partial, dpi=DPI, format=suffix)
 
 
 def _mark(axes: Axes, metrics: pd.DataFrame) -> None:

@@ -20,13 +20,7 @@ from transformers.integrations.gguf import read_gguf_metadata
 
 
 class GgufFile:
-    """One GGUF file.
-
-    Attributes:
-        family: the name of the architecture in the file.
-        num_layers: of the model; None: the file does not name it.
-        note: how the weights are stored, such as `4-bit (Q4_1) weights unpacked to float32`.
-    """
+    """One GGUF file: the family and depth of its model, and a note on the weights' bits."""
 
     def __init__(self, path: Path) -> None:
         metadata, _ = read_gguf_metadata(str(path))
@@ -42,7 +36,6 @@ class GgufFile:
         transformers neither saves nor trains its own model of a GGUF file. So the weights move
         into a model of a clean configuration.
         """
-        # transformers parses the file for seconds: the configuration is read once.
         config = AutoConfig.from_pretrained(self._folder, gguf_file=self._name)
         packed = AutoModelForCausalLM.from_pretrained(
             self._folder,
@@ -76,7 +69,7 @@ class GgufFile:
 
 
 def _describe(file_type: int) -> str:
-    """Describe how the file stores its weights."""
+    """Return a note such as `4-bit (Q4_1) weights unpacked to float32`."""
     stored = LlamaFileType(file_type).name.removeprefix("MOSTLY_").removeprefix("ALL_")
     if bits := re.search("[0-9]+", stored):
         return f"{bits.group()}-bit ({stored}) weights unpacked to float32"

@@ -78,12 +78,7 @@ class ScratchBase:
         return self.num_layers
 
     def load(self, corpus_name: str, corpus: CorpusShares) -> BaseModel:
-        """Train tokenizer and model.
-
-        Raises:
-            ValueError: if the corpus is too small for the vocabulary or for one row.
-            FloatingPointError: if training diverges.
-        """
+        """Train tokenizer and model."""
         from infini_retrofit.texts.articles import read_splits
 
         texts = [article.text for article in read_splits(corpus)["train"]]
@@ -117,13 +112,7 @@ class ScratchBase:
         return AutoModelForCausalLM.from_config(config)
 
     def pretrain(self, model: PreTrainedModel, rows: Int[Tensor, "B T"]) -> None:
-        """Train all weights in place.
-
-        Equal arguments give equal weights on the processor of one machine.
-
-        Raises:
-            FloatingPointError: if a loss is not finite.
-        """
+        """Train all weights in place; equal arguments give equal weights on one processor."""
         from transformers import Trainer, TrainingArguments
 
         loss, dataset = NextTokenLoss(model), [{"input_ids": row} for row in rows]
@@ -173,11 +162,7 @@ class NextTokenLoss(nn.Module):
         self.model = model
 
     def forward(self, input_ids: Int[Tensor, "B T"]) -> dict[str, Tensor]:
-        """Score every token but the first of each row; the mean, in nats.
-
-        Raises:
-            FloatingPointError: if the loss is not finite.
-        """
+        """Return the mean loss of all tokens but each row's first, in nats."""
         # The model compares each position with the next label: the only shift.
         loss = self.model(input_ids, labels=input_ids, use_cache=False).loss
         if not loss.isfinite():
@@ -186,11 +171,7 @@ class NextTokenLoss(nn.Module):
 
 
 def train_tokenizer(texts: Sequence[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """Train a byte-level BPE tokenizer, which encodes every text without loss.
-
-    Raises:
-        ValueError: if the texts hold too few pairs to merge.
-    """
+    """Train a byte-level BPE tokenizer, which encodes every text without loss."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -218,13 +199,7 @@ def train_tokenizer(texts: Sequence[str], vocab_size: int) -> PreTrainedTokenize
 def pack_rows(
     tokenizer: PreTrainedTokenizerFast, texts: Sequence[str], tokens_per_sample: int, samples: int
 ) -> Int[Tensor, "B T"]:
-    """Join the texts, each with its end, and cut them into rows.
-
-    A rest that fills no row is dropped.
-
-    Raises:
-        ValueError: if the texts do not fill one row.
-    """
+    """Join the texts, each with its end, and cut them into whole rows."""
     stream: list[int] = []
     for text in texts:
         if len(stream) >= samples * tokens_per_sample:

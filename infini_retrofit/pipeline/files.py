@@ -9,6 +9,7 @@ import hashlib
 import io
 import json
 import math
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,11 +22,7 @@ MANIFEST = "manifest.json"
 
 
 def write_metrics(path: Path, metrics: Mapping[str, Any]) -> None:
-    """Write one JSON object, flat or nested, with sorted keys.
-
-    Raises:
-        ValueError: if a value is NaN or infinite: a stage that diverged must not look finished.
-    """
+    """Write one JSON object, flat or nested, with sorted keys and finite values only."""
     _refuse_non_finite(metrics, path.name)
     write_text(path, json.dumps(metrics, indent=2, sort_keys=True, allow_nan=False) + "\n")
 
@@ -33,15 +30,9 @@ def write_metrics(path: Path, metrics: Mapping[str, Any]) -> None:
 def write_rows(
     path: Path, rows: Sequence[Mapping[str, Any]], columns: Sequence[str] | None = None
 ) -> None:
-    """Write rows of equal keys as tab-separated values below a line of column names.
+    """Write rows of equal keys and finite values, tab-separated, below their column names.
 
-    Args:
-        path: the file.
-        rows: at least one, if `columns` are not given.
-        columns: names, in their order; those of the first row if not given.
-
-    Raises:
-        ValueError: if a value is NaN or infinite.
+    The columns of the first row are the default: without rows, `columns` must be given.
     """
     columns = list(columns or rows[0])
     assert all(set(row) == set(columns) for row in rows), path
@@ -69,6 +60,16 @@ def whole_file(path: Path) -> Iterator[Path]:
     partial.replace(path)
 
 
+@contextlib.contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """Lend a path whose folder becomes `path` at the end, which must not exist then."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".partial-") as parent:
+        partial = Path(parent) / path.name
+        yield partial
+        partial.rename(path)
+
+
 def write_manifest(folder: Path) -> None:
     """Write the sha256 of every other file below `folder` to its `manifest.json`."""
     digests = {name: sha256(folder / name) for name in _file_names(folder)}
@@ -76,53 +77,31 @@ def write_manifest(folder: Path) -> None:
 
 
 def verify_manifest(folder: Path, made_by: str = "dvc repro") -> None:
-    """Compare a folder with its manifest before weights are loaded.
+    """Compare a folder with its manifest: DVC misses a flipped byte in its cache.
 
-    DVC does not notice a flipped byte in its cache.
-
-    Args:
-        folder: the folder that `write_manifest` was given.
-        made_by: the command that makes the folder, for the message.
-
-    Raises:
-        FileNotFoundError: if the folder or its manifest does not exist.
-        ValueError: naming the first file that differs, is missing or is not in the manifest.
+    Messages name `made_by`, the command that makes the folder.
     """
-    path = folder / MANIFEST
-    check_made(path, made_by)
-    digests = json.loads(path.read_text(encoding="utf-8"))
+    check_made(folder / MANIFEST, made_by)
+    digests = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    advice = f"delete {folder} and run `{made_by}`"
     for name in sorted(digests.keys() ^ set(_file_names(folder))):
         fault = "is missing" if name in digests else "is not in its manifest"
-        raise ValueError(f"{folder / name} {fault}: delete {folder} and run `{made_by}`")
+        raise ValueError(f"{folder / name} {fault}: {advice}")
     for name, digest in digests.items():
         if sha256(folder / name) != digest:
-            raise ValueError(
-                f"{folder / name} differs from its manifest (sha256): "
-                f"delete {folder} and run `{made_by}`"
-            )
+            raise ValueError(f"{folder / name} differs from its manifest (sha256): {advice}")
 
 
 def check_made(path: Path, made_by: str) -> None:
-    """Refuse a missing file.
-
-    Raises:
-        FileNotFoundError: naming the command that makes the file.
-    """
+    """Refuse a missing file; the error names the command that makes it."""
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing: run `{made_by}` to make it")
 
 
 def check_folder(folder: Path, file: str, kind: str, made_by: str) -> None:
-    """Refuse a folder that is missing or is of another kind.
+    """Refuse a folder without `file`, which every folder of its kind holds.
 
-    Args:
-        folder: as the user named it.
-        file: the file that every folder of this kind holds.
-        kind: what the folder should be, for the message.
-        made_by: the command that makes one, for the message.
-
-    Raises:
-        FileNotFoundError: naming the folders of this kind beside it.
+    The error names `made_by`, the command that makes one, and such folders beside it.
     """
     if (folder / file).is_file():
         return
@@ -158,11 +137,7 @@ def _refuse_non_finite(value: Any, name: str) -> None:
 
 
 def read_token_rows(path: Path) -> list[TokenIds]:
-    """Read the tokens of each article or document of a file, as writable arrays.
-
-    Raises:
-        FileNotFoundError: naming the stage that makes the file.
-    """
+    """Read the tokens of each article or document of a file, as writable arrays."""
     rows: list[np.ndarray] = []
     for chunk in read_table(path, ["input_ids"])["input_ids"].chunks:
         ends = np.cumsum(np.diff(chunk.offsets.to_numpy()))

@@ -40,15 +40,10 @@ _MISTAKES = (ValueError, OSError, FloatingPointError, ChangedWhileRunningError)
 
 @dataclass(frozen=True)
 class TrainingFolder:
-    """Where a run keeps its checkpoints.
-
-    Attributes:
-        path: the folder.
-        is_first: whether this process writes the results, of several processes (torchrun).
-    """
+    """Where a run keeps its checkpoints."""
 
     path: Path
-    is_first: bool
+    is_first: bool  # of several processes (torchrun): this one writes the results
 
 
 def is_first_process() -> bool:
@@ -110,9 +105,7 @@ def training_run(
 
     Raises:
         ChangedWhileRunningError: if `code` or `params` differ from the files, at start or end.
-        FileNotFoundError: if an input is missing.
-        OSError: if the disk is full or read-only. Or if an equal run of several processes is
-            under way; a single process waits for its end.
+        BlockingIOError: if an equal run of several processes is under way; one process waits.
     """
     root = Path(os.environ.get("DVC_ROOT", "."))
     folder = root / "checkpoints" / f"{stage}-{_fingerprint(inputs, params, code)}"
@@ -129,17 +122,11 @@ def training_run(
 
 @contextlib.contextmanager
 def unchanged(stage: str, params: Mapping[str, Any], code: Sequence[Path]) -> Iterator[None]:
-    """Refuse to end well if code or parameters were edited since the block began.
-
-    Raises:
-        ChangedWhileRunningError: naming what changed.
-    """
+    """Refuse to end well if code or parameters were edited since the block began."""
     digests = {path: sha256(path) for path in code}
 
     def check() -> None:
-        changed = [
-            str(p) for p, digest in digests.items() if not p.is_file() or sha256(p) != digest
-        ]
+        changed = [str(p) for p in code if not p.is_file() or sha256(p) != digests[p]]
         changed += [f"{PARAMS_PATH}: {k}" for k, value in params.items() if not _is_still(k, value)]
         if changed:
             raise ChangedWhileRunningError(
@@ -166,11 +153,7 @@ def _rank_0_speaks_first() -> Iterator[None]:
 
 
 def _acquire(lock: FileLock) -> AcquireReturnProxy:
-    """Take the lock of a training; the system releases it however the process ends.
-
-    Raises:
-        BlockingIOError: if another process holds it and this one is one of several.
-    """
+    """Take the lock of a training; the system releases it however the process ends."""
     try:
         return lock.acquire(blocking=False)
     except Timeout as error:

@@ -20,12 +20,7 @@ _ABOUT_KEYS = {"missing": "is missing", "unexpected_keyword_argument": "is unkno
 
 
 def load_section(cls: type[T], name: str, path: Path = PARAMS_PATH) -> T:
-    """Read the value at `name`, such as `finetune.lr_scale`, as a `cls`; "" is the whole file.
-
-    Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if a key is unknown or missing, or a value has another type than its field.
-    """
+    """Read the value at `name`, such as `finetune.lr_scale`, as a `cls`; "" is the whole file."""
     value: Any = read_params(path)
     for key in filter(None, name.split(".")):
         if not isinstance(value, dict) or key not in value:
@@ -35,13 +30,13 @@ def load_section(cls: type[T], name: str, path: Path = PARAMS_PATH) -> T:
 
 
 def load_presets(kinds: Mapping[str, type], table: str, path: Path = PARAMS_PATH) -> dict[str, Any]:
-    """Read every preset of `table` as the dataclass of its `source`; raises as `load_section`."""
+    """Read every preset of `table` as the dataclass of its `source`."""
     presets = load_section(dict, table, path)
     for name in presets:
         at = f"{table}.{name}"
         preset = _build(dict, presets[name], at)
         source = preset.pop("source", None)
-        if source not in list(kinds):
+        if source not in list(kinds):  # a list, for a mapping has no hash
             choices = ", ".join(sorted(kinds))
             raise ValueError(f"{at}.source must be one of {choices}, got {source!r}")
         presets[name] = _build(kinds[source], preset, at)
@@ -51,7 +46,7 @@ def load_presets(kinds: Mapping[str, type], table: str, path: Path = PARAMS_PATH
 def load_choice(
     kinds: Mapping[str, type], chooser: str, table: str, path: Path = PARAMS_PATH
 ) -> Any:
-    """Read the preset of `table` that `chooser` names; raises as `load_presets`."""
+    """Read the preset of `table` that `chooser` names; all presets must be valid."""
     name, presets = load_section(str, chooser, path), load_presets(kinds, table, path)
     if name not in presets:
         choices = ", ".join(sorted(presets))

@@ -22,17 +22,11 @@ from infini_retrofit.pipeline.files import read_token_rows
 
 @dataclass(frozen=True)
 class TestText:
-    """The texts on which models are scored.
+    """The texts of the test split, on which models are scored."""
 
-    Attributes:
-        stream: the test split's articles, one after another.
-        documents: long documents of the test split.
-        titles: the title of each document's article.
-    """
-
-    stream: Int[Tensor, "Stream"]
+    stream: Int[Tensor, "Stream"]  # all articles, one after another
     documents: Int[Tensor, "B T"]
-    titles: list[str]
+    titles: list[str]  # of each document's article
 
 
 def read_test_text(
@@ -64,21 +58,18 @@ def read_titles(path: Path, max_documents: int) -> list[str]:
 
 
 def read_samples(path: Path, tokens_per_sample: int, max_samples: int) -> Int[Tensor, "B T"]:
-    """Cut articles into samples: the first of every article, then the second of every article.
-
-    Raises:
-        ValueError: if every article is shorter than one sample.
-    """
+    """Cut articles into samples: the first of each article, then the second of each."""
     articles = read_token_rows(path)
+    longest = max(map(len, articles))
+    if longest < tokens_per_sample:
+        raise ValueError(
+            f"distill.tokens_per_sample must be at most the longest article of {path}, "
+            f"{longest} tokens, got {tokens_per_sample}"
+        )
     samples = [
         article[begin : begin + tokens_per_sample]
-        for begin in range(0, max(map(len, articles)), tokens_per_sample)
+        for begin in range(0, longest, tokens_per_sample)
         for article in articles
         if len(article) >= begin + tokens_per_sample
     ]
-    if not samples:
-        raise ValueError(
-            f"distill.tokens_per_sample must be at most the longest article of {path}, "
-            f"{max(map(len, articles))} tokens, got {tokens_per_sample}"
-        )
     return torch.from_numpy(np.stack(samples[:max_samples]).astype(np.int64))

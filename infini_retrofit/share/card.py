@@ -84,19 +84,12 @@ _LIMITS = {
 
 @dataclass(frozen=True, kw_only=True)
 class About:
-    """What a model card says that the model's folders do not.
+    """What a model card says that the model's folders do not."""
 
-    Attributes:
-        metrics: results by model; without the exported one: not recorded.
-        training: parameters by stage; empty: not recorded.
-        license: an identifier of the Hugging Face Hub; None: the base's, if its source is known.
-        base_model: the base's name on the Hub; None: as its source says, or its name here.
-    """
-
-    metrics: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
-    training: Mapping[str, Any] = field(default_factory=dict)
-    license: str | None = None
-    base_model: str | None = None
+    metrics: Mapping[str, Mapping[str, float]] = field(default_factory=dict)  # by model
+    training: Mapping[str, Any] = field(default_factory=dict)  # parameters by stage
+    license: str | None = None  # an identifier of the Hub; None: the base's, if it is known
+    base_model: str | None = None  # its name on the Hub; None: as its source says, or its name here
 
 
 def card_text(
@@ -108,12 +101,8 @@ def card_text(
 ) -> str:
     """Return the card with its front matter.
 
-    Args:
-        about: what the model's folders do not say.
-        names: of the exported folder, and of the model in the results.
-        base: contents of the base's base.json.
-        infini: the form of the Infini layers.
-        other_layers: what the other layers see when the model generates.
+    `names` are those of the exported folder and of the model in the results. `base` holds the
+    contents of base.json.
     """
     name, column = names
     known = [of for start, of in KNOWN_BASES.items() if base["source"].startswith(start)]
@@ -155,11 +144,9 @@ def _before(infini: InfiniParams) -> str:
 
 
 def _training(training: Mapping[str, Any], infini: InfiniParams) -> str:
-    params = {**training, "infini": asdict(infini)}
+    params = yaml.safe_dump({**training, "infini": asdict(infini)}, sort_keys=False)
     said = "Parameters of each stage, and" if training else "Not recorded, but"
-    return (
-        f"{said} the form of the layers:\n\n```yaml\n{yaml.safe_dump(params, sort_keys=False)}```"
-    )
+    return f"{said} the form of the layers:\n\n```yaml\n{params}```"
 
 
 def _results(metrics: Mapping[str, Mapping[str, float]], column: str) -> str:

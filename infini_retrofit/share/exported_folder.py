@@ -5,8 +5,6 @@ Knows nothing of the pipeline that made the model.
 
 import json
 import re
-import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +16,7 @@ from infini_retrofit.generation.generation import enable_generation
 from infini_retrofit.layer.form import InfiniParams
 from infini_retrofit.model.base import load_tokenizer
 from infini_retrofit.model.checkpoints import load_retrofit
-from infini_retrofit.pipeline.files import MANIFEST, write_manifest, write_text
+from infini_retrofit.pipeline.files import MANIFEST, whole_folder, write_manifest, write_text
 from infini_retrofit.share import shapes
 from infini_retrofit.share.card import About, card_text
 
@@ -31,19 +29,9 @@ _JAXTYPING = re.compile(r"^from jaxtyping import", re.MULTILINE)
 def export_model(
     base_dir: Path, folder: Path, out: Path, about: About, other_layers: str | None = None
 ) -> None:
-    """Write the complete folder, all of it or nothing.
+    """Write a retrofit's folder and its base's as one complete folder `out`, or nothing.
 
-    Args:
-        base_dir: the base model's folder.
-        folder: the retrofit's folder.
-        out: the new folder.
-        about: what the model card says that the two folders do not.
-        other_layers: `segment` or `full`; None: as the retrofit says.
-
-    Raises:
-        FileExistsError: if there is something at `out` already.
-        NotADirectoryError: if `out` would lie below a file.
-        ValueError: if a file was changed or the base is another.
+    `other_layers` is `segment` or `full`; None: as the retrofit says.
     """
     _check_out(out)
     model, params = load_retrofit(base_dir, folder, torch.float32)
@@ -51,16 +39,13 @@ def export_model(
         model.config.other_layers = other_layers
     names, seen = (out.name, folder.name), model.config.other_layers
     card = card_text(about, names, _about_base(base_dir), params, seen)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=".export-") as partial:
-        new = Path(partial) / out.name
+    with whole_folder(out) as new:
         as_exported(model).save_pretrained(new)
         load_tokenizer(base_dir).save_pretrained(new)
         write_code(new)
         write_text(new / "README.md", card)
         write_manifest(new)
         _let_others_read(new)
-        shutil.move(new, out)
 
 
 def as_exported(model: PreTrainedModel) -> PreTrainedModel:

@@ -53,25 +53,19 @@ class InfiniLM(TemplateLM):
         batch_size: int | str = 1,
         max_batch_size: int | None = None,
     ) -> None:
-        """Load the model.
+        """Load a retrofit and its base by their folders; the batch sizes are ignored.
 
-        Args:
-            retrofit: folder of a trained model: distilled, finetuned or control.
-            base: folder of its base.
-            dtype: bfloat16, float32, or auto: bfloat16 where the device multiplies it.
-            device: where to compute; None: a GPU if there is one.
-            batch_size: ignored.
-            max_batch_size: ignored.
-
-        Raises:
-            ValueError: if `dtype` is another type.
+        The `dtype` auto means bfloat16 where the device multiplies it.
         """
         super().__init__()
         # The harness names a GPU even where there is none.
         is_there = device and (torch.cuda.is_available() or not device.startswith("cuda"))
         self._device = torch.device(device) if is_there else pick_device()
-        number_type = _number_type(dtype, self._device)
-        model, infini = load_retrofit(Path(base), Path(retrofit), number_type)
+        types = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+        types["auto"] = pick_dtype(self._device)
+        if dtype not in types:
+            raise ValueError(f"dtype must be one of {', '.join(sorted(types))}, got {dtype}")
+        model, infini = load_retrofit(Path(base), Path(retrofit), types[dtype])
         self.model = model.to(self._device)
         self.segment_length = infini.segment_length
         self.tokenizer = load_tokenizer(Path(base))
@@ -116,11 +110,7 @@ class InfiniLM(TemplateLM):
         return answers
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Refuse to generate: the harness's own model `hf` does that with an exported folder.
-
-        Raises:
-            ValueError: always.
-        """
+        """Refuse to generate: the harness's own model `hf` does that with an exported folder."""
         raise ValueError(
             "output_type of a task must be loglikelihood, loglikelihood_rolling or multiple_choice "
             "for --model infini, got generate_until: export the retrofit and use --model hf"
@@ -151,17 +141,11 @@ class InfiniLM(TemplateLM):
             state, last = state.next(), (hidden_states[-1:], piece[-1:])
             yield next_tokens(piece, hidden_states)
 
-    def _run(self, piece: Int[Tensor, "T"], first_position: int, state: State) -> Tensor:
+    def _run(self, piece: Int[Tensor, "T"], begin: int, state: State) -> Tensor:
         """Return hidden states (T D); padding fills the last segment, after every scored token."""
-        missing = -len(piece) % self.segment_length
-        documents = F.pad(piece, (0, missing))[None]
-        hidden_states = run_folded(
-            self.model,
-            documents,
-            self.segment_length,
-            state=state,
-            first_position=first_position,
-        )
+        length = self.segment_length
+        padded = F.pad(piece, (0, -len(piece) % length))[None]
+        hidden_states = run_folded(self.model, padded, length, state=state, first_position=begin)
         return hidden_states[0, : len(piece)]
 
     @torch.inference_mode()
@@ -175,13 +159,6 @@ class InfiniLM(TemplateLM):
         hidden_states, labels = labelled
         logits = hidden_states @ self.model.get_output_embeddings().weight.T
         return bool((logits.argmax(-1) == labels).all())
-
-
-def _number_type(name: str, device: torch.device) -> torch.dtype:
-    choices = {"auto": pick_dtype(device), "bfloat16": torch.bfloat16, "float32": torch.float32}
-    if name not in choices:
-        raise ValueError(f"dtype must be one of {', '.join(sorted(choices))}, got {name}")
-    return choices[name]
 
 
 def main() -> None:
