@@ -11,7 +11,7 @@ Axes:
 """
 
 from collections.abc import Callable
-from dataclasses import fields, is_dataclass
+from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +84,7 @@ class InfiniCache(Cache):
 
     @property
     def batch_size(self) -> int:
-        """Return the number of rows; -1 while there are none."""
+        """Number of rows; -1 while there are none."""
         return -1 if self.num_tokens is None else len(self.num_tokens)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
@@ -97,9 +97,8 @@ class InfiniCache(Cache):
 
     def keep(self, state: State, cut: Cut, num_rows: int, num_columns: int) -> None:
         """Store the state after a forward pass, without gradients."""
-        new = torch.ones(num_rows, num_columns, dtype=torch.bool)
-        if cut.is_token is not None:
-            new = cut.is_token.cpu()
+        whole = torch.ones(num_rows, num_columns, dtype=torch.bool)
+        new = whole if cut.is_token is None else cut.is_token.cpu()
         added = new.sum(dim=1)
         self.num_tokens = added if self.num_tokens is None else self.num_tokens + added
         if not self.is_bounded:
@@ -114,13 +113,7 @@ class InfiniCache(Cache):
         """Return the `attention_mask` with which `generate` continues this cache.
 
         Without one `generate` takes the new tokens for the whole text, and skips them.
-
-        Args:
-            input_ids: the new columns.
-            attention_mask: which of them are tokens; None: they all are.
-
-        Raises:
-            ValueError: if the cache has another number of rows.
+        `attention_mask` says which of the new columns are tokens; None: they all are.
         """
         self.check_rows(len(input_ids))
         new = torch.ones_like(input_ids) if attention_mask is None else attention_mask
@@ -132,11 +125,7 @@ class InfiniCache(Cache):
         return torch.cat([seen.to(new), new], dim=1)
 
     def check_rows(self, num_rows: int) -> None:
-        """Refuse another batch.
-
-        Raises:
-            ValueError: if it has another number of rows.
-        """
+        """Refuse a batch of another number of rows."""
         if self.batch_size not in (-1, num_rows):
             raise ValueError(
                 f"past_key_values must have a row for each of the {num_rows} of the batch, got "
@@ -151,11 +140,7 @@ class InfiniCache(Cache):
         self.num_tokens = self.is_token = None
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Refuse to remove tokens.
-
-        Raises:
-            ValueError: unless there are none to remove.
-        """
+        """Refuse to remove tokens."""
         if tokens_to_remove:
             raise ValueError(
                 "tokens_to_remove must be 0, because a memory cannot remove what was written to "
@@ -190,29 +175,23 @@ class InfiniCache(Cache):
         for key, state in self.layer_states.items():
             for part in _KINDS:
                 if (value := getattr(state, part)) is not None:
-                    named = {f.name: getattr(value, f.name) for f in fields(value)}
-                    found |= {f"carried.{key}.{part}.{name}": x for name, x in named.items()}
+                    found |= {f"carried.{key}.{part}.{name}": x for name, x in vars(value).items()}
         for index, layer in enumerate(self.layers):
             if layer.keys is not None:
-                named = {"key_states": layer.keys, "value_states": layer.values}
-                found |= {f"full.{index}.update.{name}": x for name, x in named.items()}
+                found[f"full.{index}.update.key_states"] = layer.keys
+                found[f"full.{index}.update.value_states"] = layer.values
         return found
 
     def save(self, path: Path, model: PreTrainedModel) -> None:
-        """Write the cache and its model's identity to one file, whole or not at all.
-
-        Raises:
-            ValueError: if the model does not use such caches.
-        """
+        """Write the cache and its model's identity to one file, whole or not at all."""
         check_enabled(model)
         about = describe(model) | {"num_seen": str(self.num_seen)}
-        tensors = {name: x.detach().contiguous() for name, x in self._tensors().items()}
         rows = {"num_tokens": self.num_tokens, "is_token": self.is_token}
-        tensors |= {name: x.contiguous() for name, x in rows.items() if x is not None}
+        tensors = self._tensors() | {name: x for name, x in rows.items() if x is not None}
         path.parent.mkdir(parents=True, exist_ok=True)
         # Not by `whole_file`: an exported folder holds this file, and none of the pipeline.
         partial = path.with_name(path.name + ".partial")
-        save_file(tensors, partial, about)
+        save_file({name: x.detach().contiguous() for name, x in tensors.items()}, partial, about)
         partial.replace(path)
 
     @classmethod
@@ -220,7 +199,6 @@ class InfiniCache(Cache):
         """Read a cache that `save` wrote.
 
         Raises:
-            FileNotFoundError: if there is no such file.
             ValueError: if the file is no cache of this model, or the model uses none. The device
                 and the number type (float32, bfloat16) may differ.
         """
@@ -252,11 +230,7 @@ class InfiniCache(Cache):
 
 
 def check_enabled(model: PreTrainedModel) -> None:
-    """Refuse a model that would not fill a cache.
-
-    Raises:
-        ValueError: if `enable_generation` was not called.
-    """
+    """Refuse a model for which `enable_generation` was not called."""
     if PREPARE not in vars(model):
         raise ValueError(
             "model must be one that generates with an InfiniCache, got one that does not: call "
@@ -267,6 +241,5 @@ def check_enabled(model: PreTrainedModel) -> None:
 def _map(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
     """Change every tensor inside nested dataclasses."""
     if is_dataclass(value):
-        changed = {f.name: _map(getattr(value, f.name), change) for f in fields(value)}
-        return type(value)(**changed)
+        return type(value)(**{name: _map(x, change) for name, x in vars(value).items()})
     return change(value) if isinstance(value, Tensor) else value

@@ -25,12 +25,7 @@ _OF_TRAINING = ("init", "bptt_segments")
 
 
 def check_file(path: Path) -> dict[str, str]:
-    """Refuse a file that is no saved cache; return what it says.
-
-    Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if the file is no cache, or one of another format.
-    """
+    """Refuse a file that is no saved cache, or of another format; return what it says."""
     if not path.exists():
         raise FileNotFoundError(
             f"{path.absolute()} is missing: InfiniCache.save writes a cache, and so does "
@@ -55,11 +50,7 @@ def check_file(path: Path) -> dict[str, str]:
 
 
 def check_model(path: Path, about: Mapping[str, str], model: PreTrainedModel) -> None:
-    """Refuse a cache that another model filled.
-
-    Raises:
-        ValueError: with the first difference.
-    """
+    """Refuse a cache that another model filled, by the first difference."""
     for name, expected in describe(model).items():
         if (found := about.get(name)) != expected:
             raise ValueError(
@@ -69,11 +60,7 @@ def check_model(path: Path, about: Mapping[str, str], model: PreTrainedModel) ->
 
 
 def check_place(path: Path) -> None:
-    """Make a cache's folder, and find out whether a file can be written there.
-
-    Raises:
-        OSError: if it cannot be written.
-    """
+    """Make a cache's folder, and refuse a place where no file can be written."""
     probe = path.with_name(path.name + ".probe")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -24,12 +24,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def read_text(path: Path) -> str:
-    """Read a document.
-
-    Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if the file holds no text, or none in UTF-8.
-    """
+    """Read a document, and refuse one without text or in another encoding than UTF-8."""
     if not path.is_file():
         fault = "is a folder" if path.is_dir() else "is missing"
         raise FileNotFoundError(f"{path} {fault}: --document must name a text file")

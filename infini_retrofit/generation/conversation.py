@@ -24,10 +24,7 @@ from infini_retrofit.pipeline.device import start_run
 def chat(options: Namespace, text: str | None, prompts: Iterable[str]) -> None:
     """Read a document, or load what was read, then answer prompts.
 
-    Args:
-        options: of the command `chat`.
-        text: the document; None: `options.cache` holds what was read.
-        prompts: one after another.
+    Without a `text`, the file `options.cache` holds what was read.
     """
     _check_cache(options, text)
     device, dtype = start_run()
@@ -74,13 +71,8 @@ class Reader:
     def answer(self, prompt: str, cache: InfiniCache, last: list[int]) -> list[int]:
         """Print an answer token by token, and add prompt and answer to the cache.
 
-        Args:
-            prompt: the user's words.
-            cache: what was read.
-            last: the token that ended the answer before, which no cache has seen; or none.
-
-        Returns:
-            The token that ended this answer.
+        `last` holds the token that ended the answer before, which no cache has seen, or nothing.
+        The result is the token that ended this answer.
         """
         if self.options.template:
             prompt = self.tokenizer.apply_chat_template(

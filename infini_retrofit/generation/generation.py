@@ -47,15 +47,12 @@ def enable_generation(
 ) -> None:
     """Make a model generate with an `InfiniCache`, in place.
 
+    `other_layers` is the reach of the base's own attention. `segment`: its segment, as in training
+    and scoring; the cache is bounded for any prompt. `full`: everything; the cache grows. None:
+    `model.config.other_layers`, or `segment`.
+
     With `segment` the names of confined attention's weights change where a base fuses its
     projections (GPT-NeoX): save a retrofit before this, or the whole model after it.
-
-    Args:
-        model: a retrofitted model.
-        params: how its layers were inserted.
-        other_layers: the reach of the base's own attention. `segment`: its segment, as in
-            training and scoring; the cache is bounded for any prompt. `full`: everything; the
-            cache grows. None: `model.config.other_layers`, or `segment`.
 
     Raises:
         ValueError: if `other_layers` is neither, or `full` and the layers are confined already or
@@ -90,19 +87,10 @@ def enable_generation(
 def read(
     model: PreTrainedModel, input_ids: Int[Tensor, "B T"], cache: InfiniCache, num_segments: int = 4
 ) -> Iterator[int]:
-    """Read texts of equal length into a cache, a few segments at a time.
-
-    Args:
-        model: a model after `enable_generation`.
-        input_ids: the texts, or their continuation.
-        cache: is filled in place.
-        num_segments: in one forward pass.
+    """Read texts of equal length into a cache, a few segments in each forward pass.
 
     Yields:
         The number of tokens of each text in the last forward pass; it runs when asked for.
-
-    Raises:
-        ValueError: if the model does not use such caches.
     """
     check_enabled(model)
     for part in input_ids.split(num_segments * segment_length(model), dim=1):
@@ -113,11 +101,7 @@ def read(
 
 
 def segment_length(model: PreTrainedModel) -> int:
-    """Return the segment length of a retrofitted model.
-
-    Raises:
-        ValueError: if it has no Infini layers.
-    """
+    """Return the segment length of a retrofitted model."""
     for module in infini_modules(model).values():
         return module.segment_length
     raise ValueError("model must have Infini layers, got none: insert_infini puts them in")
@@ -255,10 +239,6 @@ def confine_others(model: PreTrainedModel, params: InfiniParams) -> None:
 
     It becomes an `InfiniAttention` of the same weights, without memory and context. Beside a
     parallel branch, which has the layer's index, its index is that plus the number of layers.
-
-    Args:
-        model: a retrofitted model, changed in place.
-        params: how its layers were inserted.
     """
     family, shape = family_of(model.config), attention_shape(model.config)
     confined, layers = without_memory(params), decoder_layers(model)

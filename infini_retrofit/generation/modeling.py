@@ -19,15 +19,10 @@ KEPT_FLOAT32 = ["gate_logit", "alpha", "memory", "feature_maps"]
 
 
 class _InfiniConfig:
-    """What a configuration says beside the base's own.
+    """What a configuration says beside the base's own."""
 
-    Attributes:
-        infini: the fields of `InfiniParams`.
-        other_layers: what the base's own attention sees: its `segment`, or everything (`full`).
-    """
-
-    infini: dict[str, Any] | None = None
-    other_layers: str = "segment"
+    infini: dict[str, Any] | None = None  # the fields of `InfiniParams`
+    other_layers: str = "segment"  # what the base's own attention sees; or `full`: everything
 
     def __post_init__(self, **kwargs: Any) -> None:
         kwargs.setdefault("attn_implementation", NAME)
@@ -50,8 +45,7 @@ class _InfiniModel:
         super().initialize_weights()
         for module in infini_modules(self).values():
             if module.slopes is not None:
-                slopes = alibi_slopes(module.shape.num_heads)
-                module.slopes = slopes.to(module.slopes.device)
+                module.slopes = alibi_slopes(module.shape.num_heads).to(module.slopes.device)
 
 
 class InfiniLlamaConfig(_InfiniConfig, LlamaConfig):

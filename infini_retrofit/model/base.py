@@ -39,11 +39,7 @@ def load_weightless(folder: Path) -> PreTrainedModel:
 
 
 def check_base(folder: Path) -> None:
-    """Refuse a folder that holds no base.
-
-    Raises:
-        FileNotFoundError: if it is missing or holds something else, or has no manifest.
-    """
+    """Refuse a folder that holds no base, or no manifest."""
     check_folder(folder, "config.json", "base model", _MADE_BY)
     if not (folder / MANIFEST).is_file():
         raise FileNotFoundError(

@@ -31,37 +31,24 @@ _NO_TRAINING_SEED = 2**32  # parameters allow smaller ones only
 
 @dataclass(frozen=True, kw_only=True)
 class _Config:
-    """The file that says what a retrofit is.
-
-    Attributes:
-        format: of the folder.
-        base: sha256 of each file of the base's weights.
-        other_layers: what layers without Infini attention see in generation.
-        infini: the form.
-    """
+    """The file that says what a retrofit is."""
 
     format: int
-    base: dict[str, str]
-    other_layers: Literal["segment", "full"]
+    base: dict[str, str]  # sha256 of each file of the base's weights
+    other_layers: Literal["segment", "full"]  # what the base's own layers see in generation
     infini: InfiniParams
 
 
 def save_retrofit(model: PreTrainedModel, params: InfiniParams, base_dir: Path, out: Path) -> None:
     """Write the tensors that differ from a fresh insertion, and the form.
 
-    Weights that were frozen and rounded for a run come from the base again, unrounded.
-
-    Args:
-        model: a retrofitted model; `model.config.other_layers` is kept if it is there.
-        params: how its layers were inserted.
-        base_dir: the base model's folder, with its manifest.
-        out: the new folder.
+    Weights that were frozen and rounded for a run come from the base again, unrounded. The form
+    keeps `model.config.other_layers`, if it is there.
 
     Raises:
-        FileNotFoundError: if the base's folder or its manifest is missing.
         ValueError: if the model has weights of another form.
     """
-    base, changed = base_identity(base_dir), {}
+    base = base_identity(base_dir)
     known = _freshly_inserted(base_dir, params)
     if strange := sorted(model.state_dict().keys() ^ known.keys()):
         has = "without" if strange[0] in known else "with"
@@ -69,12 +56,12 @@ def save_retrofit(model: PreTrainedModel, params: InfiniParams, base_dir: Path, 
             "model must have the weights that inserting `params` into its base makes, and be saved "
             f"before `enable_generation` confines other layers, got one {has} {strange[0]}"
         )
+    changed = {}
     for name, tensor in model.state_dict().items():
         tensor = tensor.detach().cpu().contiguous()
         is_tied = name == "lm_head.weight" and model.config.tie_word_embeddings
-        if is_tied or torch.equal(known[name].to(tensor.dtype), tensor):
-            continue
-        changed[name] = tensor
+        if not is_tied and not torch.equal(known[name].to(tensor.dtype), tensor):
+            changed[name] = tensor
     out.mkdir(parents=True, exist_ok=True)
     save_file(changed, out / WEIGHTS)
     other_layers = getattr(model.config, "other_layers", "segment")
@@ -88,14 +75,9 @@ def load_retrofit(
 ) -> tuple[PreTrainedModel, InfiniParams]:
     """Load a base and insert what `save_retrofit` wrote.
 
-    `model.config.infini` holds the form, `model.config.other_layers` what other layers see in
-    generation.
-
-    Args:
-        base_dir: the base model's folder.
-        folder: the retrofit's folder.
-        dtype: of all weights but those of the memory, which stay float32.
-        made_by: the command that makes `folder`, for the message when it is missing.
+    All weights but those of the memory, which stay float32, are in `dtype`. `made_by` is the
+    command that makes `folder`, for the message when it is missing. `model.config.infini` holds
+    the form, `model.config.other_layers` what other layers see in generation.
 
     Raises:
         FileNotFoundError: if a folder or its manifest is missing, or holds something else.
@@ -115,26 +97,16 @@ def load_retrofit(
 
 
 def base_identity(base_dir: Path) -> dict[str, str]:
-    """Return the sha256 of each file of a base's weights, by the file's name.
-
-    Raises:
-        FileNotFoundError: if it is no base, or has no manifest.
-    """
+    """Return the sha256 of each file of a base's weights, by the file's name."""
     check_base(base_dir)
     digests = json.loads((base_dir / MANIFEST).read_text(encoding="utf-8"))
     return {name: sha for name, sha in digests.items() if name.endswith(".safetensors")}
 
 
 def check_layers(params: InfiniParams, base_dir: Path) -> None:
-    """Refuse layers and sizes that do not fit the base, without loading it.
-
-    Raises:
-        ValueError: if they do not fit. A base that is missing is no error here.
-    """
-    path = base_dir / "config.json"
-    if path.is_file():
-        config = AutoConfig.from_pretrained(base_dir, local_files_only=True)
-        check_form(params, config)
+    """Refuse layers and sizes that do not fit the base, if it is there, without loading it."""
+    if (base_dir / "config.json").is_file():
+        check_form(params, AutoConfig.from_pretrained(base_dir, local_files_only=True))
 
 
 def _freshly_inserted(base_dir: Path, params: InfiniParams) -> dict[str, torch.Tensor]:
@@ -157,11 +129,7 @@ def _check_retrofit(folder: Path, made_by: str) -> None:
 
 
 def _read_config(folder: Path, made_by: str) -> _Config:
-    """Read the form of a retrofit.
-
-    Raises:
-        ValueError: if the format is another, or a value is none that `save_retrofit` writes.
-    """
+    """Read the form of a retrofit, and refuse another format."""
     path = folder / CONFIG
     if (found := load_json(dict, path, made_by).get("format")) != FORMAT:
         raise ValueError(
@@ -181,5 +149,4 @@ def _check_base(config: _Config, base_dir: Path, folder: Path) -> None:
 
 
 def _short(digests: dict[str, str]) -> str:
-    """Shorten digests for an error message."""
     return ", ".join(digest[:12] for digest in digests.values())

@@ -54,5 +54,5 @@ def family_of(config: PretrainedConfig) -> Family:
 
 
 def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
-    """Return the model's decoder layers."""
+    """Return the decoder layers of a model, or of its body."""
     return model.base_model.layers

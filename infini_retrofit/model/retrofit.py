@@ -52,11 +52,7 @@ def attention_shape(config: PretrainedConfig) -> AttentionShape:
 
 
 def resolve_layers(layers: list[int] | str, num_layers: int) -> list[int]:
-    """Turn `infini.layers` into sorted indices from 0.
-
-    Raises:
-        ValueError: if an index is out of range or named twice.
-    """
+    """Turn `infini.layers` into sorted indices from 0."""
     if layers == "all":
         return list(range(num_layers))
     for index in layers:
@@ -72,11 +68,7 @@ def resolve_layers(layers: list[int] | str, num_layers: int) -> list[int]:
 
 
 def check_form(params: InfiniParams, config: PretrainedConfig) -> None:
-    """Refuse layers and sizes that do not fit a base.
-
-    Raises:
-        ValueError: if there are any.
-    """
+    """Refuse layers and sizes that do not fit a base."""
     resolve_layers(params.layers, config.num_hidden_layers)
     params.count_features(attention_shape(config).of_heads(params.heads).head_dim)
 
@@ -84,9 +76,7 @@ def check_form(params: InfiniParams, config: PretrainedConfig) -> None:
 def state_bytes(model: PreTrainedModel, params: InfiniParams | None = None) -> int:
     """Count the bytes that cross a segment border, for one document.
 
-    Args:
-        model: a base or retrofitted model.
-        params: a form that would be inserted into such a base; None: the model as it is.
+    With `params`, count those of a base in which this form would be inserted.
     """
     if params is not None:
         with torch.device("meta"):
@@ -99,17 +89,12 @@ def insert_infini(model: PreTrainedModel, params: InfiniParams, seed: int = 0) -
     """Replace the attention of chosen layers by `InfiniAttention`, or add it beside.
 
     `model.generate` recomputes the prompt at each step until `enable_generation` adds a cache.
-
-    Args:
-        model: a base model, changed in place.
-        params: which layers, and in what form.
-        seed: of the weights that start at random.
+    The seed is that of weights that start at random.
 
     Raises:
-        ValueError: if a layer index is out of range.
+        ValueError: if `params.layers` or a size does not fit the model.
     """
-    family = family_of(model.config)
-    shape = attention_shape(model.config)
+    family, shape = family_of(model.config), attention_shape(model.config)
     layers = decoder_layers(model)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -123,8 +108,8 @@ def insert_infini(model: PreTrainedModel, params: InfiniParams, seed: int = 0) -
                 layer.apply(_randomise)
             parameter = next(base.parameters())
             infini.to(device=parameter.device)
-            for projection in (getattr(infini, name) for name in PROJECTIONS):
-                projection.to(dtype=parameter.dtype)
+            for name in PROJECTIONS:
+                getattr(infini, name).to(dtype=parameter.dtype)
             if params.insertion == "parallel":
                 put_beside(base, infini)
             else:

@@ -25,11 +25,7 @@ from infini_retrofit.layer.state import State
 
 
 def fold(x: Int[Tensor, "B T"], segment_length: int) -> Int[Tensor, "BS L"]:
-    """Lay segments out as rows of a batch, those of a document one after another.
-
-    Raises:
-        ValueError: if a document is no whole number of segments long.
-    """
+    """Lay segments out as rows of a batch, those of a document one after another."""
     if x.shape[1] % segment_length:
         raise ValueError(
             f"a document must be a whole number of segments of {segment_length} tokens, "
@@ -48,15 +44,13 @@ def run_folded(
 ) -> Float[Tensor, "B T D"]:
     """Return the last hidden states of documents; every layer sees one segment.
 
-    Args:
-        model: a base or retrofitted model.
-        input_ids: documents of equal length.
-        segment_length: tokens.
-        probe: what to read in place of the memory, and what to note; None: nothing.
-        state: what crosses calls; None: the documents begin and end here.
-        first_position: tokens of the documents before these.
+    Without `state` the documents begin and end here; `first_position` counts the tokens before
+    these.
+
+    Raises:
+        ValueError: if the documents are no whole number of segments long.
     """
-    num_documents, num_tokens = input_ids.shape
+    num_tokens = input_ids.shape[1]
     # Positions count through the document: scores see differences only, and keys carried into
     # the next segment are then already in their place.
     positions = torch.arange(num_tokens, device=input_ids.device) + first_position
@@ -69,7 +63,7 @@ def run_folded(
         state=state,
         probe=probe,
     ).last_hidden_state
-    return hidden_states.reshape(num_documents, num_tokens, -1)
+    return hidden_states.reshape(*input_ids.shape, -1)
 
 
 def run_swapped(
@@ -80,13 +74,9 @@ def run_swapped(
 ) -> Float[Tensor, "B T D"]:
     """Run folded documents, each reading the memory of the one before it.
 
-    The other document wrote that memory for itself: it holds nothing of the reader.
-
-    Args:
-        model: a retrofitted model.
-        input_ids: at least two documents of equal length.
-        segment_length: tokens.
-        memories: by layer, as `run_folded` noted them in `Probe.memories` for these documents.
+    The other document wrote that memory for itself: it holds nothing of the reader. `memories`
+    are what `run_folded` noted in `Probe.memories` for these documents, of which there are two
+    at least.
     """
     swapped = {layer: state.roll_batch() for layer, state in memories.items()}
     return run_folded(model, input_ids, segment_length, Probe(swapped=swapped))
@@ -100,12 +90,8 @@ def run_in_layer(
 ) -> Float[Tensor, "B T D"]:
     """Return the last hidden states of rows that the base's layers see whole.
 
-    Args:
-        model: a base or retrofitted model.
-        input_ids: rows of equal length, each with a memory of its own that starts empty.
-        segment_length: tokens after which an Infini layer updates its memory; None: its own.
-        probe: what to read in place of the memory, and what to note; None: nothing.
+    Each row has a memory that starts empty. Without `segment_length` each Infini layer updates it
+    after its own.
     """
-    cut = Cut(segment_length=segment_length)
-    body = model.base_model
+    cut, body = Cut(segment_length=segment_length), model.base_model
     return body(input_ids=input_ids, use_cache=False, cut=cut, probe=probe).last_hidden_state
