@@ -106,12 +106,10 @@ class CompressiveMemory(nn.Module):
         alone = [x.flatten(0, 1)[:, None] for x in (feature, value)]
         mask = None if is_token is None else is_token.flatten(0, 1)[:, None]
         after = self.states(*alone, mask, None)[1].to(feature.dtype)
-        first, memories = self._before(Write(feature, value), before), []
-        for name in ("matrix", "normalizer"):
-            written = getattr(after, name).unflatten(0, feature.shape[:2])
-            memories.append(torch.cat([getattr(first, name)[:, None], written], dim=1))
-        last = MemoryState(*(x[:, -1] for x in memories))
-        return MemoryState(*(x[:, :-1] for x in memories)), self._kept(last)
+        written = after.map(lambda x: x.unflatten(0, feature.shape[:2]))
+        first = self._before(Write(feature, value), before).map(lambda x: x[:, None])
+        states = first.map(lambda *x: torch.cat(x, dim=1), written)
+        return states.map(lambda x: x[:, :-1]), self._kept(states.map(lambda x: x[:, -1]))
 
     def read(
         self,

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 # Rotates queries or keys (B S H L K), or those of one token of every segment, by its index.
@@ -169,6 +169,16 @@ def rotate(
     first, second = rotated.chunk(2, dim=-1)
     rotated = rotated * cos + torch.cat([-second, first], dim=-1) * sin
     return torch.cat([rotated.to(x.dtype), rest], dim=-1) if rest.shape[-1] else rotated.to(x.dtype)
+
+
+def at_border(
+    segments: Shaped[Tensor, "B S ..."], last: Shaped[Tensor, "B ..."], border: Int[Tensor, "B"]
+) -> Tensor:
+    """Choose what stands before the segment at each row's border, or `last` behind them all."""
+    num_segments = segments.shape[1]
+    rows = torch.arange(len(border), device=border.device)
+    before = segments[rows, border.clamp(max=num_segments - 1)]
+    return torch.where((border == num_segments).view(-1, *(1,) * (last.dim() - 1)), last, before)
 
 
 def like(order: Int[Tensor, "R _"], x: Tensor) -> Tensor:

@@ -73,7 +73,6 @@ def softmax_attention(
     if is_key is None and num_queries == num_keys and slopes is None:
         return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling)
     mask = _mask(num_queries, num_keys, is_key, query.device)
-    mask = mask[None, None] if mask.dim() == 2 else mask[:, None]
     if slopes is not None:
         bias = alibi_bias(slopes, num_queries, num_keys).to(query.dtype)
         mask = bias.masked_fill(~mask, -torch.inf)
@@ -101,13 +100,13 @@ def alibi_bias(
 
 def _mask(
     num_queries: int, num_keys: int, is_key: Bool[Tensor, "B C"] | None, device: torch.device
-) -> Tensor:
+) -> Bool[Tensor, "#B 1 L C"]:
     visible = visible_keys(num_queries, num_keys, device)
     if is_key is None:
-        return visible
+        return visible[None, None]
     own = torch.eye(num_queries, dtype=torch.bool, device=device)
     own = F.pad(own, (num_keys - num_queries, 0))
-    return (visible & is_key[:, None, :]) | own
+    return (visible & is_key[:, None, None]) | own
 
 
 class _ExplicitSoftmaxAttention(torch.autograd.Function):
@@ -213,7 +212,6 @@ def linear_attention(
     Source: Katharopoulos et al. 2020, arXiv:2006.16236, equations 8 and 9.
     """
     mask = _mask(query.shape[2], key.shape[2], is_key, query.device)
-    mask = mask if is_key is None else mask[:, None]
     query, key = feature_maps.of_query(query), feature_maps.of_key(key)
     numerator, denominator = masked_linear_sums(query, key, value, mask)
     return quotient(numerator, denominator).to(value.dtype)

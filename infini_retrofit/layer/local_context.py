@@ -9,9 +9,7 @@ Source: Xiao et al. 2024, arXiv:2309.17453 (sinks, and their position next to th
 
 Axes:
     B  document
-    S  segment
     N  key/value head
-    L  token of a segment
     C  carried token: the document's first, then the last C - 1 of a segment
     K  key channel
     V  value channel
@@ -23,7 +21,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from infini_retrofit.layer.cut import Keys, Place
+from infini_retrofit.layer.cut import Keys, Place, at_border
 
 
 @dataclass(frozen=True)
@@ -99,14 +97,10 @@ def context_at(
 
     `keys` and `last` are the results of `carry_context`. Border 0 is before the first segment.
     """
-    num_segments = keys.key.shape[1]
-    rows = torch.arange(len(border), device=border.device)
-    index, is_last = border.clamp(max=num_segments - 1), border == num_segments
-    per_head = is_last[:, None, None, None]
     return LocalContext(
-        torch.where(per_head, last.key, keys.key[rows, index][:, :, :num_carried]),
-        torch.where(per_head, last.value, keys.value[rows, index][:, :, :num_carried]),
-        torch.where(is_last[:, None], last.is_token, keys.is_key[rows, index][:, :num_carried]),
+        at_border(keys.key[..., :num_carried, :], last.key, border),
+        at_border(keys.value[..., :num_carried, :], last.value, border),
+        at_border(keys.is_key[..., :num_carried], last.is_token, border),
         last.sink_key,
     )
 

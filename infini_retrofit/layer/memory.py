@@ -18,6 +18,7 @@ Axes:
     V   value channel
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -47,23 +48,23 @@ class MemoryState:
     matrix: Float[Tensor, "*B N F V"]
     normalizer: Float[Tensor, "*B N F"]
 
+    def map(self, change: Callable[..., Tensor], *others: "MemoryState") -> "MemoryState":
+        """Change the matrix and the normalizer, each with those of other states."""
+        states = (self, *others)
+        matrix = change(*(state.matrix for state in states))
+        return MemoryState(matrix, change(*(state.normalizer for state in states)))
+
     def detach(self) -> "MemoryState":
         """Stop the gradient here."""
-        return MemoryState(self.matrix.detach(), self.normalizer.detach())
+        return self.map(Tensor.detach)
 
     def to(self, dtype: torch.dtype) -> "MemoryState":
         """Convert to another number type."""
-        return MemoryState(self.matrix.to(dtype), self.normalizer.to(dtype))
-
-    def rounded_to(self, dtype: torch.dtype | None) -> "MemoryState":
-        """Round to a shorter number type; the gradient passes unchanged."""
-        if dtype is None:
-            return self
-        return MemoryState(_Round.apply(self.matrix, dtype), _Round.apply(self.normalizer, dtype))
+        return self.map(lambda x: x.to(dtype))
 
     def roll_batch(self) -> "MemoryState":
         """Give every document the memory of the one before it in the batch."""
-        return MemoryState(self.matrix.roll(1, dims=0), self.normalizer.roll(1, dims=0))
+        return self.map(lambda x: x.roll(1, dims=0))
 
 
 class _Round(torch.autograd.Function):
@@ -92,31 +93,20 @@ def count_state_values(num_heads: int, num_features: int, value_dim: int) -> int
 
 @dataclass(frozen=True)
 class Recalled:
-    """What the queries read from the memory.
+    """What the queries read from the memory."""
 
-    Attributes:
-        numerator: the sum of values, each weighted by the likeness of its key and the query.
-        denominator: the sum of those weights; 0 where the memory is empty.
-        logit: added to the gate's logit, from the query and its distance to the border.
-    """
-
-    numerator: Float[Tensor, "B S H L V"]
-    denominator: Float[Tensor, "B S H L 1"]
-    logit: Float[Tensor, "*#B #H #L 1"]
+    numerator: Float[Tensor, "B S H L V"]  # values weighted by the likeness of key and query
+    denominator: Float[Tensor, "B S H L 1"]  # sum of those weights; 0 where the memory is empty
+    logit: Float[Tensor, "*#B #H #L 1"]  # added to the gate's, from the query and its distance
 
 
 @dataclass(frozen=True)
 class Write:
-    """The tokens to write to a memory.
+    """The tokens to write to a memory."""
 
-    Attributes:
-        feature: of the keys.
-        weight: of each token, 0 at padding, one for all features or one each; None: 1.
-    """
-
-    feature: Float[Tensor, "*B N L F"]
+    feature: Float[Tensor, "*B N L F"]  # of the keys
     value: Float[Tensor, "*B N L V"]
-    weight: Float[Tensor, "*B #N L #F"] | None = None
+    weight: Float[Tensor, "*B #N L #F"] | None = None  # 0 at padding; None: 1 for all
 
     @property
     def weighted(self) -> Float[Tensor, "*B N L F"]:
@@ -156,24 +146,22 @@ def prefix_states(
         parts.append(part)
         if stop_gradient_every is not None and begin + every <= num_segments:
             first = first.detach()
-    matrix = torch.cat([part.matrix for part in parts], dim=1)
-    normalizer = torch.cat([part.normalizer for part in parts], dim=1)
-    return MemoryState(matrix, normalizer), first
+    return parts[0].map(lambda *x: torch.cat(x, dim=1), *parts[1:]), first
 
 
 def _prefix_sums(
     written: MemoryState, segments: slice, initial: MemoryState | None
 ) -> tuple[MemoryState, MemoryState]:
-    parts = []
-    for name in ("matrix", "normalizer"):
-        added = getattr(written, name)[:, segments]
-        first = torch.zeros_like(added[:, 0]) if initial is None else getattr(initial, name)
+    initial = initial or written.map(lambda x: torch.zeros_like(x[:, 0]))
+
+    def sums(added: Tensor, first: Tensor) -> Tensor:
         # Shifted, not `cumsum - own`: subtracting would leak rounding of the segment's own
         # tokens into what its earlier tokens read.
-        parts.append(torch.cat([first.to(added.dtype)[:, None], added], dim=1).cumsum(dim=1))
-    matrix, normalizer = parts
-    before = MemoryState(matrix[:, :-1], normalizer[:, :-1])
-    return before, MemoryState(matrix[:, -1], normalizer[:, -1])
+        parts = [first.to(added.dtype)[:, None], added[:, segments]]
+        return torch.cat(parts, dim=1).cumsum(dim=1)
+
+    states = written.map(sums, initial)
+    return states.map(lambda x: x[:, :-1]), states.map(lambda x: x[:, -1])
 
 
 def scan_states(
@@ -196,12 +184,12 @@ def scan_states(
             state = state.detach()
         states.append(state)
         left = None if retention is None else retention[:, index]
-        state = _update(state, write.segment(index), rule, left).rounded_to(state_dtype)
+        state = _update(state, write.segment(index), rule, left)
+        if state_dtype is not None:
+            state = state.map(lambda x: _Round.apply(x, state_dtype))
     if stop_gradient_every is not None and len(states) % stop_gradient_every == 0:
         state = state.detach()
-    matrix = torch.stack([s.matrix for s in states], dim=1)
-    normalizer = torch.stack([s.normalizer for s in states], dim=1)
-    return MemoryState(matrix, normalizer), state
+    return states[0].map(lambda *x: torch.stack(x, dim=1), *states[1:]), state
 
 
 def empty_state(write: Write) -> MemoryState:

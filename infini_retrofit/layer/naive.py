@@ -41,19 +41,12 @@ class Heads:
 
 @dataclass(frozen=True)
 class Entry:
-    """One token in the memory of one head.
+    """One token in the memory of one head."""
 
-    Attributes:
-        feature: of its key, (F).
-        value: (V), under a delta rule less what the memory recalled for its key.
-        mass: weight of its key in the normalizer.
-        token: its position in the document.
-    """
-
-    feature: Tensor
-    value: Tensor
-    mass: Tensor | float
-    token: int
+    feature: Tensor  # of its key, (F)
+    value: Tensor  # (V), under a delta rule less what the memory recalled for its key
+    mass: Tensor | float  # weight of its key in the normalizer
+    token: int  # its position in the document
 
 
 class NaiveLayer:

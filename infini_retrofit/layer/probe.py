@@ -26,30 +26,23 @@ Read = Literal["own", "recent", "off"]
 class MemoryReading:
     """How much one layer made of its memory.
 
-    Attributes:
-        share: of the memory in each query's output; of a parallel branch, in the branch's output
-            before `alpha`.
-        recalled_norm: length of the recalled vector, before its share.
-        local_norm: length of the local attention's output.
+    The share is that of the memory in each query's output, before `alpha` of a parallel branch.
     """
 
     share: Float[Tensor, "B S H L"]
-    recalled_norm: Float[Tensor, "B S H L"]
-    local_norm: Float[Tensor, "B S H L"]
+    recalled_norm: Float[Tensor, "B S H L"]  # length of the recalled vector, before its share
+    local_norm: Float[Tensor, "B S H L"]  # length of the local attention's output
 
 
 @dataclass(frozen=True)
 class Probe:
     """What one forward pass reads in place of its own memory, and notes: keyword `probe`.
 
-    Attributes:
-        read: what a segment reads.
-        swapped: the memory to read in place of each segment's (B, S), by layer index.
-        memories: each layer puts the memory before each segment (B, S) here; None: it does not.
-        readings: each layer notes its use of the memory here; None: it does not.
+    All is by layer index. Layers write to `memories` and `readings`, where these are given.
     """
 
     read: Read = "own"
+    # Read in place of each segment's memory (B, S).
     swapped: Mapping[int, MemoryState] = field(default_factory=dict)
-    memories: dict[int, MemoryState] | None = None
+    memories: dict[int, MemoryState] | None = None  # before each segment (B, S)
     readings: dict[int, MemoryReading] | None = None

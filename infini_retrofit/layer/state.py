@@ -112,22 +112,12 @@ class State:
 
 @dataclass(frozen=True)
 class Segments:
-    """What the queries of each segment can attend to and read.
+    """What the queries of each segment can attend to and read."""
 
-    Attributes:
-        place: rotates queries.
-        keys: of the local attention, carried keys first.
-        is_key: False where a key must not be seen; None: causality hides all such keys.
-        context: carried over the last border; None: nothing is.
-        memories: before each segment; None: no memory is read.
-        memory: after the last segment.
-        num_before: tokens of the segment before its first query; None: none.
-    """
-
-    place: Place
-    keys: Keys
-    is_key: Bool[Tensor, "B S C"] | None
-    context: LocalContext | None = None
-    memories: MemoryState | None = None
-    memory: MemoryState | None = None
-    num_before: Int[Tensor, "B"] | None = None
+    place: Place  # rotates queries
+    keys: Keys  # of the local attention, carried keys first
+    is_key: Bool[Tensor, "B S C"] | None  # None: causality hides all keys that must not be seen
+    context: LocalContext | None = None  # carried over the last border
+    memories: MemoryState | None = None  # before each segment; None: no memory is read
+    memory: MemoryState | None = None  # after the last segment
+    num_before: Int[Tensor, "B"] | None = None  # tokens of the segment before its first query

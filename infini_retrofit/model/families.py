@@ -16,15 +16,10 @@ EXPORTED = "infini_"
 
 @dataclass(frozen=True)
 class Family:
-    """How one family of models differs from another.
+    """How one family of models differs from another."""
 
-    Attributes:
-        attention: name of the attention module in a decoder layer.
-        split: returns its weights and biases by the names of q_proj, k_proj, v_proj, o_proj.
-    """
-
-    attention: str
-    split: Callable[[nn.Module], dict[str, Tensor]]
+    attention: str  # name of the attention module in a decoder layer
+    split: Callable[[nn.Module], dict[str, Tensor]]  # its weights by the names of `PROJECTIONS`
 
 
 def _split_llama(attention: nn.Module) -> dict[str, Tensor]:

@@ -5,7 +5,6 @@ only, and only Infini layers look across. Knows nothing of losses or protocols.
 
 Axes:
     B  document
-    S  segment
     L  token of a segment
     T  token of a document
     D  model width
