@@ -214,19 +214,18 @@ class InfiniCache(Cache):
         """Fill the cache with loaded tensors."""
         self.num_tokens = tensors.pop("num_tokens", None)
         self.is_token = tensors.pop("is_token", None)
-        parts: dict[str, dict[int, dict[str, dict[str, Tensor]]]] = {"carried": {}, "full": {}}
+        layers: dict[tuple[str, str], dict[str, dict[str, Tensor]]] = {}
         for name, x in tensors.items():
             kind, key, part, field = name.split(".")
             if part != "memory" and x.is_floating_point():
                 x = x.to(model.dtype)
-            named = parts[kind].setdefault(int(key), {}).setdefault(part, {})
-            named[field] = x.to(model.device)
-        for index, by_part in parts["full"].items():
-            self.layers[index].update(**by_part["update"])
-        self.layer_states = {
-            key: LayerState(**{part: _KINDS[part](**named) for part, named in by_part.items()})
-            for key, by_part in parts["carried"].items()
-        }
+            layers.setdefault((kind, key), {}).setdefault(part, {})[field] = x.to(model.device)
+        for (kind, key), parts in layers.items():
+            if kind == "full":
+                self.layers[int(key)].update(**parts["update"])
+            else:
+                values = {part: _KINDS[part](**named) for part, named in parts.items()}
+                self.layer_states[int(key)] = LayerState(**values)
 
 
 def check_enabled(model: PreTrainedModel) -> None:

@@ -13,7 +13,6 @@ Axes:
     S  segment of a document
     L  token of a segment
     H  query head
-    N  key/value head
     K  key channel
     V  value channel
     NK channel of all keys of a token, heads side by side
@@ -36,7 +35,7 @@ from infini_retrofit.layer.feature_maps import FeatureMaps
 from infini_retrofit.layer.form import BYTES_PER_STATE_VALUE, AttentionShape, InfiniParams
 from infini_retrofit.layer.local_attention import alibi_slopes, linear_attention, softmax_attention
 from infini_retrofit.layer.local_context import carry_context
-from infini_retrofit.layer.memory import Recalled, count_state_values, memory_share, mix, quotient
+from infini_retrofit.layer.memory import Recalled, memory_share, mix, quotient
 from infini_retrofit.layer.probe import MemoryReading, Probe
 from infini_retrofit.layer.state import LayerState, Segments, State, Tokens
 from infini_retrofit.layer.streaming import running_segment, state_after
@@ -92,8 +91,10 @@ class InfiniAttention(nn.Module):
         context = self.local_context * self.shape.context_token_bytes()
         if self.memory is None:
             return context
-        sizes = (self.shape.num_kv_heads, self.feature_maps.num_features, self.shape.head_dim)
-        return context + count_state_values(*sizes) * BYTES_PER_STATE_VALUE[self.state_dtype]
+        # A matrix and a normalizer for each key/value head.
+        num_features = self.shape.num_kv_heads * self.feature_maps.num_features
+        num_values = num_features * (self.shape.head_dim + 1)
+        return context + num_values * BYTES_PER_STATE_VALUE[self.state_dtype]
 
     def memory_parameters(self) -> dict[str, list[nn.Parameter]]:
         """Return the parameters that a base's attention lacks, by learning-rate group."""

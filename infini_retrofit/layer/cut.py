@@ -33,19 +33,15 @@ class Cut:
 
     Without it each row is a document, which the layer cuts after its own segment length (in-layer).
 
-    Attributes:
-        num_segments: rows that make up one document (folded); None: each row is a document.
-        segment_length: tokens of a segment when cut in-layer; None: the layer's own.
-        is_open: the document may continue in a later call: a segment that has not ended is kept,
-            not written. In-layer only.
-        is_token: False at padding; None: no padding. In-layer a row may be padded anywhere;
-            folded, a document may be padded at its end only.
+    Only in-layer the document may continue in a later call (`is_open`): a segment that has not
+    ended is kept, not written. In-layer a row may be padded anywhere; folded, a document may be
+    padded at its end only.
     """
 
-    num_segments: int | None = None
-    segment_length: int | None = None
+    num_segments: int | None = None  # rows that make up one document (folded)
+    segment_length: int | None = None  # tokens, in-layer; None: the layer's own
     is_open: bool = False
-    is_token: Bool[Tensor, "R T"] | None = None
+    is_token: Bool[Tensor, "R T"] | None = None  # False at padding; None: no padding
 
 
 class Layout:
@@ -182,5 +178,5 @@ def at_border(
 
 
 def like(order: Int[Tensor, "R _"], x: Tensor) -> Tensor:
-    """Widen a (row, token) index to the trailing axes of `x`."""
+    """Widen an index of rows and tokens to the trailing axes of `x`."""
     return order.view(*order.shape, *(1,) * (x.dim() - 2))

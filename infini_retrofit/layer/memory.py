@@ -86,11 +86,6 @@ def quotient(
     return numerator / denominator.clamp_min(SMALLEST_DENOMINATOR)
 
 
-def count_state_values(num_heads: int, num_features: int, value_dim: int) -> int:
-    """Count the values in one layer's memory, kept once for each key/value head."""
-    return num_heads * num_features * (value_dim + 1)
-
-
 @dataclass(frozen=True)
 class Recalled:
     """What the queries read from the memory."""

@@ -203,20 +203,18 @@ def naive_average(weights: Tensor, value: Tensor) -> Tensor:
     return weights @ value / weights.sum() if weights.sum() > 0 else 0 * weights @ value
 
 
-def naive_rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn channels (c, c + P/2) as a point of the plane; channels from P on stay."""
-    half = cos.shape[-1] // 2
-    channels = list(x.unbind(-1))
-    for c in range(half):
-        a, b = x[..., c], x[..., c + half]
-        channels[c] = a * cos[:, c] - b * sin[:, c]
-        channels[c + half] = b * cos[:, c] + a * sin[:, c]
-    return torch.stack(channels, dim=-1)
-
-
 def place_at(x: Tensor, position: int, tables: Tables | None) -> Tensor:
-    """Rotate one vector (K) by the position of its token, if there are positions."""
+    """Rotate one vector (K) by the position of its token, if there are positions.
+
+    Channels (c, c + P/2) turn as a point of the plane; channels from P on stay.
+    """
     if tables is None:
         return x
-    cos, sin = tables
-    return naive_rotate(x[None], cos[position, None], sin[position, None])[0]
+    cos, sin = (table[position] for table in tables)
+    half = len(cos) // 2
+    channels = list(x)
+    for c in range(half):
+        a, b = x[c], x[c + half]
+        channels[c] = a * cos[c] - b * sin[c]
+        channels[c + half] = b * cos[c] + a * sin[c]
+    return torch.stack(channels)

@@ -67,10 +67,6 @@ class Tokens:
         pairs = zip(self._tensors(), new._tensors(), strict=True)
         return Tokens(*(torch.cat(pair, dim=1) for pair in pairs))
 
-    def num_whole(self, segment_length: int) -> Int[Tensor, "B"]:
-        """Return the number of segments that each row fills."""
-        return self.is_token.sum(dim=1) // segment_length
-
     def after(self, num_tokens: Int[Tensor, "B"]) -> "Tokens":
         """Drop the first tokens of each row; the longest row that is left has no padding."""
         is_left = self.is_token & (self.is_token.cumsum(dim=1) > num_tokens[:, None])
@@ -96,10 +92,8 @@ class LayerState:
 class State:
     """What every layer starts one forward pass with, and what it ends with: keyword `state`.
 
-    Attributes:
-        before: by layer index; a layer that is not named starts empty.
-        after: by layer index, filled by the layers. It continues the document only where that
-            ended with a whole segment, or was open.
+    Both are by layer index. A layer that `before` lacks starts empty. The layers fill `after`. It
+    continues the document only where that ended with a whole segment, or was open.
     """
 
     before: Mapping[int, LayerState] = field(default_factory=dict)

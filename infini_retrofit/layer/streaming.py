@@ -47,7 +47,7 @@ def state_after(
 
     `tokens` are those of the call, and those that were unfinished before it.
     """
-    border = tokens.num_whole(segment_length)
+    border = tokens.is_token.sum(dim=1) // segment_length
     memory, context = segments.memory, before.context
     if memory is not None:
         before_each = segments.memories.map(lambda x, last: at_border(x, last, border), memory)

@@ -49,7 +49,10 @@ def save_retrofit(model: PreTrainedModel, params: InfiniParams, base_dir: Path, 
         ValueError: if the model has weights of another form.
     """
     base = base_identity(base_dir)
-    known = _freshly_inserted(base_dir, params)
+    fresh = AutoModelForCausalLM.from_pretrained(base_dir, dtype="auto", local_files_only=True)
+    # Another seed than training's: weights that start at random always differ, and are saved.
+    insert_infini(fresh, params, _NO_TRAINING_SEED)
+    known = fresh.state_dict()
     if strange := sorted(model.state_dict().keys() ^ known.keys()):
         has = "without" if strange[0] in known else "with"
         raise ValueError(
@@ -107,14 +110,6 @@ def check_layers(params: InfiniParams, base_dir: Path) -> None:
     """Refuse layers and sizes that do not fit the base, if it is there, without loading it."""
     if (base_dir / "config.json").is_file():
         check_form(params, AutoConfig.from_pretrained(base_dir, local_files_only=True))
-
-
-def _freshly_inserted(base_dir: Path, params: InfiniParams) -> dict[str, torch.Tensor]:
-    """Return the tensors of a fresh insertion, in the number type of the base's files."""
-    fresh = AutoModelForCausalLM.from_pretrained(base_dir, dtype="auto", local_files_only=True)
-    # Another seed than training's: weights that start at random always differ, and are saved.
-    insert_infini(fresh, params, _NO_TRAINING_SEED)
-    return fresh.state_dict()
 
 
 def _check_retrofit(folder: Path, made_by: str) -> None:
