@@ -20,7 +20,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int, Shaped
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 # Rotates queries or keys (B S H L K), or those of one token of every segment, by its index.
@@ -167,10 +167,8 @@ def rotate(
     return torch.cat([rotated.to(x.dtype), rest], dim=-1) if rest.shape[-1] else rotated.to(x.dtype)
 
 
-def at_border(
-    segments: Shaped[Tensor, "B S ..."], last: Shaped[Tensor, "B ..."], border: Int[Tensor, "B"]
-) -> Tensor:
-    """Choose what stands before the segment at each row's border, or `last` behind them all."""
+def at_border(segments: Tensor, last: Tensor, border: Int[Tensor, "B"]) -> Tensor:
+    """Choose from (B, S, ...) what precedes each row's border, or (B, ...) behind all segments."""
     num_segments = segments.shape[1]
     rows = torch.arange(len(border), device=border.device)
     before = segments[rows, border.clamp(max=num_segments - 1)]
