@@ -40,26 +40,21 @@ class InfiniCache(Cache):
 
     With `other_layers: full` the base's own layers keep all keys and values here as well, in a
     `DynamicLayer`: then the cache grows with the prompt.
-
-    Attributes:
-        layer_states: by layer index; a confined layer beside a parallel branch has an index of
-            its own.
-        num_seen: columns read, padding included.
-        num_tokens: tokens read, without padding; None: none yet.
-        is_token: False in columns that were padding; None: nothing was read, or the cache is
-            bounded, for which the number of tokens is enough.
     """
 
-    num_tokens: Int[Tensor, "B"] | None
+    num_seen: int  # columns read, padding included
+    num_tokens: Int[Tensor, "B"] | None  # read, without padding; None: none yet
+    # False in columns that were padding. For a bounded cache the number of tokens is enough.
     is_token: Bool[Tensor, "B _"] | None
+    # By index; a confined layer beside a parallel branch has an index of its own.
+    layer_states: dict[int, LayerState]
 
     def __init__(self, model: PreTrainedModel) -> None:
         is_infini = [isinstance(m, InfiniAttention) for m in attention_modules(model)]
         super().__init__(
             layers=[DummyLayer() if bounded else DynamicLayer() for bounded in is_infini]
         )
-        self.layer_states: dict[int, LayerState] = {}
-        self.num_seen = 0
+        self.layer_states, self.num_seen = {}, 0
         self.num_tokens = self.is_token = None
 
     @property

@@ -45,13 +45,9 @@ class Cut:
 
 
 class Layout:
-    """The (row, token) grid of one call as (document, segment, token).
+    """The (row, token) grid of one call as (document, segment, token)."""
 
-    Attributes:
-        is_token: False at padding, of the documents or added to fill the last segment; None:
-            no padding anywhere.
-    """
-
+    # False at padding, of the documents or added to fill the last segment; None: no padding.
     is_token: Bool[Tensor, "B S L"] | None
 
     def __init__(self, hidden_states: Tensor, cut: Cut, segment_length: int) -> None:

@@ -38,15 +38,10 @@ class MemoryState:
     """The memory of one layer: sums over the tokens of all segments so far.
 
     Computed in float32 or float64; kept in that or a shorter number type.
-
-    Attributes:
-        matrix: M in the paper, under the linear rule the sum over past tokens of feature(key)
-            times value.
-        normalizer: z in the paper, the sum over past tokens of feature(key).
     """
 
-    matrix: Float[Tensor, "*B N F V"]
-    normalizer: Float[Tensor, "*B N F"]
+    matrix: Float[Tensor, "*B N F V"]  # M, under the linear rule the sum of feature(key) * value
+    normalizer: Float[Tensor, "*B N F"]  # z, the sum of feature(key)
 
     def map(self, change: Callable[..., Tensor], *others: "MemoryState") -> "MemoryState":
         """Change the matrix and the normalizer, each with those of other states."""
