@@ -30,17 +30,13 @@ from infini_retrofit.texts.corpora import CorpusShares
 
 END_OF_TEXT = "<|endoftext|>"
 _HEAD_DIM_UNIT = 8  # a quarter of each head's channels is rotated, in pairs
+# fmt: off
 _LEAST = {
-    "num_layers": 1,
-    "hidden_size": 1,
-    "num_heads": 1,
+    "num_layers": 1, "hidden_size": 1, "num_heads": 1, "samples": 1, "batch_size": 1,
+    "tokens_per_sample": 2, "epochs": 0, "seed": 0,
     "vocab_size": 257,  # every byte, and the end of a text
-    "tokens_per_sample": 2,
-    "samples": 1,
-    "epochs": 0,
-    "batch_size": 1,
-    "seed": 0,
 }
+# fmt: on
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,7 +16,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from filelock import AcquireReturnProxy, FileLock, Timeout
@@ -96,16 +95,9 @@ def training_run(
     its checkpoints, and no other run does. A run that ends well removes the folder. It stands in
     DVC's main root: DVC deletes a stage's outputs, and the whole folder of a temporary run.
 
-    Args:
-        stage: name of the stage.
-        inputs: files and folders that the run reads; a manifest stands for its folder.
-        params: the dataclasses or plain values that the run uses, by their names in params.yaml.
-        code: source files of the run (see `stage_code`).
-        free_bytes: what the disk must have free at the start.
-
-    Raises:
-        ChangedWhileRunningError: if `code` or `params` differ from the files, at start or end.
-        BlockingIOError: if an equal run of several processes is under way; one process waits.
+    A manifest stands for its folder among the `inputs`. The `params` have their names in
+    params.yaml. Like the `code`, they must not change before the end. If an equal run is under
+    way, a single process waits, and one of several is refused.
     """
     root = Path(os.environ.get("DVC_ROOT", "."))
     folder = root / "checkpoints" / f"{stage}-{_fingerprint(inputs, params, code)}"
@@ -212,11 +204,7 @@ def _check_writable(folder: Path, free_bytes: int) -> None:
 @contextlib.contextmanager
 def _end_on_sigterm() -> Iterator[None]:
     """Turn SIGTERM into an exit that unwinds the stack, so that files close."""
-
-    def end(number: int, frame: FrameType | None) -> None:
-        sys.exit(128 + number)
-
-    before = signal.signal(signal.SIGTERM, end)
+    before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     try:
         yield
     finally:

@@ -33,7 +33,10 @@ def export_model(
 
     `other_layers` is `segment` or `full`; None: as the retrofit says.
     """
-    _check_out(out)
+    if out.exists():
+        raise FileExistsError(f"{out} must be a new folder, got one that exists: remove it first")
+    if files := [p for p in out.parents if p.exists() and not p.is_dir()]:
+        raise NotADirectoryError(f"{out} must be a new folder, but {files[0]} is a file")
     model, params = load_retrofit(base_dir, folder, torch.float32)
     if other_layers is not None:
         model.config.other_layers = other_layers
@@ -45,7 +48,9 @@ def export_model(
         write_code(new)
         write_text(new / "README.md", card)
         write_manifest(new)
-        _let_others_read(new)
+        # safetensors writes what its owner alone can read: give every file the usual mode.
+        for path in filter(Path.is_file, new.rglob("*")):
+            path.chmod((new / MANIFEST).stat().st_mode)
 
 
 def as_exported(model: PreTrainedModel) -> PreTrainedModel:
@@ -88,20 +93,3 @@ def _about_base(base_dir: Path) -> dict[str, Any]:
     if path.is_file():
         return json.loads(path.read_text(encoding="utf-8"))
     return {"name": base_dir.name, "source": f"a folder named {base_dir.name}", "note": "none"}
-
-
-def _check_out(out: Path) -> None:
-    """Refuse a place where no new folder can be made."""
-    if out.exists():
-        raise FileExistsError(f"{out} must be a new folder, got one that exists: remove it first")
-    for parent in out.parents:
-        if parent.exists() and not parent.is_dir():
-            raise NotADirectoryError(f"{out} must be a new folder, but {parent} is a file")
-
-
-def _let_others_read(folder: Path) -> None:
-    """Give every file the usual mode: safetensors writes what its owner alone can read."""
-    mode = (folder / MANIFEST).stat().st_mode
-    for path in folder.rglob("*"):
-        if path.is_file():
-            path.chmod(mode)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from lm_eval.__main__ import cli_evaluate
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
@@ -141,8 +141,8 @@ class InfiniLM(TemplateLM):
             state, last = state.next(), (hidden_states[-1:], piece[-1:])
             yield next_tokens(piece, hidden_states)
 
-    def _run(self, piece: Int[Tensor, "T"], begin: int, state: State) -> Tensor:
-        """Return hidden states (T D); padding fills the last segment, after every scored token."""
+    def _run(self, piece: Int[Tensor, "T"], begin: int, state: State) -> Float[Tensor, "T D"]:
+        """Return hidden states; padding fills the last segment, after every scored token."""
         length = self.segment_length
         padded = F.pad(piece, (0, -len(piece) % length))[None]
         hidden_states = run_folded(self.model, padded, length, state=state, first_position=begin)

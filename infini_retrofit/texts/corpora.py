@@ -29,10 +29,9 @@ class CorpusShares:
     def __post_init__(self) -> None:
         """Refuse shares that leave a split without articles."""
         for name in ("val_share", "test_share"):
-            if not 0 < getattr(self, name) < 1:
+            if not 0 < (share := getattr(self, name)) < 1:
                 raise ValueError(
-                    f"corpora.<preset>.{name} must be a share between 0 and 1, "
-                    f"got {getattr(self, name)}"
+                    f"corpora.<preset>.{name} must be a share between 0 and 1, got {share}"
                 )
         if self.val_share + self.test_share >= 1:
             raise ValueError(
@@ -72,11 +71,7 @@ class FilesCorpus(CorpusShares):
     path: str
 
 
-CORPORA: dict[str, type[CorpusShares]] = {
-    "gensim-sample": GensimCorpus,
-    "hub": HubCorpus,
-    "files": FilesCorpus,
-}
+CORPORA = {"gensim-sample": GensimCorpus, "hub": HubCorpus, "files": FilesCorpus}
 
 
 @dataclass(frozen=True, kw_only=True)

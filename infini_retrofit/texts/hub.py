@@ -41,23 +41,19 @@ def fetch_snapshot(
             f"{repo_id} at {revision} cannot be downloaded: {shown}; check repo_id, revision, "
             f"connection and proxy, or use `{embedded}`, which needs no network"
         ) from error
-    for path in matching_files(folder, patterns):
+    paths = matching_files(folder, patterns)
+    for path in paths:
         _check_hash(path)
-    _note_unlisted(repository, folder, patterns)
-    return folder
-
-
-def _note_unlisted(repository: dict[str, str], folder: Path, patterns: list[str]) -> None:
-    """Print a note if the cache is a copy or old, and holds no list of files."""
     try:
         get_cached_repo_tree(**repository)
-    except CachedRepoTreeNotFoundError:
-        names = ", ".join(path.name for path in matching_files(folder, patterns)) or "none"
+    except CachedRepoTreeNotFoundError:  # the cache is a copy or old
+        names = ", ".join(path.name for path in paths) or "none"
         print(
-            f"note: the local cache holds no list of the files of {repository['repo_id']}, so a "
-            f"missing file cannot be noticed; found of {', '.join(patterns)}: {names}",
+            f"note: the local cache holds no list of the files of {repo_id}, so a missing file "
+            f"cannot be noticed; found of {', '.join(patterns)}: {names}",
             file=sys.stderr,
         )
+    return folder
 
 
 def matching_files(folder: Path, patterns: list[str]) -> list[Path]:

@@ -7,7 +7,7 @@ by an empty line; headings and list items (`- item`) are plain lines. Knows noth
 import calendar
 import html
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import count
 
 _COMMENT = re.compile(r"<!--.*?-->", re.S)
@@ -36,7 +36,7 @@ class _Section:
 
     level: int
     title: str
-    paragraphs: list[str] = field(default_factory=list)
+    paragraphs: list[str]
 
 
 def clean_article(markup: str) -> str:
@@ -70,14 +70,14 @@ def _resolve_nested(text: str) -> str:
         before = text
         text = _TABLE.sub("\n", text)
         text = _URL_LINK.sub(lambda match: match[1] or "", text)
-        text = _LINK.sub(lambda match: _render_link(match[1]), text)
+        text = _LINK.sub(_render_link, text)
         text = _TEMPLATE.sub(lambda match: render_template(match[1]), text)
     return text
 
 
-def _render_link(body: str) -> str:
-    """Return the visible text of `[[body]]`; pictures have none."""
-    target, _, label = body.partition("|")
+def _render_link(link: re.Match[str]) -> str:
+    """Return the visible text of `[[target|label]]`; pictures have none."""
+    target, _, label = link[1].partition("|")
     return "" if _HIDDEN_LINK.match(target) else label or target
 
 
@@ -103,18 +103,13 @@ def _superscript(match: re.Match[str]) -> str:
 
 def _read_sections(text: str) -> list[_Section]:
     """Cut the text at its headings, and each part into paragraphs."""
-    sections = [_Section(1, "")]
-    lines: list[str] = []
+    parts: list[tuple[int, str, list[str]]] = [(1, "", [])]
     for line in text.splitlines():
-        heading = _HEADING.fullmatch(_remove_emphasis(line.strip()))
-        if not heading:
-            lines.append(line)
-            continue
-        sections[-1].paragraphs = _read_paragraphs(lines)
-        sections.append(_Section(len(heading[1]), _tidy(heading[2])))
-        lines = []
-    sections[-1].paragraphs = _read_paragraphs(lines)
-    return sections
+        if heading := _HEADING.fullmatch(_remove_emphasis(line.strip())):
+            parts.append((len(heading[1]), _tidy(heading[2]), []))
+        else:
+            parts[-1][2].append(line)
+    return [_Section(level, title, _read_paragraphs(lines)) for level, title, lines in parts]
 
 
 def _read_paragraphs(lines: list[str]) -> list[str]:
@@ -311,17 +306,14 @@ def _coordinates(positional: list[str], named: dict[str, str]) -> str:
     return re.sub(r"([\d.]+) ([NESW])", "\\1\u00b0\\2", parts)
 
 
+# fmt: off
 _RENDERERS = {
-    "convert": _convert,
-    "frac": _fraction,
-    "sfrac": _fraction,
-    "val": _value,
-    "as of": _as_of,
-    "nihongo": _japanese,
-    "coord": _coordinates,
+    "convert": _convert, "frac": _fraction, "sfrac": _fraction, "val": _value,
+    "as of": _as_of, "nihongo": _japanese, "coord": _coordinates,
     "hlist": lambda positional, named: ", ".join(positional),
     "chem": lambda positional, named: "".join(positional),
     "nuclide2": lambda positional, named: "-".join(positional),
     "format price": lambda positional, named: _group_digits(positional[0]),
     "sc": lambda positional, named: positional[0].upper(),
 }
+# fmt: on
