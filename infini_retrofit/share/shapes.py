@@ -14,13 +14,4 @@ class _Array:
         return item[0]
 
 
-class Bool(_Array):
-    """Truth values."""
-
-
-class Float(_Array):
-    """Floating-point numbers of any width."""
-
-
-class Int(_Array):
-    """Whole numbers of any width."""
+Bool = Float = Int = _Array
