@@ -20,7 +20,7 @@ from analysis.programs import (
     print_growing,
 )
 from infini_retrofit.evaluation.protocols import score_full
-from infini_retrofit.evaluation.rival import make_rival
+from infini_retrofit.evaluation.rival import Rival, make_rival
 from infini_retrofit.model.retrofit import state_bytes
 from infini_retrofit.scoring.score import Score, score_segments, total
 
@@ -41,9 +41,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     def scores() -> Iterator[Carried]:
         for num_tokens in sorted({0, *options.tokens}):
-            make_rival(model, num_tokens, length)
-            score = total(score_segments(model, documents, length))
-            yield num_tokens, state_bytes(model), score
+            rival = make_rival(model, Rival(segment_length=length, num_tokens=num_tokens))
+            score = total(score_segments(rival, documents, length))
+            yield num_tokens, state_bytes(rival), score
 
     print_growing(HEADER, make_rows(scores(), full))
 

@@ -37,6 +37,11 @@ ABSENT = {
     "infini.initial_state": "empty",
     "infini.initial_memory_share": "0.02",
     "finetune.num_segments": "all",
+    "finetune.kl_context": "segment",
+    "distill.lr_scale.memory": "1",
+    "distill.lr_scale.infini": "1",
+    "distill.min_delta": "0",
+    "finetune.min_delta": "0",
 }
 
 

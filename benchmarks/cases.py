@@ -26,15 +26,14 @@ from infini_retrofit.scoring.labels import next_token_nlls, next_tokens
 from infini_retrofit.scoring.losses import token_nlls
 from infini_retrofit.training.control import make_control
 from infini_retrofit.training.distillation import Distillation, DistillParams
-from infini_retrofit.training.finetuning import FinetuneParams, Finetuning
-from infini_retrofit.training.loop import Trainee
+from infini_retrofit.training.finetuning import FinetuneParams, Finetuning, LrScale
 from infini_retrofit.training.parameters import LoraParams
-from infini_retrofit.training.schedule import FullLrScale, LrScale
+from infini_retrofit.training.trainee import Trainee
 
 PUBLISHED = InfiniParams(layers=[0])  # on the base's weights
 # As in params.yaml.
 DEFAULT_LAYER = replace(PUBLISHED, init="random_attention", local="linear", positions="none")
-SCHEDULE = {"batch_size": 1, "epochs": 1, "lr": 1e-3, "patience": 1, "min_delta": 0.0, "seed": 0}
+SCHEDULE = {"batch_size": 1, "epochs": 1, "lr": 1e-3, "patience": 1, "seed": 0}
 
 
 @dataclass(frozen=True)
@@ -197,9 +196,7 @@ def _training(
             val_documents=1,
             lora=LoraParams(rank=8, alpha=16.0),
             kl_weight=0.0,
-            kl_context="segment",
-            num_segments="all",
-            lr_scale=FullLrScale(memory=1.0, infini=1.0, rest=1.0),
+            lr_scale=LrScale(memory=1.0, infini=1.0, rest=1.0),
             **SCHEDULE,
         )
         head = _head_operations(model, sizes.document, products=2)
@@ -215,7 +212,6 @@ def distilling(setting: Setting) -> Job:
     params = DistillParams(
         objective="layer_output",
         trainable="infini",
-        lr_scale=LrScale(memory=1.0, infini=1.0),
         samples=1,
         val_samples=1,
         tokens_per_sample=sizes.sample,

@@ -1,5 +1,6 @@
 from .evaluation.protocols import score_full as score_full
 from .evaluation.protocols import score_sliding as score_sliding
+from .evaluation.rival import Rival as Rival
 from .evaluation.rival import make_rival as make_rival
 from .generation.cache import InfiniCache as InfiniCache
 from .generation.generation import enable_generation as enable_generation

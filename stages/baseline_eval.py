@@ -6,18 +6,11 @@ Writes: metrics/baseline_eval.json, plots/baseline_documents.tsv, plots/baseline
 
 from pathlib import Path
 
-from infini_retrofit.evaluation.evaluation import (
-    EvalParams,
-    evaluate,
-    rows_of_documents,
-    rows_of_positions,
-    warn_of_length,
-)
-from infini_retrofit.evaluation.protocols import score_unigram
+from infini_retrofit.evaluation.evaluation import evaluate, warn_of_length
+from infini_retrofit.evaluation.protocols import EvalParams, Setting, score_unigram
 from infini_retrofit.evaluation.rival import Rival
 from infini_retrofit.model.base import load_base
 from infini_retrofit.pipeline.device import start_run
-from infini_retrofit.pipeline.files import write_metrics, write_rows
 from infini_retrofit.pipeline.guard import run_stage, stage_code, unchanged
 from infini_retrofit.pipeline.params import load_json, load_section
 from infini_retrofit.pipeline.tokens import read_stream, read_test_text
@@ -25,9 +18,6 @@ from infini_retrofit.pipeline.tokens import read_stream, read_test_text
 BASE, RIVAL = Path("models/base"), Path("data/rival.json")
 TRAIN_TEXT, TEST_TEXT = Path("data/wikitext/train.parquet"), Path("data/wikitext/test.parquet")
 TEST_DOCUMENTS = Path("data/longdocs/test.parquet")
-METRICS = Path("metrics/baseline_eval.json")
-DOCUMENTS = Path("plots/baseline_documents.tsv")
-POSITIONS = Path("plots/baseline_positions.tsv")
 
 
 def main() -> None:
@@ -41,10 +31,9 @@ def main() -> None:
     unigram = score_unigram(read_stream(TRAIN_TEXT), text.stream, model.config.vocab_size)
     code = stage_code("baseline_eval")
     with unchanged("baseline_eval", {"eval": params}, [*code, RIVAL]):
-        base = evaluate(model, rival, params, text)
-    write_metrics(METRICS, base.metrics | {"unigram_test_ppl": unigram.ppl})
-    write_rows(DOCUMENTS, rows_of_documents("base", base, text.titles))
-    write_rows(POSITIONS, rows_of_positions("base", base, rival.segment_length))
+        base = evaluate("base", model, Setting(params, text, rival))
+    base.metrics["unigram_test_ppl"] = unigram.ppl
+    base.write("baseline")
 
 
 if __name__ == "__main__":

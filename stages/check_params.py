@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from infini_retrofit.bases.sources import BASE_KINDS, LocalBase
-from infini_retrofit.evaluation.evaluation import EvalParams
+from infini_retrofit.evaluation.protocols import EvalParams
 from infini_retrofit.layer.form import InfiniParams
 from infini_retrofit.model.checkpoints import check_layers
 from infini_retrofit.model.retrofit import resolve_layers
@@ -86,7 +86,7 @@ def check_objective(infini: InfiniParams, distill: DistillParams) -> None:
     """Refuse an objective that part of the layers could never reach."""
     if infini.whole_layers and distill.objective == "attention_output":
         raise ValueError(
-            "distill.objective must be layer_output or logit_kl when infini.init is random_layer, "
+            "distill.objective must be layer_output when infini.init is random_layer, "
             f"whose MLP would stay random, got {distill.objective}"
         )
 

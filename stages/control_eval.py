@@ -7,17 +7,12 @@ Writes: metrics/control_eval.json, plots/control_documents.tsv, plots/control_po
 
 from pathlib import Path
 
-from infini_retrofit.evaluation.evaluation import (
-    EvalParams,
-    evaluate,
-    rows_of_documents,
-    rows_of_positions,
-)
+from infini_retrofit.evaluation.evaluation import evaluate
 from infini_retrofit.evaluation.gains import gap_test_nats
+from infini_retrofit.evaluation.protocols import EvalParams, Setting
 from infini_retrofit.evaluation.rival import Rival
 from infini_retrofit.model.checkpoints import load_retrofit
 from infini_retrofit.pipeline.device import start_run
-from infini_retrofit.pipeline.files import write_metrics, write_rows
 from infini_retrofit.pipeline.guard import run_stage, stage_code, unchanged
 from infini_retrofit.pipeline.params import load_json, load_section
 from infini_retrofit.pipeline.tokens import read_test_text
@@ -25,10 +20,6 @@ from infini_retrofit.pipeline.tokens import read_test_text
 BASE, CONTROL = Path("models/base"), Path("models/control")
 RIVAL = Path("data/rival.json")
 TEST_TEXT, TEST_DOCUMENTS = Path("data/wikitext/test.parquet"), Path("data/longdocs/test.parquet")
-METRICS = Path("metrics/control_eval.json")
-DOCUMENTS, POSITIONS = Path("plots/control_documents.tsv"), Path("plots/control_positions.tsv")
-# They show a segment's cold start, and what full attention and carried keys and values do there.
-POSITION_PROTOCOLS = ("segment", "full", "segment_kv")
 
 
 def main() -> None:
@@ -40,11 +31,9 @@ def main() -> None:
     model, _ = load_retrofit(BASE, CONTROL, dtype, "dvc repro finetune_control")
     code = stage_code("control_eval")
     with unchanged("control_eval", {"eval": params}, [*code, RIVAL]):
-        control = evaluate(model.to(device), rival, params, text)
-    write_metrics(METRICS, control.metrics | {"gap_test_nats": gap_test_nats(control.metrics)})
-    write_rows(DOCUMENTS, rows_of_documents("control", control, text.titles))
-    length = rival.segment_length
-    write_rows(POSITIONS, rows_of_positions("control", control, length, POSITION_PROTOCOLS))
+        control = evaluate("control", model.to(device), Setting(params, text, rival))
+    control.metrics["gap_test_nats"] = gap_test_nats(control.metrics)
+    control.write("control")
 
 
 if __name__ == "__main__":

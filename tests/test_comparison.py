@@ -1,20 +1,20 @@
 """What the control is and what rivals carry: equal where a memory's form makes no difference."""
 
-from dataclasses import asdict, replace
-from pathlib import Path
+from dataclasses import replace
+from itertools import cycle
 
 import pytest
 import torch
 
-from infini_retrofit.evaluation.evaluation import EvalParams, evaluate
-from infini_retrofit.evaluation.rival import Rival, carried_tokens, rival_of
+from infini_retrofit.evaluation.evaluation import evaluate
+from infini_retrofit.evaluation.protocols import EvalParams, Setting
+from infini_retrofit.evaluation.rival import Rival, rival_of
 from infini_retrofit.model.base import load_weightless
 from infini_retrofit.pipeline import tokens as texts
 from infini_retrofit.pipeline.files import write_manifest
 from infini_retrofit.pipeline.params import load_json
 from infini_retrofit.training.control import Control, ControlParams, make_control, plan_control
-from infini_retrofit.training.finetuning import Finetuning
-from infini_retrofit.training.schedule import FullLrScale
+from infini_retrofit.training.finetuning import Finetuning, LrScale
 from stages.prepare_comparison import write
 from tests.reference import infini_params
 from tests.tiny import FAMILIES, random_ids, tiny_model
@@ -25,7 +25,7 @@ NUM_LAYERS = 3
 TEXT = texts.TestText(random_ids(67, 5 * SEGMENT), random_ids(67, 2, TOKENS), ["a", "b"])
 EVAL = EvalParams(window=2 * SEGMENT, stride=SEGMENT, sliding_tokens=5 * SEGMENT, documents=2)
 SAME = ControlParams(trainable="same", lr="same")
-EVEN = FullLrScale(memory=1.0, infini=1.0, rest=1.0)
+EVEN = LrScale(memory=1.0, infini=1.0, rest=1.0)
 MEMORIES = [
     {"update_rule": "delta"},
     {"feature_map": "hedgehog", "num_features": 4, "gate": "query", "decay": "feature"},
@@ -42,12 +42,10 @@ def planned(over: dict[str, object] | None = None, **params: object) -> Control:
 
 
 @pytest.mark.parametrize("memory", MEMORIES, ids=str)
-@pytest.mark.parametrize("layers", ["all", [0]])
-def test_forms_that_differ_in_their_memory_have_one_control(memory, layers):
-    over = {"layers": layers}
-    assert planned(over | memory) == planned(over)
-    scale = replace(EVEN, memory=100.0)
-    assert planned(over | memory, lr_scale=scale) == planned(over)
+def test_forms_that_differ_in_their_memory_have_one_control(memory):
+    for over in ({"layers": "all"}, {"layers": [0]}):
+        assert planned(over | memory) == planned(over)
+        assert planned(over | memory, lr_scale=replace(EVEN, memory=100.0)) == planned(over)
 
 
 def test_layers_count_by_what_they_are_not_by_how_they_are_named():
@@ -73,8 +71,8 @@ DIFFERENT = [
 
 
 def test_what_makes_a_difference_to_the_control_is_kept():
-    plans = [planned()] + [planned(infini, **params) for infini, params in DIFFERENT]
-    assert len({str(asdict(plan)) for plan in plans}) == len(plans)
+    plans = {str(planned(infini, **params)) for infini, params in [({}, {}), *DIFFERENT]}
+    assert len(plans) == 1 + len(DIFFERENT)
     own = ControlParams(trainable="all", lr=1e-3)
     plan = plan_control(infini_params(), finetune_params(lr_scale=EVEN), own, NUM_LAYERS)
     assert (plan.finetune.trainable, plan.finetune.lr) == ("all", 1e-3)
@@ -87,10 +85,10 @@ PLANS = [
     ({"layers": "all", "local_context": 2}, {}),
     ({"layers": [0], "feature_map": "hedgehog", "gate": "query"}, {"trainable": "lora"}),
 ]
+IN_TURNS = [(family, *plan) for family, plan in zip(cycle(FAMILIES), PLANS, strict=False)]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize(("over", "params"), PLANS, ids=str)
+@pytest.mark.parametrize(("family", "over", "params"), IN_TURNS, ids=str)
 def test_a_planned_control_trains_as_one_of_the_retrofit_s_own_form(family, over, params, tmp_path):
     infini = infini_params(**{"segment_length": SEGMENT} | over)
     finetune = finetune_params(**{"lr_scale": EVEN, "epochs": 1, "lr": 1e-3} | params)
@@ -100,7 +98,8 @@ def test_a_planned_control_trains_as_one_of_the_retrofit_s_own_form(family, over
         make_control(model, form)
         trainee = Finetuning(model, form, part, torch.float32)
         metrics = run(trainee, tmp_path / str(len(found)), **{"epochs": 1, "lr": 1e-3} | params)
-        scored = evaluate(model, rival_of(model, infini), EVAL, TEXT).metrics
+        setting = Setting(EVAL, TEXT, rival_of(model, infini))
+        scored = evaluate("control", model, setting).metrics
         assert scored["sliding_test_ppl"] > 1
         found.append(metrics | scored)
     assert found[1] == pytest.approx(found[0], rel=1e-6)
@@ -111,7 +110,8 @@ def test_which_layers_are_a_control_s_shows_in_a_sliding_window():
     for layers in ([], [0], "all"):
         model = tiny_model("llama")
         infini = make_control(model, infini_params(layers=layers, segment_length=SEGMENT))
-        scores.append(evaluate(model, rival_of(model, infini), EVAL, TEXT).metrics)
+        setting = Setting(EVAL, TEXT, rival_of(model, infini))
+        scores.append(evaluate("control", model, setting).metrics)
     assert len({score["sliding_test_ppl"] for score in scores}) == 3
     assert scores[0]["segment_test_nll"] == pytest.approx(scores[2]["segment_test_nll"], rel=1e-5)
 
@@ -123,40 +123,33 @@ def test_rivals_of_a_base_are_counted_without_its_weights(over, tmp_path):
     write_manifest(tmp_path)
     bare = load_weightless(tmp_path)
     assert all(p.is_meta for p in bare.parameters())
-    want = Rival(segment_length=infini.segment_length, num_tokens=carried_tokens(base, infini))
+    want = rival_of(base, infini)
     assert rival_of(bare, infini) == want
     assert want.num_tokens > 0
 
 
-def test_plans_come_back_from_their_files_as_they_were(tmp_path):
-    for plan in (planned(), planned({"layers": [0]}), Rival(segment_length=8, num_tokens=2)):
-        write(tmp_path / "plan.json", plan)
-        assert load_json(type(plan), tmp_path / "plan.json", "dvc repro") == plan
-
-
-def test_an_unknown_value_in_a_plan_is_named(tmp_path):
-    path = tmp_path / "plan.json"
-    path.write_text('{"segment_length": 8, "num_tokens": "two"}')
-    with pytest.raises(
-        ValueError, match=r"plan\.json\.num_tokens must be a valid integer, got 'two'"
+def test_plans_come_back_from_their_files_and_an_unknown_value_is_named(tmp_path):
+    path, rival = tmp_path / "plan.json", Rival(segment_length=8, num_tokens=2)
+    for plan in (planned(), planned({"layers": [0]}), rival):
+        write(path, plan)
+        assert load_json(type(plan), path, "dvc repro") == plan
+    text = path.read_text()
+    for broken, message in (
+        (text.replace("2", '"two"'), r"plan\.json\.num_tokens must be a valid integer, got 'two'"),
+        (text[:-3], r"plan\.json is not valid JSON .* run `dvc repro` to make it again"),
     ):
-        load_json(Rival, path, "dvc repro")
-    path.write_text('{"segment_length": 8')
-    message = r"plan\.json is not valid JSON .* run `dvc repro` to make it again"
-    with pytest.raises(ValueError, match=message):
-        load_json(Rival, path, "dvc repro")
+        path.write_text(broken)
+        with pytest.raises(ValueError, match=message):
+            load_json(Rival, path, "dvc repro")
 
 
-def test_another_memory_leaves_the_files_as_they_are_and_another_layer_does_not(
-    project: Path,
-) -> None:
+def test_another_memory_leaves_the_files_as_they_are_and_another_layer_does_not(project):
     before = contents(project / "data")
-    write_params(
-        project, SMALL | LINEAR | {"infini.gate": "query", "finetune.lr_scale.memory": 9.0}
-    )
-    run_stage("prepare_comparison")
-    assert contents(project / "data") == before
-    write_params(project, SMALL | LINEAR | {"infini.layers": [1]})
-    run_stage("prepare_comparison")
-    after = contents(project / "data")
-    assert {name for name in before if after[name] != before[name]} == {"control.json"}
+    for change, changed in (
+        ({"infini.gate": "query", "finetune.lr_scale.memory": 9.0}, set()),
+        ({"infini.layers": [1]}, {"control.json"}),
+    ):
+        write_params(project, SMALL | LINEAR | change)
+        run_stage("prepare_comparison")
+        after = contents(project / "data")
+        assert {name for name in before if after[name] != before[name]} == changed

@@ -1,11 +1,14 @@
-"""Stage `eval_sliding`: models, protocols, counts and gains among its results."""
+"""Stage `eval_sliding`: models, protocols and counts among its results."""
+
+import math
+from dataclasses import replace
 
 import pyarrow.parquet as pq
 import pytest
-import torch
 
-from infini_retrofit.evaluation.evaluation import PROTOCOLS, Evaluation, rows_of_documents
-from stages.eval_sliding import DISTILLED, PROTOCOLS_OF, Scored, add_gains
+from infini_retrofit.evaluation.protocols import MODELS, PROTOCOLS, Protocol
+from infini_retrofit.evaluation.rival import make_rival
+from infini_retrofit.scoring.score import segment_runs
 from tests.tiny_project import (
     LINEAR,
     SMALL,
@@ -15,8 +18,6 @@ from tests.tiny_project import (
     run_stage,
     write_params,
 )
-
-MODELS = ("base", "control", "distilled", "finetuned")
 
 
 @both_projects
@@ -33,33 +34,18 @@ def test_memory_and_context_count_in_the_models_that_have_them(name, finished):
     assert len({metrics[model]["segment_test_nll"] for model in MODELS}) == len(MODELS)
 
 
-def test_where_nothing_was_distilled_the_finetuned_is_scored_alone(project):
-    before = metrics_of(project, "eval_sliding")
-    write_params(project, SMALL | LINEAR | {"distill.epochs": 0})
-    run_stage("eval_sliding")
-    after = metrics_of(project, "eval_sliding")
-    assert after == {model: before[model] for model in ("base", "control", "finetuned")}
-    drawn = rows_of(project, "eval_sliding") + rows_of(project, "eval_documents")
-    assert {row["model"] for row in drawn} == after.keys()
-
-
 @both_projects
-def test_the_gap_is_counted_from_the_control(name, finished):
+def test_the_gap_is_the_control_s_and_articles_are_counted_by_their_titles(name, finished):
     metrics = metrics_of(finished[name], "eval_sliding")
-    control = metrics["control"]
-    for model in ("distilled", "finetuned"):
-        won = control["segment_test_nll"] - metrics[model]["segment_test_nll"]
-        gap = control["segment_test_nll"] - control["full_test_nll"]
-        assert control["gap_test_nats"] == gap > 0
-        assert metrics[model]["gap_recovered"] == pytest.approx(won / gap)
-
-
-@both_projects
-def test_articles_are_counted_by_their_titles(name, finished):
     path, number = finished[name] / "data/longdocs/test.parquet", SMALL["eval.documents"]
     titles = pq.read_table(path, columns=["title"])["title"].to_pylist()[:number]
-    for model, numbers in metrics_of(finished[name], "eval_sliding").items():
-        assert numbers["num_articles"] == len(set(titles)), model
+    assert {numbers["num_articles"] for numbers in metrics.values()} == {len(set(titles))}
+    control = metrics["control"]
+    gap = control["segment_test_nll"] - control["full_test_nll"]
+    assert control["gap_test_nats"] == gap > 0
+    for model in ("distilled", "finetuned"):
+        won = control["segment_test_nll"] - metrics[model]["segment_test_nll"]
+        assert metrics[model]["gap_recovered"] == pytest.approx(won / gap)
 
 
 @both_projects
@@ -73,42 +59,41 @@ def test_positions_are_of_each_model_s_own_protocols(name, finished):
     }
 
 
-GAINS = {f"gain_over_{other}" for other in ("off", "recent", "swapped", "control", "kv")}
-ENDS = {f"{gain}{end}" for gain in GAINS for end in ("_low", "_high")}
+def test_where_nothing_was_distilled_the_finetuned_is_scored_alone(project):
+    before = metrics_of(project, "eval_sliding")
+    write_params(project, SMALL | LINEAR | {"distill.epochs": 0})
+    run_stage("eval_sliding")
+    after = metrics_of(project, "eval_sliding")
+    assert after == {model: before[model] for model in ("base", "control", "finetuned")}
+    drawn = rows_of(project, "eval_sliding") + rows_of(project, "eval_documents")
+    assert {row["model"] for row in drawn} == after.keys()
 
 
-def with_gains(full_nll: float, titles: str) -> dict[str, dict[str, float]]:
-    """Make up scores of twelve documents: in segments, every model loses 3 nats a token."""
-    metrics = {"segment_test_nll": 3.0, "full_test_nll": full_nll}
-
-    def made_up(protocols: tuple[str, ...]) -> Evaluation:
-        return Evaluation(dict(metrics), dict.fromkeys(protocols, torch.full((12, 5), 3.0)))
-
-    rows = rows_of_documents("control", made_up(PROTOCOLS), list(titles))
-    control = Scored(metrics, rows, [])
-    scored = {"distilled": made_up(PROTOCOLS_OF[DISTILLED]), "finetuned": made_up(PROTOCOLS)}
-    return add_gains(scored, control, list(titles))
-
-
-@pytest.mark.parametrize(("full_nll", "has_gap"), [(2.5, True), (3.0, False), (3.25, False)])
-def test_without_a_gap_the_share_of_it_is_left_out_and_one_line_says_so(full_nll, has_gap, capsys):
-    metrics = with_gains(full_nll, "abcdefghijkl")
-    warnings = capsys.readouterr().err.splitlines()
-    for model in ("distilled", "finetuned"):
-        assert ("gap_recovered" in metrics[model]) == has_gap
-    assert metrics["finetuned"].keys() >= GAINS | ENDS
-    of_distilled = {name for name in metrics["distilled"] if name.startswith("gain_over_")}
-    assert of_distilled == {name for name in GAINS | ENDS if "_off" in name or "_control" in name}
-    if has_gap:
-        assert warnings == []
-    else:
-        (warning,) = warnings
-        assert warning.startswith("warning: gap_recovered is left out: the control scores 3.0000 ")
-        assert f"{full_nll:.4f} under full attention" in warning
-        assert "documents are probably longer than what the model was trained on" in warning
-
-
-def test_documents_of_few_articles_have_gains_without_intervals():
-    metrics = with_gains(2.5, "abcdefghiaaa")
-    assert metrics["finetuned"].keys() >= GAINS
-    assert not ENDS & metrics["finetuned"].keys()
+def test_a_protocol_is_one_entry_of_the_table(project, monkeypatch):
+    """Of the segment before, only one token crosses a border."""
+    sink = Protocol(
+        run=lambda model, setting: segment_runs(
+            make_rival(model, replace(setting.rival, num_tokens=1)),
+            setting.text.documents,
+            setting.rival.segment_length,
+        ),
+        models=("control", "finetuned"),
+        by_position=("finetuned",),
+        gain="sink",
+        gain_whose=("model", "control"),
+    )
+    before = metrics_of(project, "eval_sliding")
+    monkeypatch.setitem(PROTOCOLS, "segment_sink", sink)
+    run_stage("control_eval")
+    run_stage("eval_sliding")
+    after, key = metrics_of(project, "eval_sliding"), "segment_sink_test_ppl"
+    new = {m: numbers.keys() - before[m].keys() for m, numbers in after.items()}
+    gain = {"gain_over_sink"}
+    assert new == {"base": set(), "control": {key}, "distilled": set(), "finetuned": {key} | gain}
+    best = min(after[model][key] for model in ("control", "finetuned"))
+    won = math.log(best / after["finetuned"]["segment_test_ppl"])
+    assert after["finetuned"]["gain_over_sink"] == pytest.approx(won)
+    assert all(after[model].items() >= before[model].items() for model in MODELS)
+    for plot, models in (("documents", {"control", "finetuned"}), ("positions", {"finetuned"})):
+        rows = rows_of(project, f"eval_{plot}")
+        assert {row["model"] for row in rows if row["protocol"] == "segment_sink"} == models

@@ -1,27 +1,21 @@
-"""What a model gains over what it must beat: over what, in nats, and with which interval."""
+"""Gains over the right scores, in nats; their intervals against a loop over resamples."""
 
 import math
 
 import numpy as np
 import pytest
 
-from infini_retrofit.evaluation.evaluation import MEMORY_PROTOCOLS, DocumentNlls
-from infini_retrofit.evaluation.gains import (
-    gains,
-    gap_recovered,
-    gap_test_nats,
-    has_gap,
-    paired_bootstrap,
-)
+from infini_retrofit.evaluation.evaluation import DocumentNlls, Report
+from infini_retrofit.evaluation.gains import Interval, gains, paired_bootstrap
+from stages.eval_sliding import add_gains
 
-TITLES = ["a", "b", "a"]
+OWN, CONTROL = [2.0, 3.0, 4.0], [2.5, 2.9, 4.4]
+DIFFERENCES = [0.3, -0.1, 0.7, 0.2, 0.05, -0.4, 0.11]
+APART, TOGETHER = list("abcdefg"), list("bacabad")
 
 
 def made_up(**document_nlls: list[float]) -> DocumentNlls:
     return {name: np.array(nlls) for name, nlls in document_nlls.items()}
-
-
-OWN = [2.0, 3.0, 4.0]
 
 
 @pytest.mark.parametrize(
@@ -32,23 +26,18 @@ OWN = [2.0, 3.0, 4.0]
     ],
 )
 def test_a_gain_is_what_the_other_loses_more_document_by_document(own_kv, control_kv, better):
-    control = [2.5, 2.9, 4.4]
     others = {"off": [2.3, 3.1, 4.0], "recent": [2.1, 3.0, 4.3], "swapped": [1.9, 3.6, 4.2]}
-    cut = {f"segment_{name}": values for name, values in others.items()}
-    model = made_up(segment=OWN, segment_kv=own_kv, **cut)
-    found = gains(model, made_up(segment=control, segment_kv=control_kv), TITLES)
-    others |= {"control": control, "kv": better}
-    assert found == {
+    model = made_up(
+        segment=OWN, segment_kv=own_kv, **{f"segment_{name}": nlls for name, nlls in others.items()}
+    )
+    control = made_up(segment=CONTROL, segment_kv=control_kv)
+    others |= {"control": CONTROL, "kv": better}
+    assert gains(model, control, ["a", "b", "a"]) == {
         f"gain_over_{name}": pytest.approx(np.mean(other) - np.mean(OWN))
         for name, other in others.items()
     }
-    assert found["gain_over_off"] > 0
-
-
-def test_what_a_model_was_not_scored_under_is_left_out():
-    control = made_up(segment=[2.5, 2.9, 4.4], segment_kv=OWN)
-    found = gains(made_up(segment=OWN, segment_off=[2.3, 3.1, 4.0]), control, TITLES)
-    assert found.keys() == {"gain_over_off", "gain_over_control"}
+    few = gains(made_up(segment=OWN, segment_off=OWN), control, ["a", "b", "a"])
+    assert few.keys() == {"gain_over_off", "gain_over_control"}
 
 
 @pytest.mark.parametrize(("num_articles", "has_interval"), [(9, False), (10, True), (12, True)])
@@ -57,33 +46,91 @@ def test_only_enough_articles_give_an_interval_and_they_are_what_is_resampled(
 ):
     gain = np.random.default_rng(0).normal(0.1, 0.3, size=12)
     titles = [f"article {i % num_articles}" for i in range(12)]
-    own = dict.fromkeys(("segment", "segment_kv"), [3.0] * 12)
-    others = {f"segment_{name}": list(3 + gain) for name in MEMORY_PROTOCOLS}
-    found = gains(made_up(**own, **others), made_up(**own), titles)
-    want = paired_bootstrap(gain, titles)
-    assert found["gain_over_off"] == pytest.approx(gain.mean())
-    assert ("gain_over_off_low" in found) == ("gain_over_off_high" in found) == has_interval
-    if has_interval:
-        assert found["gain_over_off_low"] == pytest.approx(want.low)
-        assert found["gain_over_off_high"] == pytest.approx(want.high)
-        assert (found["gain_over_control_low"], found["gain_over_control_high"]) == (0, 0)
-    if 10 <= num_articles < 12:
-        apart = paired_bootstrap(gain, list(map(str, range(12))))
-        assert want.high != pytest.approx(apart.high, rel=1e-3)
+    own = made_up(segment=[3.0] * 12, segment_off=list(3 + gain))
+    found, want = gains(own, own, titles), paired_bootstrap(gain, titles)
+    ends = {"gain_over_off_low": want.low, "gain_over_off_high": want.high}
+    none = {f"gain_over_control{end}": 0 for end in ("_low", "_high")}
+    expected = {"gain_over_off": gain.mean(), "gain_over_control": 0}
+    assert found == pytest.approx(expected | (ends | none if has_interval else {}))
+    apart = paired_bootstrap(gain, list(map(str, range(12))))
+    assert (want.high == pytest.approx(apart.high, rel=1e-2)) == (num_articles == 12)
 
 
-@pytest.mark.parametrize(
-    ("segment_nll", "share"), [(3.0, 0.0), (2.5, 0.5), (2.0, 1.0), (3.5, -0.5)]
-)
-def test_the_gap_runs_from_the_control_s_segments_to_its_full_attention(segment_nll, share):
-    control = {"segment_test_nll": 3.0, "full_test_nll": 2.0}
-    model = {"segment_test_nll": segment_nll, "full_test_nll": 9.0}
-    assert gap_recovered(model, control) == pytest.approx(share)
+def loop_over_resamples(
+    values: list[float], labels: list[str], number: int, level: float, seed: int
+) -> tuple[float, float, float]:
+    """Draw one resample after another; read the ends off the sorted means between two ranks."""
+    generator, means = np.random.default_rng(seed), []
+    groups = [
+        [v for v, mark in zip(values, labels, strict=True) if mark == label]
+        for label in sorted(set(labels))
+    ]
+    for _ in range(number):
+        drawn = [v for i in generator.integers(len(groups), size=len(groups)) for v in groups[i]]
+        means.append(sum(drawn) / len(drawn))
+    means.sort()
+    ends = []
+    for tail in ((1 - level) / 2, (1 + level) / 2):
+        rank = tail * (number - 1)
+        below, between = int(rank), rank % 1
+        ends.append((1 - between) * means[below] + between * means[min(below + 1, number - 1)])
+    return sum(values) / len(values), *ends
 
 
-@pytest.mark.parametrize(("full_nll", "num_lines"), [(2.9, 0), (3.0, 1), (3.5, 1), (math.nan, 1)])
-def test_where_full_attention_is_no_better_that_is_said(full_nll, num_lines, capsys):
-    control = {"segment_test_nll": 3.0, "full_test_nll": full_nll}
-    assert gap_test_nats(control) == pytest.approx(3.0 - full_nll, nan_ok=True)
-    assert has_gap(control) is (num_lines == 0)
-    assert len(capsys.readouterr().err.splitlines()) == num_lines
+@pytest.mark.parametrize("arguments", [(10_000, 0.95, 0), (999, 0.8, 0), (1000, 0.95, 3)])
+@pytest.mark.parametrize("labels", [APART, TOGETHER])
+def test_the_interval_is_that_of_a_loop_over_resamples(labels, arguments):
+    found = paired_bootstrap(DIFFERENCES, labels, *arguments)
+    want = loop_over_resamples(DIFFERENCES, labels, *arguments)
+    assert (found.mean, found.low, found.high) == pytest.approx(want, rel=1e-9)
+    is_default = arguments == (10_000, 0.95, 0)
+    assert (paired_bootstrap(DIFFERENCES, labels) == found) == is_default
+
+
+def test_a_difference_measured_twice_in_one_group_makes_nothing_surer():
+    once, twice = (paired_bootstrap(DIFFERENCES * n, APART * n) for n in (1, 2))
+    assert (twice.low, twice.high) == pytest.approx((once.low, once.high), rel=1e-9)
+    as_if_new = paired_bootstrap(DIFFERENCES * 2, list(map(str, range(14))))
+    assert as_if_new.high - as_if_new.low < 0.8 * (once.high - once.low)
+
+
+def test_differences_weigh_alike_and_equal_ones_are_certain():
+    assert paired_bootstrap([1.0, 1.0, 1.0, 5.0], list("aaab")) == Interval(2.0, 1.0, 5.0)
+    assert paired_bootstrap([1.0, 3.0], list("aa")) == Interval(2.0, 2.0, 2.0)
+    assert paired_bootstrap([0.25] * 4, list("abcd")) == Interval(0.25, 0.25, 0.25)
+
+
+@pytest.mark.parametrize(("level", "least", "most"), [(0.95, 0.90, 0.98), (0.7, 0.62, 0.75)])
+def test_the_interval_holds_the_truth_about_as_often_as_it_says(level, least, most):
+    truth, generator, num_held, num_tries = 0.3, np.random.default_rng(0), 0, 1000
+    for seed in range(num_tries):
+        values = generator.normal(truth, 2.0, size=30)
+        found = paired_bootstrap(values, list(map(str, range(30))), 500, level, seed)
+        num_held += found.low <= truth <= found.high
+    assert least < num_held / num_tries < most
+
+
+def with_gap(full_nll: float, nll: float) -> dict[str, float]:
+    """Add gains to the metrics of a model; in segments, its control loses 3 nats a token."""
+    rows = [{"protocol": "segment", "nll": str(n)} for n in OWN]
+    control, report = (
+        Report({"segment_test_nll": n, "full_test_nll": full_nll}, rows, []) for n in (3.0, nll)
+    )
+    add_gains([report], control, list("aba"))
+    assert report.metrics["gain_over_control"] == 0
+    return report.metrics
+
+
+@pytest.mark.parametrize(("nll", "share"), [(3.0, 0.0), (2.5, 0.5), (2.0, 1.0), (3.5, -0.5)])
+def test_the_gap_runs_from_the_control_s_segments_to_its_full_attention(nll, share, capsys):
+    assert with_gap(2.0, nll)["gap_recovered"] == pytest.approx(share)
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("full_nll", [3.0, 3.25, math.nan])
+def test_without_a_gap_the_share_of_it_is_left_out_and_one_line_says_so(full_nll, capsys):
+    assert "gap_recovered" not in with_gap(full_nll, 2.5)
+    (warning,) = capsys.readouterr().err.splitlines()
+    assert warning.startswith("warning: gap_recovered is left out: the control scores 3.0000 ")
+    assert f"{full_nll:.4f} under full attention" in warning
+    assert "documents are probably longer than what the model was trained on" in warning

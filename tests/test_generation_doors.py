@@ -26,18 +26,16 @@ def test_what_an_infini_cache_cannot_do_is_refused(options, message):
         generate(generating_model(), draw_ids(1, 4), **options)
 
 
-@pytest.mark.parametrize("num_tokens", [4, 33, 40])
-def test_a_prompt_that_would_be_skipped_or_taken_for_the_whole_text_is_refused(num_tokens):
-    model, prompt = generating_model(), draw_ids(1, num_tokens)
+def test_a_prompt_that_would_be_skipped_or_taken_for_the_whole_text_is_refused():
+    model, ids = generating_model(), draw_ids(1, 40)
     cache = InfiniCache(model)
-    list(read(model, draw_ids(1, 33), cache))
+    list(read(model, ids[:, :33], cache))
     with pytest.raises(ValueError, match=r"must come with a cache that has seen 33 tokens, got no"):
-        generate(model, prompt, past_key_values=cache)
-    ones = torch.ones_like(prompt)
-    if num_tokens <= 33:
-        message = rf"the 33 tokens .* got {num_tokens}: pass cache\.mask_for"
+        generate(model, ids, past_key_values=cache)
+    for prompt in (ids[:, 33:37], ids[:, :33]):
+        mask, message = torch.ones_like(prompt), rf"the 33 tokens .* got {prompt.shape[1]}: pass"
         with pytest.raises(ValueError, match=message):
-            generate(model, prompt, past_key_values=cache, attention_mask=ones)
+            generate(model, prompt, past_key_values=cache, attention_mask=mask)
     assert cache.num_seen == 33
 
 
@@ -45,8 +43,9 @@ def test_a_cache_of_other_rows_is_refused():
     model = generating_model()
     cache = InfiniCache(model)
     list(read(model, draw_ids(2, 4), cache))
-    with pytest.raises(ValueError, match="a row for each of the 3 of the batch, got 2"):
-        model(draw_ids(3, 4), past_key_values=cache)
+    for use in (lambda ids: model(ids, past_key_values=cache), cache.mask_for):
+        with pytest.raises(ValueError, match="a row for each of the 3 of the batch, got 2: repeat"):
+            use(draw_ids(3, 4))
     cache.batch_repeat_interleave(2)
     model(draw_ids(4, 4), past_key_values=cache)
 
@@ -67,18 +66,16 @@ def test_other_layers_come_from_the_configuration_and_go_there():
 
 
 def test_a_model_that_would_not_fill_a_cache_is_refused(tmp_path):
-    model, _ = retrofitted_model()
-    refused = pytest.raises(ValueError, match=r"call enable_generation\(model, params\) first")
-    with refused:
-        list(read(model, draw_ids(1, 4), InfiniCache(model)))
-    enabled, path = generating_model(), tmp_path / "book.cache"
-    cache = InfiniCache(enabled)
-    list(read(enabled, draw_ids(1, 4), cache))
-    with refused:
-        cache.save(path, model)
+    (model, _), enabled = retrofitted_model(), generating_model()
+    cache, path = InfiniCache(enabled), tmp_path / "book.cache"
     cache.save(path, enabled)
-    with refused:
-        InfiniCache.load(path, model)
+    for use in (
+        lambda: list(read(model, draw_ids(1, 4), cache)),
+        lambda: cache.save(path, model),
+        lambda: InfiniCache.load(path, model),
+    ):
+        with pytest.raises(ValueError, match=r"call enable_generation\(model, params\) first"):
+            use()
 
 
 def test_a_model_without_infini_layers_is_refused_unless_its_own_are_confined():
@@ -99,11 +96,9 @@ def test_a_body_takes_its_arguments_by_position_and_may_give_a_tuple():
     want = body(input_ids=ids, position_ids=positions)[0]
     assert largest(body(ids, None, positions, cache)[0] - want) < 1e-5
     assert largest(body(ids)[0] - want) > 1e-3
-    assert cache.num_seen == 13
-    found = body(ids, None, positions, use_cache=True, return_dict=False)
-    assert isinstance(found, tuple)
-    assert largest(found[0] - want) < 1e-5
-    assert found[1].num_seen == 13
+    hidden_states, filled = body(ids, None, positions, use_cache=True, return_dict=False)
+    assert largest(hidden_states - want) < 1e-5
+    assert filled.num_seen == cache.num_seen == 13
     with pytest.raises(TypeError, match="input_ids"):
         body(ids, input_ids=ids)
 

@@ -5,16 +5,14 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from infini_retrofit.evaluation.rival import carried_tokens, make_rival
+from infini_retrofit.evaluation.rival import Rival, make_rival, rival_of
 from infini_retrofit.layer.naive import place_at
-from infini_retrofit.model.families import FAMILIES
-from infini_retrofit.model.retrofit import infini_modules, insert_infini, state_bytes
+from infini_retrofit.model.retrofit import infini_modules, state_bytes
 from infini_retrofit.model.running import run_folded
-from tests.reference import infini_params, largest
+from tests.reference import both_families, infini_params, largest, make_model
 from tests.tiny import random_ids, tiny_model
 
 SEGMENT, DOCUMENT = 5, 15
-both_families = pytest.mark.parametrize("family", sorted(FAMILIES))
 
 
 def carried_cache(
@@ -55,90 +53,69 @@ def loop_with_carried_keys(model: PreTrainedModel, ids: Tensor, num_carried: int
     return torch.cat(outputs, dim=1)
 
 
-RIVALS = {
-    "as many tokens as fit": {"layers": [0]},
-    "a whole segment": {},
-    "one token": {"layers": [0], "memory": "off", "local_context": 3},
-}
-
-
-@both_families
-@pytest.mark.parametrize("form", RIVALS)
-@pytest.mark.parametrize("inserted", [True, False])
-def test_the_equal_bytes_rival_carries_keys_and_values_in_every_layer(family, form, inserted):
-    base, model = tiny_model(family).double(), tiny_model(family).double()
-    params = infini_params(**RIVALS[form])
-    num_carried = carried_tokens(model, params)
-    assert num_carried in {"one token": (1,), "a whole segment": (5,)}.get(form, (2, 3, 4))
-    if inserted:
-        insert_infini(model, params)
-    make_rival(model, num_carried, SEGMENT)
-    ids = random_ids(base.config.vocab_size, 2, DOCUMENT)
-    with torch.no_grad():
-        got, want = run_folded(model, ids, SEGMENT), loop_with_carried_keys(base, ids, num_carried)
-        confined = run_folded(base, ids, SEGMENT)
-    assert largest(got - want) < 1e-9
-    assert largest(confined - want) > 0.01
-
-
-KEPT = [
-    {"local": "linear", "positions": "none", "heads": "single", "init": "random_layer"},
-    {"feature_map": "hedgehog", "gate": "query"},
-    {"positions": "alibi", "decay": "feature"},
+BRANCH = {"insertion": "parallel", "init": "random_attention"}
+# Forms, and how many tokens their bytes buy in each family.
+RIVALS = [
+    ({"layers": [0]}, {"llama": 3, "gpt_neox": 4}),
+    ({}, {"llama": SEGMENT, "gpt_neox": SEGMENT}),
+    ({"layers": [0], "memory": "off", "local_context": 3}, {"llama": 1, "gpt_neox": 1}),
+    (BRANCH | {"layers": [0]}, {"llama": 3, "gpt_neox": 4}),
 ]
 
 
-@pytest.mark.parametrize("form", KEPT, ids=lambda form: "-".join(map(str, form.values())))
+@both_families
+@pytest.mark.parametrize(("form", "nums_carried"), RIVALS)
+@pytest.mark.parametrize("inserted", [True, False])
+@torch.no_grad()
+def test_the_rival_carries_keys_and_values_in_every_layer(family, form, nums_carried, inserted):
+    base, params = tiny_model(family).double(), infini_params(**form)
+    model = make_model(family, form) if inserted else tiny_model(family).double()
+    rival = Rival(segment_length=SEGMENT, num_tokens=nums_carried[family])
+    assert rival_of(model, params) == rival
+    ids = random_ids(base.config.vocab_size, 2, DOCUMENT)
+    before, made = run_folded(model, ids, SEGMENT), make_rival(model, rival)
+    want = loop_with_carried_keys(base, ids, rival.num_tokens)
+    assert largest(run_folded(made, ids, SEGMENT) - want) < 1e-9
+    assert largest(run_folded(base, ids, SEGMENT) - want) > 0.01
+    assert torch.equal(run_folded(model, ids, SEGMENT), before)
+    assert not any(name.endswith(("alpha", "gate_logit")) for name in made.state_dict())
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        {"local": "linear", "positions": "none", "heads": "single", "init": "random_layer"},
+        {"positions": "alibi", "feature_map": "hedgehog", "gate": "query"},
+    ],
+    ids=str,
+)
 def test_the_rival_keeps_a_layers_own_attention_and_weights(form):
-    model, params = tiny_model("llama"), infini_params(layers=[0], **form)
-    insert_infini(model, params)
-    layer = infini_modules(model)[0]
-    before = dict(layer.named_parameters())
+    model, params = make_model("llama", {"layers": [0]} | form), infini_params(**form)
+    before = dict(infini_modules(model)[0].named_parameters())
+    made = make_rival(model, Rival(segment_length=SEGMENT, num_tokens=3))
+    modules, shared = infini_modules(made), set(model.parameters())
+    after = dict(modules[0].named_parameters())
+    assert modules[0].local == params.local
     of_memory = {name for name in before if name.startswith("memory.")}
-    make_rival(model, 3, SEGMENT)
-    assert infini_modules(model)[0] is layer
-    after = dict(layer.named_parameters())
     assert before.keys() - after.keys() == of_memory | {"gate_logit"}
     assert all(after[name] is before[name] for name in after)
-    assert layer.local == params.local
-    modules = infini_modules(model).values()
-    assert [m.local_context for m in modules] == [3] * 3
-    assert all(m.memory is None for m in modules)
+    assert all("attn" in name for name, weight in made.named_parameters() if weight not in shared)
+    assert dict(infini_modules(model)[0].named_parameters()).keys() == before.keys()
+    assert [(m.local_context, m.memory) for m in modules.values()] == [(3, None)] * 3
 
 
-@both_families
-@pytest.mark.parametrize("layers", ["all", [0]])
-def test_the_rival_of_a_parallel_branch_is_that_of_the_base(family, layers):
-    base, model = tiny_model(family).double(), tiny_model(family).double()
-    params = infini_params(insertion="parallel", init="random_attention", layers=layers)
-    insert_infini(model, params)
-    for module in infini_modules(model).values():
-        module.alpha.data[:] = 3
-    num_carried = carried_tokens(base, params)
-    assert carried_tokens(model, params) == num_carried
-    make_rival(model, num_carried, SEGMENT)
-    ids = random_ids(base.config.vocab_size, 2, DOCUMENT)
-    with torch.no_grad():
-        got, want = run_folded(model, ids, SEGMENT), loop_with_carried_keys(base, ids, num_carried)
-    assert largest(got - want) < 1e-9
-    assert not any(name.endswith("alpha") for name, _ in model.named_parameters())
-
-
-SPENDING = [
-    {},
-    {"layers": [0]},
-    {"local_context": 2},
-    {"layers": [0, 2]},
-    {"layers": [1], "feature_map": "hedgehog"},
-    {"layers": [0], "feature_map": "hedgehog", "insertion": "parallel"},
-    {"state_dtype": "bfloat16", "local_context": 2},
-]
-
-
-@pytest.mark.parametrize("over", SPENDING)
-def test_the_rival_spends_no_less_than_the_retrofit_and_one_token_less_would(over):
-    model, params = tiny_model("llama"), infini_params(**over, segment_length=16)
-    budget, num_carried = state_bytes(model, params), carried_tokens(model, params)
-    make_rival(model, num_carried, params.segment_length)
-    spent = state_bytes(model)
-    assert spent / num_carried * (num_carried - 1) < budget <= spent
+@pytest.mark.parametrize(
+    "form",
+    [
+        {},
+        {"layers": [0, 2], "local_context": 2},
+        {"layers": [0], "feature_map": "hedgehog", "insertion": "parallel"},
+        {"state_dtype": "bfloat16", "local_context": 2},
+    ],
+    ids=str,
+)
+def test_the_rival_spends_no_less_than_the_retrofit_and_one_token_less_would(form):
+    model, params = tiny_model("llama"), infini_params(**form, segment_length=16)
+    budget, rival = state_bytes(model, params), rival_of(model, params)
+    spent = state_bytes(make_rival(model, rival))
+    assert spent / rival.num_tokens * (rival.num_tokens - 1) < budget <= spent

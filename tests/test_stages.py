@@ -13,7 +13,7 @@ import yaml
 from safetensors.torch import load_file
 from torch import Tensor
 
-from infini_retrofit.evaluation.protocols import score_sliding, score_unigram
+from infini_retrofit.evaluation.protocols import PROTOCOLS, score_sliding, score_unigram
 from infini_retrofit.model.base import load_base
 from infini_retrofit.model.checkpoints import load_retrofit
 from infini_retrofit.pipeline.device import pick_device, pick_dtype
@@ -37,15 +37,7 @@ from tests.tiny_project import (
 PIPELINE = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
 TRAINED = {"distill": "distilled", "finetune": "finetuned", "finetune_control": "control"}
 MODELS = ("base", "control", "distilled", "finetuned")
-PROTOCOLS = {
-    *("sliding", "full", "segment", "segment_off", "segment_recent", "segment_swapped"),
-    *("segment_kv", "t2"),
-}
-UNASKED = {f"segment_{name}" for name in ("recent", "swapped", "kv")}  # of the distilled
-RESULTS = {f"{name}_test_ppl" for name in PROTOCOLS} | {
-    *("full_test_nll", "segment_test_nll", "state_bytes", "num_documents", "num_articles"),
-}
-GAINS = {f"gain_over_{other}" for other in ("off", "recent", "swapped", "control", "kv")}
+RESULTS = {"full_test_nll", "segment_test_nll", "state_bytes", "num_documents", "num_articles"}
 
 
 def outputs_of(stage: str) -> set[str]:
@@ -69,13 +61,11 @@ def test_the_stages_write_what_dvc_expects_and_leave_no_checkpoints(name, finish
 def test_every_model_has_a_finite_number_under_every_protocol(name, finished):
     metrics = metrics_of(finished[name], "eval_sliding")
     extra = {"base": {"unigram_test_ppl"}, "control": {"gap_test_nats"}}
-    compared = {"gap_recovered"} | GAINS
     assert set(metrics) == set(MODELS)
     for model, numbers in metrics.items():
-        expected = RESULTS | extra.get(model, compared)
-        if model == "distilled":
-            expected -= {f"{name}_test_ppl" for name in UNASKED}
-            expected -= {name.replace("segment", "gain_over") for name in UNASKED}
+        scored = {key: p for key, p in PROTOCOLS.items() if model in p.models}
+        gains = {f"gain_over_{p.gain}" for p in scored.values() if p.gain} | {"gap_recovered"}
+        expected = RESULTS | {f"{key}_test_ppl" for key in scored} | extra.get(model, gains)
         assert set(numbers) == expected, model
         assert all(math.isfinite(value) for value in numbers.values()), model
         for protocol in ("full", "segment"):

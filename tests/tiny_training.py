@@ -7,11 +7,12 @@ import pytest
 import torch
 
 from infini_retrofit.model.retrofit import insert_infini
-from infini_retrofit.training.distillation import DistillParams
-from infini_retrofit.training.finetuning import FinetuneParams, Finetuning
+from infini_retrofit.training.control import make_control
+from infini_retrofit.training.distillation import Distillation, DistillParams
+from infini_retrofit.training.finetuning import FinetuneParams, Finetuning, LrScale
 from infini_retrofit.training.loop import train
 from infini_retrofit.training.parameters import LoraParams
-from infini_retrofit.training.schedule import FullLrScale, LrScale
+from infini_retrofit.training.trainee import Trainee
 from tests.reference import infini_params
 from tests.tiny import Family, random_ids, tiny_model
 
@@ -24,22 +25,19 @@ INFINI = infini_params(
     positions="none",
     segment_length=SEGMENT,
 )
-SCHEDULE = {"epochs": 3, "lr": 1e-2, "patience": 3, "min_delta": 0.0, "seed": 0}
+SCHEDULE = {"epochs": 3, "lr": 1e-2, "patience": 3, "seed": 0}
 FINETUNE = SCHEDULE | {
     "trainable": "infini",
     "lora": LoraParams(rank=2, alpha=4.0),
     "kl_weight": 0.0,
-    "kl_context": "segment",
-    "num_segments": "all",
     "train_documents": 4,
     "val_documents": 3,
     "batch_size": 1,
-    "lr_scale": FullLrScale(memory=1.0, infini=1.0, rest=0.5),
+    "lr_scale": LrScale(memory=1.0, infini=1.0, rest=0.5),
 }
 DISTILL = SCHEDULE | {
     "objective": "layer_output",
     "trainable": "infini",
-    "lr_scale": LrScale(memory=1.0, infini=1.0),
     "samples": 6,
     "val_samples": 2,
     "tokens_per_sample": TOKENS,
@@ -57,37 +55,63 @@ def distill_params(**over: object) -> DistillParams:
     return DistillParams(**DISTILL | over)
 
 
-def finetuning(family: Family = "llama", form: dict | None = None, **over: object) -> Finetuning:
+def finetuning(
+    family: Family = "llama",
+    form: dict | None = None,
+    is_control: bool = False,
+    dtype: torch.dtype = torch.float32,
+    **over: object,
+) -> Finetuning:
     """Make a tiny retrofit that is to be fine-tuned.
 
     Args:
         family: of the base.
         form: changes to the retrofit's form.
+        is_control: whether to make the retrofit's control instead.
+        dtype: of the matrix products.
         over: changes to section `finetune`.
     """
-    model, infini = tiny_model(family), replace(INFINI, **form or {})
-    insert_infini(model, infini)
-    params = finetune_params(**over)
+    model, infini, params = (
+        tiny_model(family),
+        replace(INFINI, **form or {}),
+        finetune_params(**over),
+    )
+    (make_control if is_control else insert_infini)(model, infini)
     base = tiny_model(family) if params.kl_weight else None
-    return Finetuning(model, infini, params, torch.float32, base)
+    return Finetuning(model, infini, params, dtype, base)
 
 
-def run(trainee: Finetuning, folder: Path, **over: object) -> dict:
-    """Fine-tune on random documents; the folder gets the run and its curves."""
+def distillation(
+    family: Family = "llama", form: dict | None = None, **over: object
+) -> Distillation:
+    """Make a tiny base whose Infini layers are to be distilled; arguments as for `finetuning`."""
+    infini = replace(INFINI, **form or {})
+    return Distillation(tiny_model(family), infini, distill_params(**over), torch.float32)
+
+
+def run(trainee: Trainee, folder: Path, **over: object) -> dict:
+    """Train on random documents; the folder gets the run and its tables.
+
+    Args:
+        trainee: what to train.
+        folder: of the run.
+        over: changes to the trainee's section.
+    """
     vocab_size = trainee.model.config.vocab_size
+    params = finetune_params if isinstance(trainee, Finetuning) else distill_params
     return train(
         trainee,
         random_ids(vocab_size, 4, TOKENS),
         random_ids(vocab_size, 3, TOKENS, seed=1),
-        finetune_params(**over),
+        params(**over),
         folder / "run",
         folder / "history.tsv",
         folder / "memory.tsv",
     )
 
 
-def die_in_the_third_validation(trainee: Finetuning, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let a run end as if it had been killed, its first epoch saved."""
+def die_in_the_third_validation(trainee: Trainee, monkeypatch: pytest.MonkeyPatch) -> None:
+    """End a run as if it had been killed, with its first epoch saved."""
     validate, calls = trainee.validate, []
 
     def count_and_die(val: torch.Tensor) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""Protocols, rivals, gains: what a model scores, beside what it must beat.
+"""Protocols, rivals and gains: the scores of a model, and of what it must beat.
 
 Knows nothing of training.
 """

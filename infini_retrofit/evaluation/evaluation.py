@@ -1,147 +1,107 @@
-"""One model under every protocol.
+"""The scores of one model: its metrics, and the rows of its plots.
 
-The same code scores the base, retrofitted models and the control. Knows no files.
+Knows protocols only through their table, and nothing of gains.
 
 Axes:
     B  document
-    T  token of a document
+    Scored  token that is scored
 """
 
+import csv
+import json
 import sys
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from infini_retrofit.evaluation.protocols import full_runs, score_positions, score_sliding
-from infini_retrofit.evaluation.rival import Rival, make_rival
-from infini_retrofit.model.retrofit import has_memory, state_bytes
+from infini_retrofit.evaluation.protocols import MODELS, PROTOCOLS, Setting, score_protocols
+from infini_retrofit.layer.probe import MemoryReading
+from infini_retrofit.model.retrofit import state_bytes
+from infini_retrofit.pipeline.files import check_made, write_metrics, write_rows
 from infini_retrofit.pipeline.tokens import TestText
-from infini_retrofit.scoring.labels import next_token_nlls, t2_nlls
-from infini_retrofit.scoring.score import Run, Score, memory_runs, segment_runs, total
+from infini_retrofit.scoring.score import Score, total
 
-# What becomes of a segment when its memory is another: none, what the segment before wrote, or
-# another document's.
-MEMORY_PROTOCOLS = ("off", "recent", "swapped")
-PROTOCOLS = (
-    "full",
-    "t2",
-    "segment",
-    *(f"segment_{name}" for name in MEMORY_PROTOCOLS),
-    "segment_kv",
-)
-
-# Of each document its mean in nats a token, by protocol.
+# The mean NLL of each document in nats a token, by protocol.
 DocumentNlls = Mapping[str, np.ndarray]
-
-
-@dataclass(frozen=True, kw_only=True)
-class EvalParams:
-    """Section `eval` of params.yaml."""
-
-    window: int  # tokens
-    stride: int  # tokens
-    sliding_tokens: int  # at most, of the test split's stream
-    documents: int  # at most, of the test split
-
-    def __post_init__(self) -> None:
-        """Refuse values under which a token would be scored twice or never."""
-        if not 1 <= self.stride < self.window:
-            raise ValueError(
-                f"eval.stride must be in 1..{self.window - 1} tokens (less than eval.window, "
-                f"or a window's first token has no context), got {self.stride}"
-            )
-        for name, least in (("sliding_tokens", 2), ("documents", 2)):
-            if getattr(self, name) < least:
-                value = getattr(self, name)
-                raise ValueError(f"eval.{name} must be at least {least}, got {value}")
+Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Evaluation:
-    """What one model scores.
+class Report:
+    """The scores of one model.
 
     Attributes:
-        metrics: `<protocol>_test_ppl` for every protocol asked for and `sliding`,
-            `full_test_nll` and `segment_test_nll` in nats a token, `state_bytes` that the model
-            carries across a segment border, `num_documents`, `num_articles` that these are cut
-            from.
-        nlls: of every scored token of the documents in nats, by protocol.
+        metrics: `<protocol>_test_ppl` for every protocol, `full_test_nll` and `segment_test_nll`
+            in nats a token, `state_bytes` that cross a segment border, `num_documents`, and
+            `num_articles` that these are cut from.
+        documents: rows of a plot: model, protocol, document, article, nll.
+        positions: rows of a plot: model, protocol, position, nll, num_scored.
     """
 
-    metrics: dict[str, float | int]
-    nlls: dict[str, Float[Tensor, "B _"]]
+    metrics: dict[str, Any]
+    documents: list[Row]
+    positions: list[Row]
 
-    def of_documents(self) -> DocumentNlls:
-        """Return the mean of each document."""
-        return {name: nlls.double().mean(dim=1).numpy() for name, nlls in self.nlls.items()}
+    def document_nlls(self) -> DocumentNlls:
+        """Return the mean NLL of each document, by protocol."""
+        nlls: dict[str, list[float]] = {}
+        for row in self.documents:
+            nlls.setdefault(row["protocol"], []).append(float(row["nll"]))
+        return {name: np.array(values) for name, values in nlls.items()}
+
+    def write(self, name: str) -> None:
+        """Write the metrics and rows of the stage `<name>_eval`."""
+        metrics, *plots = _paths(name)
+        write_metrics(metrics, self.metrics)
+        for path, rows in zip(plots, (self.documents, self.positions), strict=True):
+            write_rows(path, rows)
+
+    @classmethod
+    def read(cls, name: str) -> "Report":
+        """Read what the stage `<name>_eval` wrote; the cells of its rows are text.
+
+        Raises:
+            FileNotFoundError: naming the stage, if it did not run.
+        """
+        for path in _paths(name):
+            check_made(path, f"dvc repro {name}_eval")
+        metrics, *plots = (path.read_text(encoding="utf-8") for path in _paths(name))
+        rows = (list(csv.DictReader(text.splitlines(), delimiter="\t")) for text in plots)
+        return cls(json.loads(metrics), *rows)
 
 
-def evaluate(
-    model: PreTrainedModel,
-    rival: Rival,
-    params: EvalParams,
-    text: TestText,
-    protocols: Collection[str] = PROTOCOLS,
-) -> Evaluation:
-    """Score a model under `sliding` and other protocols.
+def _paths(name: str) -> list[Path]:
+    plots = [Path(f"plots/{name}_{rows}.tsv") for rows in ("documents", "positions")]
+    return [Path(f"metrics/{name}_eval.json"), *plots]
 
-    Asked for `segment_kv` the model is changed at the end: it becomes its own rival.
+
+def evaluate(name: str, model: PreTrainedModel, setting: Setting) -> Report:
+    """Score a base or retrofitted model under the protocols of its name.
 
     Args:
-        model: a base or retrofitted model.
-        rival: what the model is confined to, and may carry as its own rival.
-        params: section `eval`.
-        text: the test split.
-        protocols: of the documents, `full` and `segment` among them.
+        name: one of `MODELS`.
+        model: stays as it is.
+        setting: the texts, and the size of the rival.
     """
-    assert {"full", "segment"} <= set(protocols) <= set(PROTOCOLS), protocols
-    num_bytes = state_bytes(model)
-    scores = {"sliding": score_sliding(model, text.stream, params.window, params.stride)}
-    nlls = _document_nlls(model, rival, text.documents, protocols)
-    scores |= {name: total(map(Score.of, rows)) for name, rows in nlls.items()}
-    metrics: dict[str, float | int] = {f"{k}_test_ppl": s.ppl for k, s in scores.items()}
-    for name in ("full", "segment"):
-        metrics[f"{name}_test_nll"] = scores[name].nll
-    metrics |= {"state_bytes": num_bytes, "num_documents": len(text.documents)}
-    return Evaluation(metrics | {"num_articles": len(set(text.titles))}, nlls)
-
-
-def _document_nlls(
-    model: PreTrainedModel,
-    rival: Rival,
-    documents: Int[Tensor, "B T"],
-    protocols: Collection[str],
-) -> dict[str, Tensor]:
-    """Run the model once for each protocol asked for that can differ from another."""
-    length = rival.segment_length
-
-    def scored(runs: Iterable[Run]) -> Tensor:
-        return torch.stack([next_token_nlls(model, *run).cpu() for run in runs])
-
-    cut = [name for name in MEMORY_PROTOCOLS if f"segment_{name}" in protocols]
-    reads = ("own", *cut) if has_memory(model) else ("own",)
-    rows: dict[str, list[Tensor]] = {"t2": [], **{read: [] for read in reads}}
-    for runs in memory_runs(model, documents, length, reads):
-        rows["t2"].append(t2_nlls(model, *runs["own"], length).cpu())
-        for read, run in runs.items():
-            rows[read].append(next_token_nlls(model, *run).cpu())
-    found = {name: torch.stack(row) for name, row in rows.items()}
-    nlls = {"full": scored(full_runs(model, documents)), "t2": found["t2"]}
-    nlls["segment"] = found["own"]
-    # Where nothing crosses a border there is nothing to switch off, to cut, to swap or to spend.
-    for name in cut:
-        nlls[f"segment_{name}"] = found.get(name, found["own"])
-    if "segment_kv" in protocols:
-        nlls["segment_kv"] = found["own"]
-        if rival.num_tokens:
-            make_rival(model, rival.num_tokens, length)
-            nlls["segment_kv"] = scored(segment_runs(model, documents, length))
-    return {name: nlls[name] for name in nlls if name in protocols}
+    assert name in MODELS, name
+    text = setting.text
+    names = [key for key, protocol in PROTOCOLS.items() if name in protocol.models]
+    nlls = score_protocols(model, setting, names)
+    scores = {key: total(map(Score.of, rows)) for key, rows in nlls.items()}
+    metrics: dict[str, float | int] = {f"{key}_test_ppl": s.ppl for key, s in scores.items()}
+    metrics |= {f"{key}_test_nll": scores[key].nll for key in ("full", "segment")}
+    metrics |= {"state_bytes": state_bytes(model), "num_documents": len(text.documents)}
+    metrics["num_articles"] = len(set(text.titles))
+    documents = {k: torch.stack(rows) for k, rows in nlls.items() if not PROTOCOLS[k].of_stream}
+    positions = position_rows(name, documents, setting.rival.segment_length)
+    return Report(metrics, document_rows(name, documents, text.titles), positions)
 
 
 def warn_of_length(model: PreTrainedModel, text: TestText) -> None:
@@ -155,51 +115,61 @@ def warn_of_length(model: PreTrainedModel, text: TestText) -> None:
         )
 
 
-def rows_of_documents(
-    name: str, evaluation: Evaluation, titles: Sequence[str]
-) -> list[dict[str, float | str]]:
-    """Turn one model's scores of documents into rows: model, protocol, document, article, nll.
-
-    An article is named by its number in the order of its first document.
-    """
+def document_rows(
+    name: str, nlls: Mapping[str, Float[Tensor, "B _"]], titles: Sequence[str]
+) -> list[Row]:
+    """Return a model's mean NLL of each document; articles are numbered in their order."""
     articles = list(dict.fromkeys(titles))
+    numbers = [articles.index(title) for title in titles]
     return [
-        {
-            "model": name,
-            "protocol": protocol,
-            "document": document,
-            "article": articles.index(titles[document]),
-            "nll": float(nll),
-        }
-        for protocol, nlls in evaluation.of_documents().items()
-        for document, nll in enumerate(nlls)
+        {"model": name, "protocol": key, "document": index, "article": numbers[index], "nll": nll}
+        for key, found in nlls.items()
+        for index, nll in enumerate(found.double().mean(dim=1).tolist())
     ]
 
 
-def read_document_rows(rows: Sequence[Mapping[str, str]]) -> DocumentNlls:
-    """Take one model's scores from the rows that `rows_of_documents` made, in their order."""
-    protocols = dict.fromkeys(row["protocol"] for row in rows)
-    return {
-        name: np.array([float(row["nll"]) for row in rows if row["protocol"] == name])
-        for name in protocols
-    }
+def position_rows(
+    name: str, nlls: Mapping[str, Float[Tensor, "B _"]], segment_length: int
+) -> list[Row]:
+    """Return a model's NLL by position, under `segment` first; see `score_positions`."""
+    shown = [key for key in nlls if name in PROTOCOLS[key].by_position]
+    return [
+        {"model": name, "protocol": key, "position": at, "nll": s.nll, "num_scored": s.num_scored}
+        for key in sorted(shown, key=lambda key: key != "segment")
+        for at, s in score_positions(nlls[key], segment_length).items()
+    ]
 
 
-def rows_of_positions(
-    name: str, evaluation: Evaluation, segment_length: int, protocols: Sequence[str] = ("segment",)
-) -> list[dict[str, float | str]]:
-    """Turn one model's scores into rows of a plot: model, protocol, position, nll, num_scored.
+def score_positions(nlls: Float[Tensor, "B Scored"], segment_length: int) -> dict[int, Score]:
+    """Score documents by the position in its segment of the token that predicts.
 
-    A position counts tokens of a segment and stands for a range, see `score_positions`.
+    The token at position 0 has seen no other token of its segment.
+
+    Args:
+        nlls: of every token but each document's first.
+        segment_length: tokens.
+
+    Returns:
+        The score of each range of positions, by its first: 0, 1, 2 to 3, 4 to 7, and so on.
+    """
+    positions = (column % segment_length for column in range(nlls.shape[1]))
+    begins = torch.tensor([1 << (p.bit_length() - 1) if p else 0 for p in positions])
+    return {begin: Score.of(nlls[:, begins == begin]) for begin in begins.unique().tolist()}
+
+
+def share_histogram(readings: dict[int, MemoryReading], num_bins: int = 20) -> list[Row]:
+    """Count the pairs of a query and a head by the memory's share in their output.
+
+    Returns:
+        Rows of a plot: layer, memory_share (where the bin begins; the last bin holds 1 too),
+        share_of_pairs (of the layer's pairs).
     """
     return [
         {
-            "model": name,
-            "protocol": protocol,
-            "position": begin,
-            "nll": score.nll,
-            "num_scored": score.num_scored,
+            "layer": layer,
+            "memory_share": index / num_bins,
+            "share_of_pairs": float(count / reading.share.numel()),
         }
-        for protocol in protocols
-        for begin, score in score_positions(evaluation.nlls[protocol], segment_length).items()
+        for layer, reading in readings.items()
+        for index, count in enumerate(np.histogram(reading.share.numpy(), num_bins, (0, 1))[0])
     ]

@@ -1,79 +1,174 @@
-"""The protocols under which this project scores a model; see README.md for their names.
+"""The protocols under which models are scored: one table, `PROTOCOLS`.
 
-A score is a sum of negative log-likelihoods in nats, float64, and the number of tokens in it.
-Every token but the first of a stream or document is scored exactly once (t2 apart). Nothing here
-knows of training, files or which models are compared.
+Every token but the first of a stream or document is scored exactly once, except under `t2`.
+Knows nothing of training and files.
 
 Axes:
-    *B  any leading axes: documents, or none
-    B  document or window
+    B  document
     T  token
-    D  model width
-    Scored  token of a document but the first
+    Train  token of the train split
+    Test  token of the test split
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 
-import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from infini_retrofit.layer.probe import MemoryReading
+from infini_retrofit.evaluation.rival import Rival, make_rival
+from infini_retrofit.model.retrofit import has_memory
 from infini_retrofit.model.running import run_in_layer
-from infini_retrofit.scoring.labels import next_token_nlls
-from infini_retrofit.scoring.score import Run, Score, total
+from infini_retrofit.pipeline.tokens import TestText
+from infini_retrofit.scoring.labels import next_token_nlls, t2_nlls
+from infini_retrofit.scoring.score import Run, Score, Whose, memory_runs, segment_runs, total
 
-# Windows that go through the model at once; memory, not speed, bounds it.
+# Windows that go through the model at once. More would need more memory, and not less time.
 WINDOWS_PER_BATCH = 8
+MODELS = ("base", "control", "distilled", "finetuned")
+# The distilled model shows what insertion costs. Its memory has not yet learned on documents.
+NOT_DISTILLED = ("base", "control", "finetuned")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalParams:
+    """Section `eval` of params.yaml."""
+
+    window: int  # tokens
+    stride: int  # tokens
+    sliding_tokens: int  # at most, of the test split's stream
+    documents: int  # at most, of the test split
+
+    def __post_init__(self) -> None:
+        """Refuse values under which a token would be scored twice or never."""
+        if not 1 <= self.stride < self.window:
+            raise ValueError(
+                f"eval.stride must be in 1..{self.window - 1} tokens (less than eval.window, "
+                f"or a window's first token has no context), got {self.stride}"
+            )
+        for name in ("sliding_tokens", "documents"):
+            if (value := getattr(self, name)) < 2:
+                raise ValueError(f"eval.{name} must be at least 2, got {value}")
 
 
 @dataclass(frozen=True)
-class Span:
-    """One window of a sliding evaluation, tokens [begin, end) of the stream."""
+class Setting:
+    """The texts on which a model is scored, and the size of its rival."""
 
-    begin: int
-    end: int
-    num_scored: int  # the last tokens of the window, not scored by a window before
+    params: EvalParams
+    text: TestText
+    rival: Rival
 
 
-def sliding_spans(num_tokens: int, window: int, stride: int) -> Iterator[Span]:
-    """Cut a token stream into overlapping windows that score each token but the first once.
+# Runs the stream or the documents of a setting in one way.
+Runs = Callable[[PreTrainedModel, Setting], Iterator[Run]]
 
-    Args:
-        num_tokens: of the stream, at least 2.
-        window: most tokens the model sees at once.
-        stride: tokens between the starts of two windows, fewer than `window`, so that every
-            scored token has context.
+
+def _next_tokens(model: PreTrainedModel, run: Run, _: Setting) -> Tensor:
+    return next_token_nlls(model, *run)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Protocol:
+    """How a model is scored, and what its score is compared with.
+
+    Attributes:
+        run: whose memory each segment of a document reads, or a function that runs the text in
+            another way. Protocols with the same `run` share its result.
+        nlls: scores the tokens of one run, in nats.
+        of_stream: whether `run` takes the stream; False: the documents.
+        applies: whether the score can differ from that under `segment`. If it cannot, the
+            score under `segment` stands for it.
+        models: the models to score, of `MODELS`.
+        by_position: the models whose score is plotted by position in the segment.
+        gain: `segment` is compared with this score as `gain_over_<gain>`; None: it is not.
+        gain_whose: whose score, "model" or "control"; the better one if both.
     """
-    assert 1 <= stride < window
-    assert num_tokens >= 2
-    scored_to = 1
-    for begin in range(0, num_tokens, stride):
-        end = min(begin + window, num_tokens)
-        yield Span(begin, end, num_scored=end - scored_to)
-        scored_to = end
-        if end == num_tokens:
-            return
+
+    run: Whose | Runs = "own"
+    nlls: Callable[[PreTrainedModel, Run, Setting], Tensor] = _next_tokens
+    of_stream: bool = False
+    applies: Callable[[PreTrainedModel, Rival], bool] = lambda model, rival: True
+    models: tuple[str, ...] = MODELS
+    by_position: tuple[str, ...] = ()
+    gain: str | None = None
+    gain_whose: tuple[str, ...] = ("model",)
 
 
-@torch.inference_mode()
-def score_sliding(
-    model: PreTrainedModel, tokens: Int[Tensor, "T"], window: int, stride: int
-) -> Score:
-    """Score a stream in overlapping windows; memory starts empty in each (in-layer)."""
-    spans = list(sliding_spans(len(tokens), window, stride))
-    batches = [*_batches(spans[:-1], WINDOWS_PER_BATCH), spans[-1:]]
-    scores = []
-    for batch in tqdm(batches, desc="sliding", leave=False):
-        rows = torch.stack([tokens[span.begin : span.end] for span in batch]).to(model.device)
-        for span, row, hidden in zip(batch, rows, run_in_layer(model, rows), strict=True):
-            context = len(row) - span.num_scored - 1
-            scores.append(Score.of(next_token_nlls(model, row[context:], hidden[context:])))
-    return total(scores)
+def _other_memory(read: Whose, models: tuple[str, ...] = NOT_DISTILLED) -> Protocol:
+    """Return the protocol under which segments do not read their own memory."""
+    return Protocol(
+        run=read,
+        applies=lambda model, _: has_memory(model),
+        models=models,
+        by_position=("finetuned",),
+        gain=read,
+    )
+
+
+PROTOCOLS: dict[str, Protocol] = {
+    "sliding": Protocol(
+        run=lambda model, setting: sliding_runs(
+            model, setting.text.stream, setting.params.window, setting.params.stride
+        ),
+        of_stream=True,
+    ),
+    "full": Protocol(
+        run=lambda model, setting: full_runs(model, setting.text.documents),
+        by_position=("control",),
+    ),
+    "t2": Protocol(
+        nlls=lambda model, run, setting: t2_nlls(model, *run, setting.rival.segment_length)
+    ),
+    "segment": Protocol(by_position=NOT_DISTILLED, gain="control", gain_whose=("control",)),
+    "segment_off": _other_memory("off", MODELS),
+    "segment_recent": _other_memory("recent"),
+    "segment_swapped": _other_memory("swapped"),
+    "segment_kv": Protocol(
+        run=lambda model, setting: segment_runs(
+            make_rival(model, setting.rival), setting.text.documents, setting.rival.segment_length
+        ),
+        applies=lambda _, rival: rival.num_tokens > 0,
+        models=NOT_DISTILLED,
+        by_position=("control", "finetuned"),
+        gain="kv",
+        gain_whose=("model", "control"),
+    ),
+}
+
+
+def score_protocols(
+    model: PreTrainedModel, setting: Setting, names: Collection[str]
+) -> dict[str, list[Tensor]]:
+    """Score a model under several protocols; no run is repeated.
+
+    Returns:
+        The NLLs of each document or window in nats, by protocol.
+    """
+    used = {name: PROTOCOLS[name] for name in names}
+    for name, protocol in used.items():
+        if not protocol.applies(model, setting.rival):
+            used[name] = PROTOCOLS["segment"]
+    nlls: dict[Protocol, list[Tensor]] = {protocol: [] for protocol in used.values()}
+    for runs in _run(model, setting, dict.fromkeys(protocol.run for protocol in nlls)):
+        for protocol, found in nlls.items():
+            if protocol.run in runs:
+                found.append(protocol.nlls(model, runs[protocol.run], setting).cpu())
+    return {name: nlls[protocol] for name, protocol in used.items()}
+
+
+def _run(
+    model: PreTrainedModel, setting: Setting, ways: Collection[Whose | Runs]
+) -> Iterator[dict[Whose | Runs, Run]]:
+    """Run the text in every way; yield each run under its way."""
+    reads = [way for way in ways if isinstance(way, str)]
+    yield from memory_runs(model, setting.text.documents, setting.rival.segment_length, reads)
+    for way in ways:
+        if not isinstance(way, str):
+            yield from ({way: run} for run in way(model, setting))
 
 
 def full_runs(model: PreTrainedModel, documents: Int[Tensor, "B T"]) -> Iterator[Run]:
@@ -89,52 +184,56 @@ def score_full(model: PreTrainedModel, documents: Int[Tensor, "B T"]) -> list[Sc
     return [Score.of(next_token_nlls(model, *run)) for run in full_runs(model, documents)]
 
 
-def score_positions(nlls: Float[Tensor, "B Scored"], segment_length: int) -> dict[int, Score]:
-    """Score documents by how far into its segment the token stands that predicts.
-
-    Position 0 has seen no other token of its segment: here a segment's cold start shows.
+def sliding_windows(num_tokens: int, window: int, stride: int) -> list[tuple[int, int, int]]:
+    """Cut a stream into overlapping windows that score each token but the first once.
 
     Args:
-        nlls: of every token but each document's first.
-        segment_length: tokens.
+        num_tokens: of the stream, at least 2.
+        window: most tokens the model sees at once.
+        stride: tokens between the starts of two windows, fewer than `window`, so that every
+            scored token has context.
 
     Returns:
-        A score for each range of positions, by its first one: 0, 1, 2 to 3, 4 to 7, and so on.
+        Each window's first token, the first token that it scores, and the token after its last.
     """
-    positions = (column % segment_length for column in range(nlls.shape[1]))
-    begins = torch.tensor([1 << (p.bit_length() - 1) if p else 0 for p in positions])
-    return {begin: Score.of(nlls[:, begins == begin]) for begin in begins.unique().tolist()}
+    assert 1 <= stride < window
+    assert num_tokens >= 2
+    begins = range(0, max(num_tokens - window, 0) + stride, stride)
+    scored = (begin + window - stride if begin else 1 for begin in begins)
+    ends = (min(begin + window, num_tokens) for begin in begins)
+    return list(zip(begins, scored, ends, strict=True))
+
+
+def sliding_runs(
+    model: PreTrainedModel, tokens: Int[Tensor, "T"], window: int, stride: int
+) -> Iterator[Run]:
+    """Run a stream in overlapping windows, the memory empty at the start of each (in-layer).
+
+    Yields:
+        For each window the tokens that it scores, and the one before them.
+    """
+    *windows, last = sliding_windows(len(tokens), window, stride)
+    starts = range(0, len(windows), WINDOWS_PER_BATCH)
+    batches = [*(windows[start : start + WINDOWS_PER_BATCH] for start in starts), [last]]
+    for batch in tqdm(batches, desc="sliding", leave=False):
+        rows = torch.stack([tokens[begin:end] for begin, _, end in batch]).to(model.device)
+        with torch.inference_mode():
+            hidden_states = run_in_layer(model, rows)
+        for (begin, scored, _), row, hidden in zip(batch, rows, hidden_states, strict=True):
+            before = scored - begin - 1
+            yield row[before:], hidden[before:]
+
+
+def score_sliding(
+    model: PreTrainedModel, tokens: Int[Tensor, "T"], window: int, stride: int
+) -> Score:
+    """Score a stream in overlapping windows; see `sliding_runs`."""
+    runs = sliding_runs(model, tokens, window, stride)
+    return total(Score.of(next_token_nlls(model, *run)) for run in runs)
 
 
 def score_unigram(train: Int[Tensor, "Train"], test: Int[Tensor, "Test"], vocab_size: int) -> Score:
-    """Score a stream by how often each word stands in another, counts plus one."""
+    """Score a stream by how often each token stands in another, counts plus one."""
     counts = torch.bincount(train, minlength=vocab_size).double() + 1
     nlls = -(counts / counts.sum()).log()[test[1:]]
     return Score(nlls.sum().item(), len(nlls))
-
-
-def _batches(items: Sequence, size: int) -> list[Sequence]:
-    return [items[i : i + size] for i in range(0, len(items), size)]
-
-
-def share_histogram(
-    readings: dict[int, MemoryReading], num_bins: int = 20
-) -> list[dict[str, int | float]]:
-    """Count how large a share of the memory each layer's queries and heads take.
-
-    Returns:
-        Rows of a plot: layer, memory_share (where the bin begins; the last one holds 1 as
-        well), share_of_pairs (of the layer's pairs of a query and a head).
-    """
-    rows = []
-    for layer, reading in readings.items():
-        counts, _ = np.histogram(reading.share.numpy(), bins=num_bins, range=(0, 1))
-        rows += [
-            {
-                "layer": layer,
-                "memory_share": index / num_bins,
-                "share_of_pairs": float(count / reading.share.numel()),
-            }
-            for index, count in enumerate(counts)
-        ]
-    return rows

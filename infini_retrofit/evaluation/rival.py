@@ -1,5 +1,9 @@
-"""TODO."""
+"""The equal-bytes rival: a model that carries keys and values instead of a memory.
 
+Knows nothing of how models are scored.
+"""
+
+import copy
 from dataclasses import dataclass
 
 from transformers import PreTrainedModel
@@ -16,57 +20,48 @@ from infini_retrofit.model.retrofit import (
 )
 
 
-def carried_tokens(model: PreTrainedModel, params: InfiniParams) -> int:
-    """Count the tokens whose keys and values, of all layers, take a retrofit's bytes or just more.
-
-    At most a segment: what is carried comes from the segment before.
-    """
-    modules = attention_modules(model)
-    base_shape = attention_shape(model.config)
-    shapes = [m.shape if isinstance(m, InfiniAttention) else base_shape for m in modules]
-    token_bytes = sum(shape.context_token_bytes() for shape in shapes)
-    return min(-(-state_bytes(model, params) // token_bytes), params.segment_length)
-
-
-def make_rival(model: PreTrainedModel, num_tokens: int, segment_length: int) -> None:
-    """Turn a model into its equal-bytes rival, in place.
-
-    The rival has no memory and no parallel branch. Every layer carries keys and values into the
-    next segment; its own attention and weights stay what they are.
-
-    Args:
-        model: a base or retrofitted model.
-        num_tokens: that are carried, see `carried_tokens`.
-        segment_length: tokens.
-    """
-    modules = attention_modules(model)
-    for module in modules:
-        if hasattr(module, BRANCH):
-            delattr(module, BRANCH)
-    others = [i for i, m in enumerate(modules) if not isinstance(m, InfiniAttention)]
-    plain = InfiniParams(layers=others, memory="off", segment_length=segment_length)
-    insert_infini(model, plain)
-    for module in infini_modules(model).values():
-        module.drop_memory()
-        module.local_context = num_tokens
-
-
 @dataclass(frozen=True, kw_only=True)
 class Rival:
-    """What every model is confined to, and what a rival of equal bytes may carry across borders.
-
-    The bytes are a retrofit's; the keys and values they buy are of all layers.
-    """
+    """How many tokens' keys and values a rival carries from segment to segment."""
 
     segment_length: int  # tokens
-    num_tokens: int  # carried; 0: the retrofit carries nothing
+    num_tokens: int  # carried in all layers; 0: the retrofit carries nothing
 
 
 def rival_of(model: PreTrainedModel, infini: InfiniParams) -> Rival:
-    """Say what a model's rival may carry with the bytes of a retrofit.
+    """Return the rival that takes the bytes of a retrofit, rounded up to whole tokens.
+
+    It carries at most a segment.
 
     Args:
         model: a base or retrofitted model.
         infini: the form of the retrofit.
     """
-    return Rival(segment_length=infini.segment_length, num_tokens=carried_tokens(model, infini))
+    modules = attention_modules(model)
+    base_shape = attention_shape(model.config)
+    shapes = [m.shape if isinstance(m, InfiniAttention) else base_shape for m in modules]
+    token_bytes = sum(shape.context_token_bytes() for shape in shapes)
+    num_tokens = min(-(-state_bytes(model, infini) // token_bytes), infini.segment_length)
+    return Rival(segment_length=infini.segment_length, num_tokens=num_tokens)
+
+
+def make_rival(model: PreTrainedModel, rival: Rival) -> PreTrainedModel:
+    """Return a model's rival; the base or retrofitted model itself stays as it is.
+
+    The rival has no memory and no parallel branch. Every layer carries keys and values into the
+    next segment; its attention stays what it is. The two models share their weights, but the
+    base's own attention is copied.
+    """
+    weights = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    made = copy.deepcopy(model, weights)
+    modules = attention_modules(made)
+    for module in modules:
+        if hasattr(module, BRANCH):
+            delattr(module, BRANCH)
+    others = [i for i, m in enumerate(modules) if not isinstance(m, InfiniAttention)]
+    plain = InfiniParams(layers=others, memory="off", segment_length=rival.segment_length)
+    insert_infini(made, plain)
+    for module in infini_modules(made).values():
+        module.drop_memory()
+        module.local_context = rival.num_tokens
+    return made

@@ -12,12 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import pyarrow.parquet as pq
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from infini_retrofit.pipeline.files import read_token_rows
+from infini_retrofit.pipeline.files import read_table, read_token_rows
 
 
 @dataclass(frozen=True)
@@ -54,7 +53,7 @@ def read_documents(path: Path, max_documents: int) -> Int[Tensor, "B T"]:
 
 def read_titles(path: Path, max_documents: int) -> list[str]:
     """Return the article's title of each of the first documents."""
-    return pq.read_table(path, columns=["title"])["title"].to_pylist()[:max_documents]
+    return read_table(path, ["title"])["title"].to_pylist()[:max_documents]
 
 
 def read_samples(path: Path, tokens_per_sample: int, max_samples: int) -> Int[Tensor, "B T"]:

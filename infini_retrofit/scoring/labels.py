@@ -1,6 +1,6 @@
-"""Which token is a position's label, in scores and in losses: the only place that says.
+"""The label of each position, for scores and losses alike.
 
-Knows nothing of how hidden states come about.
+Knows nothing of how hidden states are computed.
 
 Axes:
     *B  any leading axes: documents, or none
@@ -16,12 +16,12 @@ from transformers import PreTrainedModel
 
 from infini_retrofit.scoring.losses import token_nlls
 
-# Hidden states that predict, (N D), and the token that each is to predict, (N).
+# Hidden states that predict, (N D), and the label of each, (N).
 Labelled = tuple[Tensor, Tensor]
 
 
 def next_tokens(ids: Int[Tensor, "*B T"], hidden_states: Float[Tensor, "*B T D"]) -> Labelled:
-    """Label every position but the last of a row with the token that comes next."""
+    """Label every position of a row but the last with the next token."""
     return hidden_states[..., :-1, :].flatten(0, -2), ids[..., 1:].flatten()
 
 
@@ -30,8 +30,8 @@ def tokens_after_next(
 ) -> Labelled:
     """Label as the seeds did, shifting twice: in a segment, position t with token t + 2.
 
-    The seeds did not feed a segment's last token in; here it is, so that a memory or context
-    carried over holds it as well.
+    The seeds left a segment's last token out of the input. Here it is part of it, so that a
+    memory or context carried over holds it as well.
     """
     segments = (-1, segment_length)
     hidden_states = hidden_states.unflatten(-2, segments)[..., :-2, :].flatten(0, -2)
@@ -53,7 +53,7 @@ def t2_nlls(
     hidden_states: Float[Tensor, "T D"],
     segment_length: int,
 ) -> Float[Tensor, "_"]:
-    """Score a document as the seeds did; see `tokens_after_next`."""
+    """Score a document as the seeds did, in nats; see `tokens_after_next`."""
     return _nlls(model, tokens_after_next(ids, hidden_states, segment_length))
 
 

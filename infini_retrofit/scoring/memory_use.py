@@ -1,4 +1,4 @@
-"""What a model takes out of its memory: shares, norms, and its perplexity with and without.
+"""How much of its memory a model uses: shares, norms, and perplexity with and without it.
 
 Knows nothing of files, training or which models are compared.
 
@@ -6,60 +6,51 @@ Axes:
     B  document
     S  segment of a document, but the first
     T  token of a document
-    D  model width
     H  query head
     L  token of a segment
 """
 
-from collections.abc import Iterator
-
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from infini_retrofit.layer.probe import MemoryReading, Probe
 from infini_retrofit.model.retrofit import has_memory
 from infini_retrofit.model.running import run_folded
-from infini_retrofit.scoring.labels import next_token_nlls
-from infini_retrofit.scoring.score import DOCUMENTS_PER_BATCH, Score, score_segments, total
+from infini_retrofit.scoring.score import Run, Score, document_batches, score_segments, total
+
+
+def run_and_read(
+    model: PreTrainedModel, documents: Int[Tensor, "B T"], segment_length: int
+) -> tuple[list[Run], dict[int, MemoryReading]]:
+    """Run documents as `segment_runs` does, and note the memory's use in the same pass.
+
+    Returns:
+        The runs, and by layer what every query reads, (B, S, H, L) each. A document's first
+        segment is left out: its memory is empty. No layer without memory is in it, and none
+        if documents have one segment.
+    """
+    runs, batches = [], []
+    for ids in document_batches(model, documents):
+        probe = Probe(readings={})
+        with torch.inference_mode():
+            runs += zip(ids, run_folded(model, ids, segment_length, probe), strict=True)
+        batches.append(probe.readings)
+    layers = sorted(batches[0]) if documents.shape[1] > segment_length else []
+    return runs, {layer: _join([readings[layer] for readings in batches]) for layer in layers}
 
 
 def read_memory(
-    model: PreTrainedModel, input_ids: Int[Tensor, "B T"], segment_length: int
+    model: PreTrainedModel, documents: Int[Tensor, "B T"], segment_length: int
 ) -> dict[int, MemoryReading]:
-    """Note what every query of every segment but the first reads, by layer (folded).
-
-    A document's first segment finds a memory that nothing was written to.
-
-    Returns:
-        Readings (B, S, H, L); none of a model without memory, nor of documents of one segment.
-    """
-    return _join([readings for readings, _, _ in _runs(model, input_ids, segment_length)])
+    """Return the readings of `run_and_read`; a model without memory does not run."""
+    return run_and_read(model, documents, segment_length)[1] if has_memory(model) else {}
 
 
-def _runs(
-    model: PreTrainedModel, input_ids: Int[Tensor, "B T"], segment_length: int
-) -> Iterator[tuple[dict[int, MemoryReading], Int[Tensor, "_ T"], Float[Tensor, "_ T D"]]]:
-    """Run batches of documents: what each layer reads, the ids, the last hidden states."""
-    if not has_memory(model) or input_ids.shape[1] <= segment_length:
-        return
-    for ids in input_ids.to(model.device).split(DOCUMENTS_PER_BATCH):
-        probe = Probe(readings={})
-        with torch.no_grad():
-            hidden_states = run_folded(model, ids, segment_length, probe)
-        yield probe.readings, ids, hidden_states
-
-
-def _join(batches: list[dict[int, MemoryReading]]) -> dict[int, MemoryReading]:
-    """Put batches together, by layer."""
-    layers = sorted(batches[0]) if batches else []
-    return {layer: _join_documents([batch[layer] for batch in batches]) for layer in layers}
-
-
-def _join_documents(readings: list[MemoryReading]) -> MemoryReading:
-    """Put documents together and leave out the first segment of each."""
+def _join(readings: list[MemoryReading]) -> MemoryReading:
+    """Join batches of one layer and leave out the first segment of each document."""
     return MemoryReading(
         share=torch.cat([r.share[:, 1:] for r in readings]).cpu(),
         recalled_norm=torch.cat([r.recalled_norm[:, 1:] for r in readings]).cpu(),
@@ -68,32 +59,30 @@ def _join_documents(readings: list[MemoryReading]) -> MemoryReading:
 
 
 def memory_use(
-    model: PreTrainedModel, input_ids: Int[Tensor, "B T"], segment_length: int
+    model: PreTrainedModel,
+    documents: Int[Tensor, "B T"],
+    segment_length: int,
+    own: Score,
+    readings: dict[int, MemoryReading],
 ) -> dict[str, float]:
-    """Say in a few numbers how much of its memory a model uses, over all layers together.
+    """Sum up the readings of all layers, and score the documents without the memory.
+
+    Args:
+        model: a retrofitted model.
+        documents: token ids.
+        segment_length: tokens.
+        own: the score of the runs of `run_and_read`.
+        readings: what `run_and_read` noted.
 
     Returns:
         `memory_share_mean`, `_p05`, `_p50` and `_p95` over pairs of a query and a head,
         `recalled_over_local`, the mean norm of what is recalled over that of local attention,
-        `segment_val_ppl`, and `segment_off_val_ppl` without the memory. Nothing for a model
-        without memory, nor for documents of one segment.
+        `segment_val_ppl`, and `segment_off_val_ppl` without the memory. Nothing if there are
+        no readings.
     """
-    batches, scores = [], []
-    for batch, ids, hidden_states in _runs(model, input_ids, segment_length):
-        batches.append(batch)
-        rows = zip(ids, hidden_states, strict=True)
-        scores += [Score.of(next_token_nlls(model, *row)) for row in rows]
-    if not batches:
+    if not readings:
         return {}
-    off = total(score_segments(model, input_ids, segment_length, "off"))
-    return _use(_join(batches)) | {
-        "segment_val_ppl": total(scores).ppl,
-        "segment_off_val_ppl": off.ppl,
-    }
-
-
-def _use(readings: dict[int, MemoryReading]) -> dict[str, float]:
-    """Pool shares and norms over layers."""
+    off = total(score_segments(model, documents, segment_length, "off"))
     share, recalled, local = (
         np.concatenate([getattr(r, name).flatten().numpy() for r in readings.values()])
         for name in ("share", "recalled_norm", "local_norm")
@@ -107,4 +96,6 @@ def _use(readings: dict[int, MemoryReading]) -> dict[str, float]:
         "recalled_over_local": float(
             recalled.mean(dtype=np.float64) / local.mean(dtype=np.float64)
         ),
+        "segment_val_ppl": own.ppl,
+        "segment_off_val_ppl": off.ppl,
     }

@@ -1,15 +1,14 @@
-"""The protocols under which this project scores a model; see README.md for their names.
+"""Run documents as training and evaluation score them, and sum the scores.
 
 A score is a sum of negative log-likelihoods in nats, float64, and the number of tokens in it.
-Every token but the first of a stream or document is scored exactly once (t2 apart). Nothing here
-knows of training, files or which models are compared.
+Every token but the first of a row is scored exactly once. Knows nothing of training, files or
+which models are compared.
 
 Axes:
     *B  any leading axes: documents, or none
-    B  document or window
+    B  document or row
     T  token
     D  model width
-    Scored  token of a document but the first
 """
 
 import math
@@ -28,13 +27,9 @@ from infini_retrofit.model.running import run_folded, run_in_layer, run_swapped
 from infini_retrofit.scoring.labels import next_token_nlls
 
 DOCUMENTS_PER_BATCH = 2
-
-
-# A document's or row's ids, (T), and its last hidden states, (T D).
+# The ids of a document or row, (T), and its last hidden states, (T D).
 Run = tuple[Tensor, Tensor]
-
-
-# Whose memory a document reads: as a `Probe` says, or another document's.
+# The memory that a document reads: see `Read`, or another document's.
 Whose = Literal[Read, "swapped"]
 
 
@@ -62,14 +57,42 @@ class Score:
 
     @property
     def ppl(self) -> float:
-        """Perplexity; infinite where it exceeds what a float holds."""
-        return math.exp(self.nll) if self.nll < 700 else math.inf
+        """Perplexity, see `perplexity`."""
+        return perplexity(self.nll)
+
+
+def perplexity(nll: float) -> float:
+    """Return exp(nll) for nats a token; exp(700) above 700 nats, for a metric must be finite."""
+    return math.exp(min(nll, 700))
 
 
 def total(scores: Iterable[Score]) -> Score:
-    """Add scores up: divide once, at the end, by tokens."""
+    """Add scores; the sum is divided once, at the end, by all tokens."""
     scores = list(scores)
     return Score(sum(s.nll_sum for s in scores), sum(s.num_scored for s in scores))
+
+
+def score_runs(model: PreTrainedModel, runs: Iterable[Run]) -> Score:
+    """Score the next token everywhere in some runs of a model."""
+    return total(Score.of(next_token_nlls(model, *run)) for run in runs)
+
+
+@torch.inference_mode()
+def score_rows(model: PreTrainedModel, rows: Int[Tensor, "B T"]) -> list[Score]:
+    """Score rows that the base's layers see whole, each with an empty memory (in-layer)."""
+    runs = ((ids, run_in_layer(model, ids[None])[0]) for ids in rows.to(model.device))
+    return [Score.of(next_token_nlls(model, *run)) for run in runs]
+
+
+def score_segments(
+    model: PreTrainedModel,
+    documents: Int[Tensor, "B T"],
+    segment_length: int,
+    read: Whose = "own",
+) -> list[Score]:
+    """Score documents of which every layer sees one segment at a time; see `segment_runs`."""
+    runs = segment_runs(model, documents, segment_length, read)
+    return [Score.of(next_token_nlls(model, *run)) for run in runs]
 
 
 def segment_runs(
@@ -93,7 +116,7 @@ def memory_runs(
     segment_length: int,
     reads: Sequence[Whose],
 ) -> Iterator[dict[Whose, Run]]:
-    """Run documents as `segment_runs` does, once for each memory that they are to read.
+    """Run documents as `segment_runs` does, once for each memory to read.
 
     Raises:
         ValueError: if memories are to be swapped and there is only one document.
@@ -101,8 +124,7 @@ def memory_runs(
     if "swapped" in reads and len(documents) < 2:
         raise ValueError("swapped memories need at least 2 documents, got 1")
     name = f"segments, memory {', '.join(reads)}"
-    for batch in tqdm(_document_batches(documents), desc=name, leave=False):
-        ids = batch.to(model.device)
+    for ids in tqdm(document_batches(model, documents), desc=name, leave=False):
         with torch.inference_mode():
             hidden_states = _hidden_states(model, ids, segment_length, reads)
         for row, document in enumerate(ids):
@@ -112,42 +134,23 @@ def memory_runs(
 def _hidden_states(
     model: PreTrainedModel, ids: Int[Tensor, "B T"], segment_length: int, reads: Sequence[Whose]
 ) -> dict[Whose, Float[Tensor, "B T D"]]:
-    """Run one batch; what is swapped is found in the run of `own`, whether asked for or not."""
-    found, probe = {}, Probe(memories={} if "swapped" in reads else None)
+    """Run one batch; the memories to swap come from the run that reads its own."""
+    results, probe = {}, Probe(memories={} if "swapped" in reads else None)
     if "own" in reads or "swapped" in reads:
-        found["own"] = run_folded(model, ids, segment_length, probe)
+        results["own"] = run_folded(model, ids, segment_length, probe)
     for read in reads:
         if read == "swapped":
-            found[read] = run_swapped(model, ids, segment_length, probe.memories)
+            results[read] = run_swapped(model, ids, segment_length, probe.memories)
         elif read != "own":
-            found[read] = run_folded(model, ids, segment_length, Probe(read=read))
-    return found
+            results[read] = run_folded(model, ids, segment_length, Probe(read=read))
+    return results
 
 
-def score_segments(
-    model: PreTrainedModel,
-    documents: Int[Tensor, "B T"],
-    segment_length: int,
-    read: Whose = "own",
-) -> list[Score]:
-    """Score documents of which every layer sees one segment at a time; see `segment_runs`."""
-    runs = segment_runs(model, documents, segment_length, read)
-    return [Score.of(next_token_nlls(model, *run)) for run in runs]
-
-
-@torch.inference_mode()
-def score_rows(model: PreTrainedModel, rows: Int[Tensor, "B T"]) -> list[Score]:
-    """Score rows that the base's layers see whole, memory empty at each start (in-layer)."""
-    rows = rows.to(model.device)
-    hidden_states = (run_in_layer(model, ids[None])[0] for ids in rows)
-    return [
-        Score.of(next_token_nlls(model, ids, hidden))
-        for ids, hidden in zip(rows, hidden_states, strict=True)
-    ]
-
-
-def _document_batches(documents: Int[Tensor, "B T"]) -> list[Tensor]:
-    """Batch documents so that none is alone: each needs another whose memory it can read."""
+def document_batches(
+    model: PreTrainedModel, documents: Int[Tensor, "B T"]
+) -> list[Int[Tensor, "_ T"]]:
+    """Batch documents on the model's device; none is alone, so that memories can be swapped."""
+    documents = documents.to(model.device)
     sizes = [DOCUMENTS_PER_BATCH] * (len(documents) // DOCUMENTS_PER_BATCH)
     if not sizes:
         return [documents]

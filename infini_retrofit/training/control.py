@@ -1,4 +1,7 @@
-"""TODO."""
+"""The control of a retrofit: the base's own attention, fine-tuned alike, without a memory.
+
+Knows nothing of files and stages.
+"""
 
 from dataclasses import asdict, dataclass, replace
 from typing import Literal
@@ -29,7 +32,7 @@ class ControlParams:
 
 @dataclass(frozen=True, kw_only=True)
 class Control:
-    """What a control is and how it trains; equal for retrofits that it cannot tell apart."""
+    """Form and training of a control; retrofits with equal ones share it."""
 
     infini: InfiniParams
     finetune: FinetuneParams
@@ -38,9 +41,9 @@ class Control:
 def plan_control(
     infini: InfiniParams, params: FinetuneParams, own: ControlParams, num_layers: int
 ) -> Control:
-    """Say what a retrofit's control is, without what makes no difference to it.
+    """Return a retrofit's control; what makes no difference to it has one value for all.
 
-    Its layers do, however it trains: in a sliding window they see their segment only.
+    Its layers make one however it trains: in a sliding window they see their segment only.
 
     Args:
         infini: the form of the retrofit.
@@ -59,10 +62,10 @@ def plan_control(
 
 
 def make_control(model: PreTrainedModel, infini: InfiniParams) -> InfiniParams:
-    """Confine a base model to segments in the layers of a retrofit, without a memory, in place.
+    """Confine a base to segments in the layers of a retrofit, without a memory, in place.
 
-    Its attention keeps the base's form and weights. Fine-tuned alike, it shows what the
-    retrofit owes to having seen these texts.
+    Its attention keeps the base's form and weights. Fine-tuned alike, it shows what the retrofit
+    gains from training on these texts alone.
 
     Returns:
         The control's form.

@@ -8,27 +8,32 @@ Axes:
     D  model width
 """
 
-from dataclasses import asdict, dataclass
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from infini_retrofit.layer.cut import Cut
 from infini_retrofit.layer.form import InfiniParams
 from infini_retrofit.model.families import decoder_layers
-from infini_retrofit.model.retrofit import attention_modules, insert_infini, resolve_layers
-from infini_retrofit.model.running import run_folded, run_in_layer
-from infini_retrofit.scoring.losses import token_kls
-from infini_retrofit.scoring.memory_use import memory_use
-from infini_retrofit.scoring.score import score_rows, total
+from infini_retrofit.model.retrofit import (
+    attention_modules,
+    has_memory,
+    insert_infini,
+    resolve_layers,
+)
+from infini_retrofit.scoring.memory_use import memory_use, run_and_read
+from infini_retrofit.scoring.score import score_rows, score_runs, total
 from infini_retrofit.training.parameters import set_trainable
-from infini_retrofit.training.schedule import LrScale, Schedule
-from infini_retrofit.training.teacher import LayerCall, LayerTeacher, PredictionTeacher
-from infini_retrofit.training.trainee import Trainee, no_ppl
+from infini_retrofit.training.trainee import Schedule, Trainee
+
+Objective = Literal["layer_output", "attention_output"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,27 +43,24 @@ class DistillParams(Schedule):
     section = "distill"
     least_epochs = 0  # insert the layers, fit nothing
 
-    # What is to be like the base's.
-    objective: Literal["layer_output", "attention_output", "logit_kl"]
+    objective: Objective  # the output that is to be like the base's
     trainable: Literal["memory", "infini"]
     samples: int  # at most, of the train split
     val_samples: int  # at most, of the val split
     tokens_per_sample: int  # several segments, so that the memory learns too
-    lr_scale: LrScale
 
     def __post_init__(self) -> None:
         """Refuse values that would only fail, or mislead, later."""
         super().__post_init__()
         self.require_at_least(1, "samples", "val_samples")
         self.require_at_least(2, "tokens_per_sample")
-        self.require_scales(self.lr_scale)
 
 
 class Distillation(Trainee):
     """A model whose Infini layers learn from the base that it was.
 
-    To be like a layer of the base, each is given what the base's was given, so that one layer's
-    error is not another's input. To predict like the base, they learn together.
+    Each layer is given the input of the base's layer, so that the error of one layer is not the
+    input of another.
     """
 
     def __init__(
@@ -68,7 +70,7 @@ class Distillation(Trainee):
         params: DistillParams,
         dtype: torch.dtype,
     ) -> None:
-        """Insert the Infini layers into a base model, keeping its own layers as teachers.
+        """Insert the Infini layers into a base model, whose own layers become the teacher.
 
         Args:
             model: a base model in float32.
@@ -77,69 +79,120 @@ class Distillation(Trainee):
             dtype: of the matrix products, and of what does not train.
         """
         layers = resolve_layers(infini.layers, len(decoder_layers(model)))
-        teaches = PredictionTeacher if params.objective == "logit_kl" else LayerTeacher
-        teacher = teaches(model, layers)
+        teacher = Teacher(model, layers, params.objective)
         insert_infini(model, infini, params.seed)
         groups = set_trainable(model, params.trainable, infini.whole_layers, dtype)
-        super().__init__(model, groups, asdict(params.lr_scale), dtype)
+        super().__init__(model, groups, dtype, lr_scales={})
         self.teacher = teacher
         self.objective = params.objective
         self.segment_length = infini.segment_length
-        # A base's attention that stays sees what the teacher sees, and nothing is left to learn:
-        # beside it, a layer is asked for the same output from one segment at a time.
+        # Beside a branch the base's attention stays. Uncut, it would see what the teacher sees,
+        # and leave the branch nothing to learn; so it is given one segment at a time.
         self.is_confined = infini.insertion == "parallel"
 
     def forward(self, input_ids: Int[Tensor, "B T"]) -> dict[str, Tensor]:
-        """Return the loss, averaged over tokens, and over layers if each has one."""
-        if self.objective == "logit_kl":
-            return {"loss": self._prediction_loss(input_ids)}
+        """Return the loss, a mean over layers."""
         calls = self.teacher(input_ids)
-        if not calls:
-            return {"loss": torch.zeros((), device=input_ids.device)}
-        loss = self._attention_loss if self.objective == "attention_output" else self._layer_loss
         if self.is_confined:
             calls = {index: call.confined(self.segment_length) for index, call in calls.items()}
-        losses = [loss(index, call) for index, call in calls.items()]
-        return {"loss": sum(losses) / len(losses)}
+        losses = [self._loss(index, call, len(input_ids)) for index, call in calls.items()]
+        return {"loss": sum(losses, torch.zeros((), device=input_ids.device)) / max(len(losses), 1)}
 
-    def _layer_loss(self, index: int, call: LayerCall) -> Float[Tensor, ""]:
-        """Mean squared error of the layer's output, the seeds' loss."""
-        layer = decoder_layers(self.model)[index]
-        cut = Cut(num_segments=call.num_segments)
-        output = layer(*call.args, **call.kwargs, cut=cut)
-        return _squared_error(output, call.output)
+    def _loss(self, index: int, call: "Call", num_samples: int) -> Float[Tensor, ""]:
+        """Return the mean squared error of one layer or attention.
 
-    def _attention_loss(self, index: int, call: LayerCall) -> Float[Tensor, ""]:
-        """Mean squared error of the attention's output as a share of that output's mean square.
-
-        In the layer's output the residual outweighs the attention's part and hides its error.
+        An attention's error counts as a share of the mean square of its sample's target. In a
+        layer's output the residual outweighs the attention and hides its error (the seeds' loss).
         """
-        attention = attention_modules(self.model)[index]
+        module = modules_of(self.model, self.objective)[index]
         cut = Cut(num_segments=call.num_segments)
-        output, _ = attention(*call.attention_args, **call.attention_kwargs, cut=cut)
-        error = _squared_error(output, call.attention_output)
-        return error / self.mean_of_step(call.attention_output.float().square().mean())
-
-    def _prediction_loss(self, input_ids: Int[Tensor, "B T"]) -> Float[Tensor, ""]:
-        """KL(base || student) of the next token, in nats, at every position."""
-        if self.is_confined:
-            student = run_folded(self.model, input_ids, self.segment_length).flatten(0, 1)
-        else:
-            student = run_in_layer(self.model, input_ids).flatten(0, 1)
-        head = self.model.get_output_embeddings().weight
-        return token_kls(student, self.teacher(input_ids).flatten(0, 1), head).mean()
+        output, target = tensor_of(module(*call.args, **call.kwargs, cut=cut)), call.output
+        if self.objective == "layer_output":
+            return F.mse_loss(output.float(), target.float())
+        error, square = (output.float() - target.float()).square(), target.float().square()
+        error, square = (x.reshape(num_samples, -1).mean(dim=1) for x in (error, square))
+        return (error / square).mean()
 
     def train_ppl(self, loss: float) -> str:
-        """No loss of distillation is a likelihood."""
-        return no_ppl(loss)
+        """Return no perplexity: the loss is no likelihood."""
+        return ""
 
     def validate(self, val: Int[Tensor, "B T"]) -> dict[str, float]:
-        """Return the distillation loss and the whole model's perplexity on samples."""
+        """Return the loss, and the perplexity of the whole model on samples seen in one pass."""
         losses = [self.forward(rows[None])["loss"].item() for rows in val]
-        score = total(score_rows(self.model, val))
-        memory = memory_use(self.model, val, self.segment_length)
-        return {"val_loss": sum(losses) / len(losses), "val_ppl": score.ppl} | memory
+        ppl = total(score_rows(self.model, val)).ppl
+        metrics = {"val_loss": sum(losses) / len(losses), "val_ppl": ppl}
+        if has_memory(self.model):
+            runs, readings = run_and_read(self.model, val, self.segment_length)
+            own = score_runs(self.model, runs)
+            metrics |= memory_use(self.model, val, self.segment_length, own, readings)
+        return metrics
 
 
-def _squared_error(output: Tensor, target: Tensor) -> Float[Tensor, ""]:
-    return F.mse_loss(output.float(), target.float())
+@dataclass(frozen=True)
+class Call:
+    """What a layer or attention of the base was given in a full forward pass, and returned.
+
+    Attributes:
+        num_segments: rows that make up one sample, see `confined`; None: a row is a sample.
+    """
+
+    args: tuple
+    kwargs: dict
+    output: Tensor
+    num_segments: int | None = None
+
+    def confined(self, segment_length: int) -> "Call":
+        """Return the call with segments as rows, so that no base attention sees beyond its own."""
+        num_rows, num_tokens = self.output.shape[:2]
+
+        def fold(x: object) -> object:
+            if isinstance(x, tuple):
+                return tuple(fold(item) for item in x)
+            if not isinstance(x, Tensor) or x.shape[1:2] != (num_tokens,):
+                return x
+            return x.expand(num_rows, *x.shape[1:]).reshape(-1, segment_length, *x.shape[2:])
+
+        kwargs = {name: fold(value) for name, value in self.kwargs.items()}
+        num_segments = num_tokens // segment_length
+        return Call(fold(self.args), kwargs, fold(self.output), num_segments)
+
+
+class Teacher:
+    """The base's layers up to the last one of interest; notes the calls of those of interest."""
+
+    def __init__(self, model: PreTrainedModel, layers: list[int], objective: Objective) -> None:
+        """Copy the layers that an insertion would change, so call it before inserting."""
+        self.decoder = copy.copy(model.base_model)
+        self.decoder._modules = dict(model.base_model._modules)
+        kept = list(decoder_layers(model))[: max(layers, default=-1) + 1]
+        self.decoder.layers = nn.ModuleList(
+            copy.deepcopy(layer) if i in layers else layer for i, layer in enumerate(kept)
+        )
+        self._calls: dict[int, Call] = {}
+        for index in layers:
+            module = modules_of(self.decoder, objective)[index]
+            module.register_forward_hook(self._hook(index), with_kwargs=True)
+
+    def _hook(self, index: int) -> Callable:
+        def hook(_: nn.Module, args: tuple, kwargs: dict, output: Tensor | tuple) -> None:
+            self._calls[index] = Call(args, kwargs, tensor_of(output))
+
+        return hook
+
+    @torch.no_grad()
+    def __call__(self, input_ids: Tensor) -> dict[int, Call]:
+        """Run the base on a batch and return the calls by layer."""
+        self.decoder(input_ids=input_ids, use_cache=False)
+        calls, self._calls = self._calls, {}
+        return calls
+
+
+def modules_of(model: PreTrainedModel, objective: Objective) -> list[nn.Module]:
+    """Return the modules of a model whose outputs an objective compares, by layer."""
+    return list(decoder_layers(model)) if objective == "layer_output" else attention_modules(model)
+
+
+def tensor_of(output: Tensor | tuple) -> Tensor:
+    """Return the hidden states of an output; `output[0]` of a tensor would be a batch row."""
+    return output if isinstance(output, Tensor) else output[0]

@@ -1,6 +1,6 @@
-"""Which parameters of a retrofitted model train, and in which groups of a learning rate.
+"""Which parameters of a model train, in groups that share a learning rate; LoRA adapters.
 
-Knows nothing of rates, losses and adapters.
+Knows nothing of rates and losses.
 """
 
 from collections.abc import Iterable
@@ -18,6 +18,8 @@ from infini_retrofit.model.retrofit import attention_modules, infini_modules
 Part = Literal["memory", "infini", "attention", "all"]
 OF_MEMORY = ("gate", "alpha", "memory")
 GROUPS = (*OF_MEMORY, "infini", "rest")
+# GPT-NeoX projects to queries, keys and values at once.
+ADAPTED = (*PROJECTIONS, "query_key_value", "dense")
 
 
 def set_trainable(
@@ -26,31 +28,26 @@ def set_trainable(
     whole_layers: bool = False,
     frozen_dtype: torch.dtype | None = None,
 ) -> dict[str, list[nn.Parameter]]:
-    """Freeze all but one part of the model, whose parameters become float32.
+    """Freeze all but one part of a retrofitted model; what trains becomes float32.
 
     Load the model in float32 and name the dtype of the rest, so that what trains starts from
     unrounded weights.
 
     Args:
-        model: a retrofitted model.
-        part: `memory`: what the Infini attention has and a base's has not; `infini`: all of the
+        model: a retrofitted model, a control or a base.
+        part: `memory`: what an Infini attention has and a base's has not; `infini`: the whole
             Infini attention; `attention`: the attention of every layer; `all`.
-        whole_layers: let `infini` mean the MLP and norms of the Infini layers as well.
+        whole_layers: whether `infini` includes the MLP and norms of the Infini layers.
         frozen_dtype: of what does not train; None: as it is.
 
     Returns:
-        The trainable parameters in groups: `gate` (what needs a rate in logits), `alpha`,
-        `memory` (what else a base has no counterpart of), `infini` and `rest`.
+        The trainable parameters in groups: `gate` (gates and decay rates), `alpha` (of parallel
+        branches), `memory` (what else a base has no counterpart of), `infini` and `rest`.
     """
     infini = infini_modules(model)
     owners = [decoder_layers(model)[i] if whole_layers else infini[i] for i in infini]
     group_of = _groups_by_id(owners, infini.values())
-    chosen = {
-        "memory": owners,
-        "infini": owners,
-        "attention": attention_modules(model) + owners,
-        "all": [model],
-    }[part]
+    chosen = {"attention": attention_modules(model) + owners, "all": [model]}.get(part, owners)
     groups: dict[str, list[nn.Parameter]] = {name: [] for name in GROUPS}
     model.requires_grad_(False)
     parameters = {id(p): p for module in chosen for p in module.parameters()}
@@ -60,24 +57,17 @@ def set_trainable(
             parameter.data = parameter.data.float()
             parameter.requires_grad_(True)
             groups[group].append(parameter)
-    if frozen_dtype is not None:
-        for parameter in model.parameters():
-            if not parameter.requires_grad:
-                parameter.data = parameter.data.to(frozen_dtype)
+    _cast_frozen(model, frozen_dtype)
     return groups
 
 
 def _groups_by_id(owners: Iterable[nn.Module], infini: Iterable[InfiniAttention]) -> dict[int, str]:
-    """Return the group of every parameter that is not one of the rest, by its id."""
+    """Return the group of every parameter but those of `rest`, by its id."""
     group_of = {id(p): "infini" for owner in owners for p in owner.parameters()}
     for module in infini:
         for name, parameters in module.memory_parameters().items():
             group_of |= {id(p): name for p in parameters}
     return group_of
-
-
-# GPT-NeoX projects to queries, keys and values at once.
-ADAPTED = (*PROJECTIONS, "query_key_value", "dense")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,31 +90,31 @@ class Adapters:
     """The adapters in a model, and all that trains with them.
 
     Attributes:
-        groups: the trainable parameters by group, as `set_trainable` returns them: `infini` holds
-            the adapters of Infini layers, `rest` those of the base's own attention.
+        groups: the trainable parameters as `set_trainable` returns them; `infini` holds the
+            adapters of Infini layers, `rest` those of the base's own attention.
     """
 
     tuner: nn.Module
     groups: dict[str, list[nn.Parameter]]
 
     def merge(self) -> None:
-        """Add the adapters to the weights that they adapt, and take them out."""
+        """Add the adapters to the weights that they adapt, and remove them."""
         self.tuner.merge_and_unload()
 
 
 def add_lora(
     model: PreTrainedModel, params: LoraParams, seed: int, frozen_dtype: torch.dtype | None = None
 ) -> Adapters:
-    """Put adapters that start as nothing on all attention projections, in place.
+    """Put adapters that start as zero on all attention projections, in place.
 
     Args:
         model: a retrofitted model, a control or a base, in float32.
         params: the adapters' size.
-        seed: of the adapters' half that starts at random.
+        seed: of the half of each adapter that starts at random.
         frozen_dtype: of what neither trains nor is adapted; None: as it is. What is adapted stays
-            unrounded, because it is saved with the adapters merged in.
+            unrounded, because it is saved with the adapters merged.
     """
-    from peft import LoraConfig  # here, for what else trains needs no peft
+    from peft import LoraConfig  # here, for the other choices need no peft
     from peft.tuners.lora import LoraModel
 
     groups = set_trainable(model, "memory")
@@ -135,7 +125,8 @@ def add_lora(
         tuner = LoraModel(model, config, "default")
     for parameter in (p for group in groups.values() for p in group):
         parameter.requires_grad_(True)  # peft freezes all that is not its own
-    _round_frozen(model, projections, frozen_dtype)
+    adapted = {id(p) for module in projections.values() for p in module.parameters()}
+    _cast_frozen(model, frozen_dtype, but=adapted)
     of_infini = {id(p) for m in infini_modules(model).values() for p in m.parameters()}
     for name, parameter in model.named_parameters():
         if ".lora_" in name:
@@ -153,11 +144,10 @@ def _projections(model: PreTrainedModel) -> dict[str, nn.Linear]:
     }
 
 
-def _round_frozen(
-    model: PreTrainedModel, projections: dict[str, nn.Linear], dtype: torch.dtype | None
+def _cast_frozen(
+    model: nn.Module, dtype: torch.dtype | None, but: Iterable[int] = frozenset()
 ) -> None:
-    """Give what neither trains nor is adapted its dtype for the run."""
-    adapted = {id(p) for projection in projections.values() for p in projection.parameters()}
+    """Give what does not train its dtype, but for parameters with these ids."""
     for parameter in model.parameters():
-        if dtype is not None and not parameter.requires_grad and id(parameter) not in adapted:
+        if dtype is not None and not parameter.requires_grad and id(parameter) not in but:
             parameter.data = parameter.data.to(dtype)

@@ -1,71 +1,92 @@
-"""What a training run trains: a model with its loss and its validation.
+"""What every training shares: its parameters, a model with its loss, and tables of how it went.
 
 Knows no loss, no Trainer and no path.
 """
 
-import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from infini_retrofit.training.processes import mean
+from infini_retrofit.scoring.score import perplexity
+
+Row = dict[str, int | float | str]
+PREFIX = "eval_"  # of every validation result in the Trainer's log
+MEMORY_COLUMNS = ("epoch", "quantity", "value")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """How long and how fast to train: the keys that all training sections share."""
+
+    section: ClassVar[str]  # the section's name in params.yaml
+    least_epochs: ClassVar[int] = 1
+
+    batch_size: int  # samples a step and process
+    epochs: int
+    lr: float  # at its peak
+    patience: int  # epochs without a lower val_loss before stopping
+    seed: int
+
+    def __post_init__(self) -> None:
+        """Refuse values that would only fail, or mislead, an hour later."""
+        self.require_at_least(1, "batch_size", "patience")
+        self.require_at_least(self.least_epochs, "epochs")
+        self.require_at_least(0, "seed")
+        if self.seed >= 2**32:
+            raise ValueError(f"{self.section}.seed must be below 2**32, got {self.seed}")
+        if self.lr <= 0:
+            raise ValueError(f"{self.section}.lr must be greater than 0, got {self.lr}")
+
+    def require_at_least(self, least: int, *names: str) -> None:
+        """Refuse fields that are too small, by name."""
+        for name in names:
+            if (value := getattr(self, name)) < least:
+                raise ValueError(f"{self.section}.{name} must be at least {least}, got {value}")
 
 
 class Trainee(nn.Module, ABC):
-    """A model with its loss: what the Trainer trains, validates and saves.
+    """A model with its loss and its validation.
 
     Args:
         model: holds the parameters; those that train are float32.
-        groups: the trainable parameters by group; `gate` and `alpha` get learning rates of
+        groups: the trainable parameters by group; `gate` and `alpha` have learning rates of
             their own.
-        lr_scales: factors on the learning rate of the other groups.
         dtype: of the matrix products.
-
-    Attributes:
-        step: how many steps were taken, kept by the Trainer.
-        num_steps: how many there will be, unless the run stops early.
-        share: how much the step's rows in this process weigh in the mean over processes.
+        lr_scales: factors on the learning rate of other groups; 1 for a group that is not named.
     """
 
     def __init__(
         self,
         model: PreTrainedModel,
         groups: dict[str, list[nn.Parameter]],
-        lr_scales: dict[str, float],
         dtype: torch.dtype,
+        lr_scales: Mapping[str, float],
     ) -> None:
         super().__init__()
-        self.dtype = dtype
         self.model = model
         self.groups = groups
+        self.dtype = dtype
         self.lr_scales = lr_scales
-        self.step, self.num_steps, self.share = 0, 1, 1.0
 
     @abstractmethod
     def forward(self, input_ids: Tensor) -> dict[str, Tensor]:
-        """Return the batch's mean loss as `loss`."""
+        """Return as `loss` the mean over rows; each row's part must not depend on the others."""
 
     @abstractmethod
     def validate(self, val: Tensor) -> dict[str, float]:
-        """Return `val_loss` and `val_ppl` of validation samples, each token weighing alike.
-
-        What else it returns is noted for each epoch, and that of the best one is a result.
-        """
-
-    def mean_of_step(self, mean_of_rows: Tensor) -> Tensor:
-        """Return a mean over the rows of all processes, to divide by, from that of this one's."""
-        return mean(mean_of_rows * self.share) if self.training else mean_of_rows
+        """Return `val_loss` and `val_ppl`, each token weighing alike, and other results by name."""
 
     def train_ppl(self, loss: float) -> float | str:
         """Return the perplexity of a training loss; an empty text if it is no likelihood."""
-        return ppl_of_nll(loss)
+        return perplexity(loss)
 
     def merge(self) -> None:
-        """Fold what was added for training only into the model's own weights."""
+        """Merge what was added for training only into the model's own weights."""
 
     @property
     def num_trainable_parameters(self) -> int:
@@ -73,7 +94,7 @@ class Trainee(nn.Module, ABC):
         return sum(p.numel() for group in self.groups.values() for p in group)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        """Return what trains: a frozen base has no place in a checkpoint."""
+        """Return what trains; a checkpoint leaves the frozen base out."""
         trainable = {name for name, p in self.named_parameters() if p.requires_grad}
         state = super().state_dict(*args, **kwargs)
         return {name: tensor for name, tensor in state.items() if name in trainable}
@@ -84,75 +105,69 @@ class Trainee(nn.Module, ABC):
         return torch.autocast(device, self.dtype, enabled=self.dtype is torch.bfloat16)
 
     def run_validation(self, val: Tensor) -> dict[str, float]:
-        """Validate under the conditions of a run: nothing trains, products in `dtype`."""
+        """Validate as within a run: without gradients, products in `dtype`."""
         self.eval()
         with torch.no_grad(), self.mixed_precision():
             return self.validate(val.to(next(self.parameters()).device))
 
 
-Row = dict[str, int | float | str]
-PREFIX = "eval_"  # the Trainer's, of all that is validated
-MEMORY_COLUMNS = ("epoch", "quantity", "value")
-_OF_HISTORY = ("val_loss", "val_ppl")
-
-
-def history(
-    log: list[dict[str, Any]], ppl_of_train_loss: Callable[[float], float | str]
-) -> list[Row]:
-    """Turn the Trainer's log into one row for each epoch and split."""
-    rows = {}
-    for entry in log:
-        epoch = round(entry.get("epoch", 0))
-        if PREFIX + "val_loss" in entry:
-            values = {"loss": entry[PREFIX + "val_loss"], "ppl": entry[PREFIX + "val_ppl"]}
-            rows[epoch, "val"] = {"epoch": epoch, "split": "val"} | values
-        elif "loss" in entry:
-            values = {"loss": entry["loss"], "ppl": ppl_of_train_loss(entry["loss"])}
-            rows[epoch, "train"] = {"epoch": epoch, "split": "train"} | values
-    return [rows[key] for key in sorted(rows)]
+def history(log: list[dict[str, Any]], train_ppl: Callable[[float], float | str]) -> list[Row]:
+    """Return loss and perplexity from the Trainer's log, a row for each epoch and split."""
+    rows = {
+        (epoch, "val"): (metrics["val_loss"], metrics["val_ppl"])
+        for epoch, metrics in _validations(log).items()
+    }
+    rows |= {
+        (round(entry["epoch"]), "train"): (entry["loss"], train_ppl(entry["loss"]))
+        for entry in log
+        if "loss" in entry
+    }
+    return [
+        {"epoch": epoch, "split": split, "loss": loss, "ppl": ppl}
+        for (epoch, split), (loss, ppl) in sorted(rows.items())
+    ]
 
 
 def memory_history(log: list[dict[str, Any]]) -> list[Row]:
-    """Turn what else was validated, how the memory is used, into a row for each number."""
-    rows = {}
-    for entry in log:
-        epoch = round(entry.get("epoch", 0))
-        if PREFIX + "val_loss" not in entry:
-            continue
-        for key, value in entry.items():
-            name = key.removeprefix(PREFIX)
-            if key.startswith(PREFIX) and name not in _OF_HISTORY:
-                row = (epoch, name, value)
-                rows[epoch, name] = dict(zip(MEMORY_COLUMNS, row, strict=True))
-    return [rows[key] for key in sorted(rows)]
+    """Return all other validation results, a row for each epoch and quantity."""
+    return [
+        dict(zip(MEMORY_COLUMNS, (epoch, name, value), strict=True))
+        for epoch, metrics in sorted(_validations(log).items())
+        for name, value in sorted(_others(metrics).items())
+    ]
 
 
 def results(log: list[dict[str, Any]], num_tokens: int) -> Row:
-    """Name the best epoch, its validation, and how much was trained on.
+    """Return the validation of the best epoch, and how much was trained.
 
     Args:
         log: the Trainer's.
         num_tokens: of one epoch.
     """
-    rows = [row for row in history(log, no_ppl) if row["split"] == "val"]
-    epochs_run = max(row["epoch"] for row in rows)
-    # The state before the first epoch is in no checkpoint, so it can be the best only alone.
-    best = min((r for r in rows if r["epoch"] or not epochs_run), key=lambda r: r["loss"])
-    memory = (row for row in memory_history(log) if row["epoch"] == best["epoch"])
+    validations = _validations(log)
+    epochs_run = max(validations)
+    # No checkpoint holds the weights before the first epoch: they count only if none was run.
+    candidates = [epoch for epoch in validations if epoch or not epochs_run]
+    best = min(candidates, key=lambda epoch: validations[epoch]["val_loss"])
     return {
-        "val_loss": best["loss"],
-        "val_ppl": best["ppl"],
-        "best_epoch": best["epoch"],
+        "val_loss": validations[best]["val_loss"],
+        "val_ppl": validations[best]["val_ppl"],
+        "best_epoch": best,
         "epochs_run": epochs_run,
         "num_trained_tokens": epochs_run * num_tokens,
-    } | {row["quantity"]: row["value"] for row in memory}
+    } | dict(sorted(_others(validations[best]).items()))
 
 
-def ppl_of_nll(nll: float) -> float:
-    """Return the perplexity of a training loss in nats a token."""
-    return math.exp(min(nll, 700))
+def _validations(log: list[dict[str, Any]]) -> dict[int, dict[str, float]]:
+    """Return the results of each validation by its epoch, 0 before training."""
+    return {
+        round(entry.get("epoch", 0)): {
+            name.removeprefix(PREFIX): x for name, x in entry.items() if name.startswith(PREFIX)
+        }
+        for entry in log
+        if PREFIX + "val_loss" in entry
+    }
 
 
-def no_ppl(loss: float) -> str:
-    """Return the empty cell of a training loss that is no likelihood."""
-    return ""
+def _others(metrics: dict[str, float]) -> dict[str, float]:
+    return {k: v for k, v in metrics.items() if k not in ("val_loss", "val_ppl")}

@@ -1,6 +1,7 @@
-"""The protocols: which token is scored where, how often, and with what context."""
+"""Runs and scores: which token is scored where, how often, and with what context."""
 
 import math
+from itertools import chain
 
 import pytest
 import torch
@@ -10,37 +11,27 @@ from transformers import LlamaForCausalLM, PreTrainedModel
 
 from infini_retrofit.evaluation import protocols
 from infini_retrofit.evaluation.protocols import (
+    full_runs,
     score_full,
     score_sliding,
     score_unigram,
-    sliding_spans,
+    sliding_runs,
+    sliding_windows,
 )
+from infini_retrofit.evaluation.rival import Rival, make_rival
 from infini_retrofit.layer.probe import Probe
 from infini_retrofit.layer.state import State
-from infini_retrofit.model.families import FAMILIES
-from infini_retrofit.model.retrofit import insert_infini
 from infini_retrofit.model.running import run_in_layer
-from infini_retrofit.scoring import labels
-from infini_retrofit.scoring.labels import t2_nlls
-from infini_retrofit.scoring.score import (
-    Score,
-    Whose,
-    score_rows,
-    score_segments,
-    segment_runs,
-    total,
-)
-from tests.reference import infini_params, segment_loop
+from infini_retrofit.scoring.labels import next_token_nlls, t2_nlls
+from infini_retrofit.scoring.score import Score, score_rows, score_segments, segment_runs, total
+from tests.reference import both_families, make_model, segment_loop
 from tests.tiny import random_ids, tiny_llama, tiny_model
 
 SEGMENT, DOCUMENT, STREAM = 5, 15, 47
-both_families = pytest.mark.parametrize("family", sorted(FAMILIES))
 
 
-def retrofitted(family: str, **over: object) -> PreTrainedModel:
-    model = tiny_model(family)
-    insert_infini(model, infini_params(**over))
-    return model
+def retrofitted(family: str = "llama", **form: object) -> PreTrainedModel:
+    return make_model(family, form, torch.float32)
 
 
 def ids_for(model: PreTrainedModel, *shape: int) -> Tensor:
@@ -54,18 +45,11 @@ def plain_nlls(model: PreTrainedModel, ids: Tensor, shift: int = 1) -> Tensor:
     return F.cross_entropy(logits[:-shift], ids[shift:], reduction="none")
 
 
-def scored(monkeypatch, score, *args: object) -> Tensor:
-    """Return every single score that a protocol gives, in its order."""
-    nlls, token_nlls = [], labels.token_nlls
-
-    def spy(*inputs: Tensor) -> Tensor:
-        nlls.append(token_nlls(*inputs))
-        return nlls[-1]
-
-    with monkeypatch.context() as patch:
-        patch.setattr(labels, "token_nlls", spy)
-        score(*args)
-    return torch.cat(nlls)
+def slide(model: PreTrainedModel, ids: Tensor, window: int = 11, stride: int = 4) -> Tensor:
+    """Score every token of a stream but the first, in its order."""
+    return torch.cat(
+        [next_token_nlls(model, *run) for run in sliding_runs(model, ids, window, stride)]
+    )
 
 
 @pytest.mark.parametrize("num_tokens", [2, 10, 11, 12, STREAM])
@@ -74,65 +58,68 @@ def test_every_token_but_the_first_is_scored_once_with_the_context_asked_for(
     num_tokens, window, stride
 ):
     times_scored = [0] * num_tokens
-    for span in sliding_spans(num_tokens, window, stride):
-        assert span.end - span.begin <= window
-        for t in range(span.end - span.num_scored, span.end):
+    for begin, scored, end in sliding_windows(num_tokens, window, stride):
+        assert end - begin <= window
+        for t in range(scored, end):
             times_scored[t] += 1
-            assert t - span.begin >= min(t, window - stride)
+            assert t - begin >= min(t, window - stride)
     assert times_scored == [0] + [1] * (num_tokens - 1)
 
 
 @both_families
 @pytest.mark.parametrize(("window", "stride"), [(11, 4), (STREAM, 7), (16, 15)])
 def test_sliding_equals_a_loop_over_windows_divided_once(family, window, stride):
-    model = tiny_model(family)
-    ids, sums, counts, scored_to = ids_for(model, STREAM), [], [], 1
+    model, nlls, means = tiny_model(family), [], []
+    ids = ids_for(model, STREAM)
     for begin in range(0, STREAM, stride):
-        end = min(begin + window, STREAM)
-        nlls = plain_nlls(model, ids[begin:end])[scored_to - end :]
-        sums.append(nlls.sum().item())
-        counts.append(len(nlls))
-        scored_to = end
-        if end == STREAM:
+        new = plain_nlls(model, ids[begin : begin + window])[len(nlls) - begin :]
+        nlls += new.tolist()
+        means.append(new.mean().item())
+        if len(nlls) == STREAM - 1:
             break
+    assert slide(model, ids, window, stride).tolist() == pytest.approx(nlls, rel=1e-4)
     score = score_sliding(model, ids, window, stride)
-    assert score.num_scored == sum(counts) == STREAM - 1
-    assert score.nll == pytest.approx(sum(sums) / (STREAM - 1), rel=1e-5)
+    assert score.num_scored == STREAM - 1
+    assert score.nll == pytest.approx(sum(nlls) / (STREAM - 1), rel=1e-5)
     assert score.ppl == pytest.approx(math.exp(score.nll))
-    mean_of_windows = sum(s / c for s, c in zip(sums, counts, strict=True)) / len(sums)
-    assert len(sums) == 1 or mean_of_windows != pytest.approx(score.nll, rel=1e-3)
+    mean_of_windows = sum(means) / len(means)
+    assert len(means) == 1 or mean_of_windows != pytest.approx(score.nll, rel=1e-3)
 
 
 @both_families
 def test_an_infini_model_slid_in_windows_within_a_segment_is_the_base(family):
     base, model = tiny_model(family), retrofitted(family, segment_length=16)
     ids = ids_for(base, STREAM)
-    for window in (11, 16):
-        want = score_sliding(base, ids, window, 4)
-        assert score_sliding(model, ids, window, 4).nll == pytest.approx(want.nll, rel=1e-6)
-    beyond = score_sliding(model, ids, 23, 4).nll
-    assert beyond != pytest.approx(score_sliding(base, ids, 23, 4).nll, rel=1e-4)
+    for window, is_base in ((11, True), (16, True), (23, False)):
+        got, want = (score_sliding(m, ids, window, 4).nll for m in (model, base))
+        assert (got == pytest.approx(want, rel=1e-5)) == is_base
 
 
-@pytest.mark.parametrize("local_context", [0, 4])
-def test_the_last_window_may_be_shorter_than_a_segment_or_its_context(local_context):
-    model = retrofitted("llama", local_context=local_context)
-    assert score_sliding(model, ids_for(model, 42), 11, 10).num_scored == 41
-
-
-@both_families
-def test_future_tokens_do_not_move_earlier_sliding_scores_by_a_bit(family, monkeypatch):
-    model, changed = retrofitted(family), 30
-    ids = ids_for(model, STREAM)
+def future_changed(model: PreTrainedModel, num_tokens: int) -> tuple[Tensor, Tensor]:
+    """Return two streams that differ from token 30 on."""
+    ids = ids_for(model, num_tokens)
     other = ids.clone()
-    other[changed:] = (other[changed:] + 1) % model.config.vocab_size
-    first, second = (scored(monkeypatch, score_sliding, model, x, 11, 4) for x in (ids, other))
-    assert torch.equal(first[: changed - 1], second[: changed - 1])
+    other[30:] = (other[30:] + 1) % model.config.vocab_size
+    return ids, other
+
+
+# The last window of 42 tokens is shorter than a segment and than its context.
+@both_families
+@pytest.mark.parametrize(
+    ("num_tokens", "stride", "local_context"), [(STREAM, 4, 0), (42, 10, 0), (42, 10, 4)]
+)
+def test_future_tokens_do_not_move_earlier_sliding_scores_by_a_bit(
+    family, num_tokens, stride, local_context
+):
+    model = retrofitted(family, local_context=local_context)
+    first, second = (slide(model, ids, 11, stride) for ids in future_changed(model, num_tokens))
+    assert len(first) == num_tokens - 1
+    assert torch.equal(first[:29], second[:29])
     assert not torch.equal(first, second)
 
 
 def test_a_memory_that_lives_on_between_windows_lets_future_tokens_in(monkeypatch):
-    model, changed, before = retrofitted("llama"), 30, {}
+    model, before = retrofitted(), {}
 
     def run_with_living_memory(model: PreTrainedModel, rows: Tensor) -> Tensor:
         state = State(before=dict(before))
@@ -142,15 +129,11 @@ def test_a_memory_that_lives_on_between_windows_lets_future_tokens_in(monkeypatc
 
     monkeypatch.setattr(protocols, "WINDOWS_PER_BATCH", 1)
     monkeypatch.setattr(protocols, "run_in_layer", run_with_living_memory)
-    ids = ids_for(model, STREAM)
-    other = ids.clone()
-    other[changed:] = (other[changed:] + 1) % model.config.vocab_size
     results = []
-    for stream in (ids, other):
+    for ids in future_changed(model, STREAM):
         before.clear()
-        for _ in range(2):
-            nlls = scored(monkeypatch, score_sliding, model, stream, 11, 4)
-        results.append(nlls[: changed - 1])
+        slide(model, ids)
+        results.append(slide(model, ids)[:29])
     assert not torch.allclose(*results, rtol=1e-3)
 
 
@@ -177,23 +160,15 @@ def test_segments_equal_a_loop_with_border_tokens_scored(family, read):
         assert t2.nll_sum == pytest.approx(want.item(), rel=1e-5)
 
 
-@pytest.mark.parametrize("num_documents", [1, 2, 3, 5])
-def test_every_document_is_scored_and_its_score_is_its_own(num_documents):
-    model = retrofitted("llama")
+@pytest.mark.parametrize("num_documents", [2, 3, 5])
+def test_a_document_s_score_is_its_own_and_a_swapped_memory_is_not(num_documents):
+    model = retrofitted()
     documents = ids_for(model, num_documents, DOCUMENT)
-    together = score_segments(model, documents, SEGMENT)
-    apart = [score_segments(model, row[None], SEGMENT)[0] for row in documents]
-    assert [s.nll_sum for s in together] == pytest.approx([s.nll_sum for s in apart], rel=1e-5)
-
-
-def test_a_memory_is_never_swapped_with_its_own():
-    model = retrofitted("llama")
-    for num_documents in (2, 3, 5):
-        documents = ids_for(model, num_documents, DOCUMENT)
-        own = score_segments(model, documents, SEGMENT)
-        swapped = score_segments(model, documents, SEGMENT, "swapped")
-        for a, b in zip(own, swapped, strict=True):
-            assert a.nll != pytest.approx(b.nll, rel=1e-4)
+    own = [score.nll for score in score_segments(model, documents, SEGMENT)]
+    apart = [score_segments(model, row[None], SEGMENT)[0].nll for row in documents]
+    assert own == pytest.approx(apart, rel=1e-5)
+    for score, nll in zip(score_segments(model, documents, SEGMENT, "swapped"), own, strict=True):
+        assert score.nll != pytest.approx(nll, rel=1e-4)
     with pytest.raises(ValueError, match="swapped memories need at least 2 documents, got 1"):
         score_segments(model, documents[:1], SEGMENT, "swapped")
 
@@ -216,6 +191,16 @@ def test_one_segment_equals_no_segments_equals_the_plain_forward(family):
         in_layer = model.get_output_embeddings()(run_in_layer(model, documents[:1]))[0]
     want = F.cross_entropy(in_layer[:-1], documents[0, 1:], reduction="sum").item()
     assert score_rows(model, documents)[0].nll_sum == pytest.approx(want, rel=1e-5)
+
+
+def test_scoring_records_no_gradient_and_leaves_the_mode_as_it_was():
+    model = retrofitted()
+    documents = ids_for(model, 3, DOCUMENT)
+    runs = (segment_runs(model, documents, SEGMENT), full_runs(model, documents))
+    for run in chain(*runs, sliding_runs(model, documents[0], 11, 4)):
+        assert torch.is_grad_enabled()
+        assert not torch.is_inference_mode_enabled()
+        assert not next_token_nlls(model, *run).requires_grad
 
 
 def test_unigram_scores_are_counts_plus_one():
@@ -242,8 +227,10 @@ def test_a_base_that_knows_its_text_is_below_the_unigram_on_every_path_but_the_d
     base = rote_model()
     documents = torch.stack([(torch.arange(DOCUMENT) * 7 + i) % 23 for i in range(3)])
     unigram = score_unigram(documents.flatten(), documents.flatten(), 23).nll
-    reads: tuple[Whose, ...] = ("own", "recent", "off", "swapped")
+    rival = make_rival(base, Rival(segment_length=SEGMENT, num_tokens=2))
+    reads = ("own", "recent", "off", "swapped")
     scores = [total(score_segments(base, documents, SEGMENT, read)) for read in reads]
+    scores += [total(score_segments(rival, documents, SEGMENT))]
     scores += [total(score_full(base, documents)), total(score_rows(base, documents))]
     scores += [score_sliding(base, documents[0], 11, 4)]
     assert all(score.nll < 0.01 * unigram for score in scores)

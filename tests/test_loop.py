@@ -1,0 +1,266 @@
+"""Training on the Trainer: learning rates, stopping, resuming, and what a run leaves."""
+
+import csv
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from infini_retrofit.model.retrofit import infini_modules
+from infini_retrofit.training import loop
+from infini_retrofit.training.finetuning import FinetuneParams, LrScale
+from infini_retrofit.training.loop import (
+    ALPHA_TRAVEL,
+    GATE_TRAVEL,
+    MAX_ALPHA_RATE,
+    MAX_GATE_RATE,
+    rate_factor,
+    share_rows,
+)
+from infini_retrofit.training.trainee import Trainee
+from tests.reference import both_families, largest
+from tests.tiny_training import (
+    TOKENS,
+    die_in_the_third_validation,
+    distillation,
+    finetuning,
+    run,
+)
+
+
+def rows_of(path: Path) -> list[dict[str, str]]:
+    with path.open() as file:
+        return list(csv.DictReader(file, delimiter="\t"))
+
+
+@both_families
+@pytest.mark.parametrize("make", [finetuning, distillation])
+@pytest.mark.parametrize("part", ["memory", "infini"])
+def test_only_the_chosen_part_trains(tmp_path, family, make, part):
+    over = {"trainable": part}
+    trainee = make(family, form={"insertion": "parallel", "feature_map": "hedgehog"}, **over)
+    before = {k: v.clone() for k, v in trainee.model.state_dict().items()}
+    metrics = run(trainee, tmp_path, epochs=2, **over)
+    changed = {k for k, v in trainee.model.state_dict().items() if not torch.equal(v, before[k])}
+    branch = infini_modules(trainee.model)[0].named_parameters()
+    trained = {n: p for n, p in branch if part == "infini" or "proj" not in n}
+    assert {name.partition(".infini.")[2] for name in changed} == set(trained)
+    assert len(changed) == len(trained)
+    assert metrics["num_trainable_parameters"] == sum(p.numel() for p in trained.values())
+    assert metrics["num_trained_tokens"] == 2 * 4 * TOKENS
+
+
+@pytest.mark.parametrize(
+    ("name", "form"), [("gate_logit", {}), ("alpha", {"insertion": "parallel"})]
+)
+def test_what_weighs_a_branch_has_a_rate_that_can_move_it(tmp_path, name, form):
+    trainee = finetuning(form=form)
+    branch = infini_modules(trainee.model)[0]
+    before = {n: p.detach().clone() for n, p in branch.named_parameters()}
+    run(trainee, tmp_path, lr=1e-9)
+    moved = {n: largest(p - before[n]) for n, p in branch.named_parameters()}
+    assert moved[name] > 0.1
+    assert moved["q_proj.weight"] < 1e-6
+
+
+def rates_of(folder: Path, patch: pytest.MonkeyPatch, epochs: int) -> list[tuple[float, ...]]:
+    """Train on 4 documents and return the rate of each step, by group."""
+    rates, take = [], torch.optim.AdamW.step
+
+    def spy(optimizer: torch.optim.AdamW, *args: object, **kwargs: object) -> object:
+        rates.append([group["lr"] for group in optimizer.param_groups])
+        return take(optimizer, *args, **kwargs)
+
+    patch.setattr(torch.optim.AdamW, "step", spy)
+    over = {"trainable": "attention", "lr_scale": LrScale(memory=3.0, infini=2.0, rest=1.0)}
+    trainee = finetuning(form={"insertion": "parallel", "feature_map": "hedgehog"}, **over)
+    patch.setattr(trainee, "validate", lambda val: {"val_loss": 1.0, "val_ppl": 2.0})
+    run(trainee, folder, lr=1e-3, epochs=epochs, patience=epochs)
+    return list(zip(*rates, strict=True))
+
+
+def test_a_rate_of_a_group_of_its_own_spans_the_run(tmp_path, monkeypatch):
+    rates = rates_of(tmp_path, monkeypatch, epochs=9)
+    assert rates[4] == pytest.approx([1e-3 * rate_factor(step, 36) for step in range(36)])
+    gate, alpha, memory, infini, rest = map(sum, rates)
+    assert gate == pytest.approx(GATE_TRAVEL)
+    assert alpha == pytest.approx(ALPHA_TRAVEL)
+    assert (memory / rest, infini / rest) == (pytest.approx(3), pytest.approx(2))
+
+
+def test_in_a_run_of_few_steps_no_step_moves_a_gate_far(tmp_path, monkeypatch):
+    gate, alpha, *_ = rates_of(tmp_path, monkeypatch, epochs=1)
+    assert (max(gate), max(alpha)) == (pytest.approx(MAX_GATE_RATE), pytest.approx(MAX_ALPHA_RATE))
+    assert sum(gate) < GATE_TRAVEL
+    assert sum(alpha) < ALPHA_TRAVEL
+
+
+@pytest.mark.parametrize("num_steps", [1, 8, 100])
+def test_the_rate_ramps_up_from_the_first_step_on_and_falls_in_a_cosine(num_steps):
+    factors = [rate_factor(step, num_steps) for step in range(num_steps)]
+    peak = factors.index(max(factors))
+    assert factors[: peak + 1] == sorted(factors[: peak + 1])
+    assert factors[peak:] == sorted(factors[peak:], reverse=True)
+    assert factors[peak] > 0.95
+    assert peak <= 0.05 * num_steps
+    assert min(factors) > 0
+    assert num_steps == 1 or factors[-1] < 0.1
+
+
+@pytest.mark.parametrize("trainable", ["infini", "lora"])
+def test_a_killed_run_resumes_to_the_same_weights_and_tables(tmp_path, monkeypatch, trainable):
+    whole, killed, resumed = (finetuning(trainable=trainable) for _ in range(3))
+    metrics = run(whole, tmp_path / "whole")
+    die_in_the_third_validation(killed, monkeypatch)
+    with pytest.raises(KeyboardInterrupt):
+        run(killed, tmp_path / "killed")
+    (checkpoint,) = (tmp_path / "killed" / "run").glob("checkpoint-*")
+    assert sum(f.stat().st_size for f in checkpoint.glob("model*")) < 20 * 1024  # without the base
+    assert run(resumed, tmp_path / "killed") == metrics
+    want = whole.model.state_dict()
+    assert all(torch.equal(want[n], x) for n, x in resumed.model.state_dict().items())
+    for table in ("history.tsv", "memory.tsv"):
+        texts = [(tmp_path / name / table).read_text() for name in ("whole", "killed")]
+        assert texts[0] == texts[1]
+    start, place = finetuning().model.state_dict(), "self_attn" if trainable == "lora" else ".0."
+    changed = {name for name in want if not torch.equal(want[name], start[name])}
+    assert changed == {name for name in want if "self_attn" in name and place in name}
+
+
+def test_patience_goes_on_counting_after_a_kill(tmp_path, monkeypatch):
+    def start(losses: list[float], steps_to_live: int) -> dict:
+        trainee, steps = finetuning(), iter(range(steps_to_live))
+        forward, values = trainee.forward, iter(losses)
+
+        def mortal(input_ids: Tensor) -> dict[str, Tensor]:
+            if next(steps, None) is None:
+                raise KeyboardInterrupt
+            return forward(input_ids)
+
+        monkeypatch.setattr(trainee, "forward", mortal)
+        monkeypatch.setattr(
+            trainee, "validate", lambda val: {"val_loss": next(values), "val_ppl": 2.0}
+        )
+        return run(trainee, tmp_path, epochs=9, patience=2)
+
+    with pytest.raises(KeyboardInterrupt):
+        start([9.0, 5.0, 6.0], steps_to_live=2 * 4 + 1)
+    metrics = start([7.0, 8.0, 9.0], steps_to_live=99)
+    assert metrics["epochs_run"] == 3
+    assert metrics["best_epoch"] == 1
+
+
+def test_a_bfloat16_model_trains_float32_weights_like_a_float32_one(tmp_path):
+    losses, start = [], infini_modules(finetuning().model)[0].q_proj.weight
+    for dtype in (torch.float32, torch.bfloat16):
+        trainee = finetuning(dtype=dtype)
+        assert torch.equal(infini_modules(trainee.model)[0].q_proj.weight, start)
+        losses.append(run(trainee, tmp_path / str(dtype), epochs=1)["val_loss"])
+        for parameter in trainee.parameters():
+            assert parameter.dtype is (torch.float32 if parameter.requires_grad else dtype)
+    assert losses[0] == pytest.approx(losses[1], rel=0.02)
+    assert losses[0] != losses[1]
+
+
+def test_the_best_epoch_s_weights_are_kept_and_patience_ends_the_run(tmp_path, monkeypatch):
+    trainee, weights = finetuning(), []
+    losses = iter([9.0, 5.0, 6.0, 7.0, 1.0])
+
+    def validate(val: Tensor) -> dict[str, float]:
+        weights.append(infini_modules(trainee.model)[0].q_proj.weight.clone())
+        return {"val_loss": next(losses), "val_ppl": 2.0}
+
+    monkeypatch.setattr(trainee, "validate", validate)
+    metrics = run(trainee, tmp_path, epochs=9, patience=2)
+    assert metrics["best_epoch"] == 1
+    assert metrics["epochs_run"] == 3
+    kept = infini_modules(trainee.model)[0].q_proj.weight
+    assert torch.equal(kept, weights[1])
+    assert not torch.equal(kept, weights[3])
+
+
+def spoil(trainee: Trainee, call: int, patch: pytest.MonkeyPatch) -> None:
+    """Lose the loss of one forward pass."""
+    forward, calls = trainee.forward, []
+
+    def spoiled(input_ids: Tensor) -> dict[str, Tensor]:
+        calls.append(1)
+        return {"loss": forward(input_ids)["loss"] * (math.nan if len(calls) == call else 1.0)}
+
+    patch.setattr(trainee, "forward", spoiled)
+
+
+def test_a_loss_that_is_not_finite_stops_with_epoch_and_step(tmp_path, monkeypatch):
+    trainee = finetuning()
+    spoil(trainee, call=6, patch=monkeypatch)
+    message = (
+        r"^training diverged in epoch 2, step 6: the training loss is nan; nothing was written, "
+        r"try a smaller lr$"
+    )
+    with pytest.raises(FloatingPointError, match=message):
+        run(trainee, tmp_path)
+    assert (tmp_path / "run" / "checkpoint-4").is_dir()
+    monkeypatch.setattr(trainee, "validate", lambda val: {"val_loss": math.inf, "val_ppl": 2.0})
+    with pytest.raises(FloatingPointError, match="epoch 0, step 0: the validation loss is inf"):
+        run(trainee, tmp_path / "validation")
+
+
+@pytest.mark.parametrize(
+    ("form", "over", "reason"),
+    [
+        ({"memory": "off"}, {"trainable": "memory"}, "no parameter is to train"),
+        ({}, {"epochs": 0}, "its epochs are 0"),
+    ],
+)
+def test_where_nothing_trains_the_model_is_only_validated_and_that_is_said(
+    form, over, reason, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(FinetuneParams, "least_epochs", 0)
+    trainee = finetuning(form=form, **over)
+    before = {name: tensor.clone() for name, tensor in trainee.model.state_dict().items()}
+    metrics = run(trainee, tmp_path, **over)
+    said = capsys.readouterr().err.strip().splitlines()
+    assert said[-1] == f"finetune: nothing is trained, because {reason}"
+    assert all(torch.equal(x, before[n]) for n, x in trainee.model.state_dict().items())
+    assert (metrics["best_epoch"], metrics["epochs_run"]) == (0, 0)
+    assert metrics["num_trained_tokens"] == 0
+    loss, ppl = str(metrics["val_loss"]), str(metrics["val_ppl"])
+    row = {"epoch": "0", "split": "val", "loss": loss, "ppl": ppl}
+    assert rows_of(tmp_path / "history.tsv") == [row]
+    assert not (tmp_path / "run").exists()
+
+
+def test_how_the_memory_is_used_is_written_for_each_epoch_and_reported_of_the_best(tmp_path):
+    metrics = run(finetuning(), tmp_path, epochs=2)
+    rows = rows_of(tmp_path / "memory.tsv")
+    assert {row["epoch"] for row in rows} == {"0", "1", "2"}
+    start, best = (
+        {row["quantity"]: float(row["value"]) for row in rows if row["epoch"] == str(epoch)}
+        for epoch in (0, metrics["best_epoch"])
+    )
+    assert {"memory_share_mean", "recalled_over_local", "segment_off_val_ppl"} <= set(best)
+    assert best["segment_val_ppl"] == metrics["val_ppl"]
+    assert best == {name: metrics[name] for name in best}
+    assert start["memory_share_mean"] == pytest.approx(0.3, rel=1e-4)
+    assert start != best
+
+
+def test_a_model_without_a_memory_leaves_a_table_without_rows(tmp_path):
+    metrics = run(finetuning(form={"memory": "off"}), tmp_path, epochs=1)
+    assert (tmp_path / "memory.tsv").read_text() == "epoch\tquantity\tvalue\n"
+    assert not any("memory" in name for name in metrics)
+
+
+@pytest.mark.parametrize(("num_rows", "batch_size"), [(7, 2), (8, 2), (3, 1), (1, 4)])
+@pytest.mark.parametrize("processes", [1, 2, 3])
+def test_the_rows_of_an_epoch_are_counted_once(num_rows, batch_size, processes, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", str(processes))
+    total = 0
+    for step in range(loop.steps_per_epoch(num_rows, batch_size)):
+        rows = [share_rows(num_rows, batch_size, step, p, processes) for p in range(processes)]
+        assert {num_all for _, num_all in rows} == {sum(own for own, _ in rows)}
+        assert all(0 <= own <= batch_size for own, _ in rows)
+        total += rows[0][1]
+    assert total == num_rows

@@ -1,0 +1,202 @@
+"""Which parameters train, in which group and number type; adapters, and that none is left."""
+
+import pytest
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from infini_retrofit.model.base import load_base
+from infini_retrofit.model.checkpoints import load_retrofit, save_retrofit
+from infini_retrofit.model.families import decoder_layers
+from infini_retrofit.model.retrofit import attention_modules, infini_modules, insert_infini
+from infini_retrofit.model.running import run_folded
+from infini_retrofit.training.parameters import (
+    GROUPS,
+    Adapters,
+    LoraParams,
+    add_lora,
+    set_trainable,
+)
+from tests.reference import both_families, infini_params, largest
+from tests.tiny import Family, random_ids, tiny_base_folder, tiny_model
+from tests.tiny_training import SEGMENT, TOKENS, finetuning
+
+FORMS = {
+    "published": {},
+    "parallel": {"insertion": "parallel", "feature_map": "hedgehog", "decay": "feature"},
+    "query gates": {"feature_map": "hedgehog", "gate": "query"},
+    "no memory": {"memory": "off", "feature_map": "hedgehog"},
+}
+every_form = pytest.mark.parametrize("form", FORMS)
+GROUP_OF = {"gate_logit": "gate", "decay_logit": "gate", "alpha": "alpha"} | dict.fromkeys(
+    ("query_weight", "key_weight", "query_gate"), "memory"
+)
+LORA = LoraParams(rank=2, alpha=6.0)
+OWN = {"q_proj", "k_proj", "v_proj", "o_proj"}
+PROJECTIONS = {"llama": OWN, "gpt_neox": {"query_key_value", "dense"}}
+
+
+def retrofitted(
+    family: Family, form: str = "published", dtype: torch.dtype = torch.float32
+) -> PreTrainedModel:
+    model = tiny_model(family).to(dtype)
+    insert_infini(model, infini_params(layers=[0, 2], segment_length=SEGMENT, **FORMS[form]))
+    return model
+
+
+def group_of(name: str) -> str:
+    """Return the group of a parameter of an Infini layer, by its name alone."""
+    return GROUP_OF.get(name.rpartition(".")[2], "infini")
+
+
+def ids_of(modules: list[nn.Module]) -> set[int]:
+    return {id(p) for module in modules for p in module.parameters()}
+
+
+@both_families
+@every_form
+@pytest.mark.parametrize("part", ["memory", "infini", "attention", "all"])
+def test_what_trains_is_float32_and_in_one_group_and_the_rest_is_frozen(family, form, part):
+    model = retrofitted(family, form, torch.bfloat16)
+    groups = set_trainable(model, part)
+    assert tuple(groups) == GROUPS == ("gate", "alpha", "memory", "infini", "rest")
+    infini = list(infini_modules(model).values())
+    want = ids_of({"attention": attention_modules(model), "all": [model]}.get(part, infini))
+    names = {id(p): group_of(n) for m in infini for n, p in m.named_parameters()}
+    if part == "memory":
+        want = {key for key, name in names.items() if name != "infini"}
+        assert (want == set()) == (form == "no memory")
+    got = [p for group in groups.values() for p in group]
+    assert {id(p) for p in got} == want == {id(p) for p in model.parameters() if p.requires_grad}
+    assert len(got) == len(want)
+    assert all(p.dtype is torch.float32 for p in got)
+    for name, group in groups.items():
+        assert all(names.get(id(p), "rest") == name for p in group), name
+
+
+def test_whole_layers_train_their_mlp_and_norms_as_infini():
+    model = tiny_model("llama")
+    insert_infini(model, infini_params(layers=[1]))
+    groups = set_trainable(model, "infini", whole_layers=True)
+    want = ids_of([decoder_layers(model)[1]])
+    assert {id(p) for p in groups["gate"] + groups["infini"]} == want
+    assert groups["rest"] == []
+    memory = set_trainable(model, "memory", whole_layers=True)
+    assert [id(p) for p in memory["gate"]] == [id(infini_modules(model)[1].gate_logit)]
+    assert memory["infini"] == []
+
+
+@both_families
+@every_form
+@pytest.mark.parametrize("part", ["memory", "infini"])
+def test_what_is_frozen_becomes_16_bit_but_for_what_belongs_to_the_memory(family, form, part):
+    model = retrofitted(family, form)
+    exact = {n: p.detach().clone() for n, p in model.named_parameters()}
+    set_trainable(model, part, frozen_dtype=torch.bfloat16)
+    modules = infini_modules(model).values()
+    of_memory = {id(p) for m in modules for n, p in m.named_parameters() if group_of(n) != "infini"}
+    for name, parameter in model.named_parameters():
+        keeps = parameter.requires_grad or id(parameter) in of_memory
+        assert parameter.dtype is (torch.float32 if keeps else torch.bfloat16), name
+        assert not keeps or torch.equal(parameter, exact[name])
+
+
+def test_a_memory_that_is_not_known_as_one_would_be_rounded():
+    model = retrofitted("llama")
+    forgetful = infini_modules(model)[0]
+    forgetful.memory_parameters = dict
+    set_trainable(model, "memory", frozen_dtype=torch.bfloat16)
+    assert forgetful.gate_logit.dtype is torch.bfloat16
+    assert infini_modules(model)[2].gate_logit.dtype is torch.float32
+
+
+def move(adapters: Adapters) -> None:
+    """Move everything that trains, so that no adapter is zero any more."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in (p for group in adapters.groups.values() for p in group):
+            parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+
+
+@both_families
+@every_form
+def test_adapters_start_as_zero_and_merge_to_what_they_did(family, form):
+    plain, model = retrofitted(family, form), retrofitted(family, form)
+    adapters = add_lora(model, LORA, seed=0)
+    ids = random_ids(model.config.vocab_size, 2, TOKENS)
+    start = run_folded(plain, ids, SEGMENT)
+    assert torch.equal(run_folded(model, ids, SEGMENT), start)
+    move(adapters)
+    adapted = run_folded(model, ids, SEGMENT)
+    adapters.merge()
+    assert largest(adapted - start) > 0.1
+    assert largest(run_folded(model, ids, SEGMENT) - adapted) < 1e-4
+    assert model.state_dict().keys() == plain.state_dict().keys()
+    assert not any("lora" in name for name, _ in model.named_modules())
+
+
+@both_families
+@every_form
+def test_adapters_of_every_projection_and_what_a_memory_has_of_its_own_train(family, form):
+    model = retrofitted(family, form)
+    adapters = add_lora(model, LORA, seed=0)
+    for index, attention in enumerate(attention_modules(model)):
+        adapted = {name for name, m in attention.named_children() if hasattr(m, "lora_A")}
+        is_base = index == 1 or form == "parallel"
+        assert adapted == (PROJECTIONS[family] if is_base else OWN)
+    grouped = {id(p): name for name, group in adapters.groups.items() for p in group}
+    move(adapters)
+    ids = random_ids(model.config.vocab_size, 2, TOKENS)
+    run_folded(model, ids, SEGMENT).square().sum().backward()
+    infini = infini_modules(model)
+    for name, parameter in model.named_parameters():
+        assert parameter.requires_grad == (id(parameter) in grouped), name
+        assert (parameter.grad is not None) == parameter.requires_grad, name
+        if ".lora_" in name:
+            is_infini = id(parameter) in ids_of(list(infini.values()))
+            assert grouped[id(parameter)] == ("infini" if is_infini else "rest"), name
+            assert "mlp" not in name
+    assert len(grouped) == sum(map(len, adapters.groups.values()))
+    for layer in infini.values():
+        for name, parameters in layer.memory_parameters().items():
+            assert {id(p) for p in parameters} <= {id(p) for p in adapters.groups[name]}
+
+
+def test_the_seed_decides_the_adapters_and_leaves_other_draws_alone():
+    models = [tiny_model("llama") for _ in range(3)]
+    torch.manual_seed(3)
+    before = torch.rand(1)
+    torch.manual_seed(3)
+    groups = [
+        add_lora(m, LORA, seed).groups["rest"] for m, seed in zip(models, (0, 0, 1), strict=True)
+    ]
+    same, again, other = (torch.cat([p.flatten() for p in group]) for group in groups)
+    assert torch.equal(same, again)
+    assert not torch.equal(same, other)
+    assert torch.equal(torch.rand(1), before)
+
+
+@both_families
+def test_files_know_nothing_of_adapters_and_what_is_adapted_is_saved_unrounded(family, tmp_path):
+    base_dir = tiny_base_folder(tmp_path / "base", family)
+    model, params = load_base(base_dir, torch.float32), infini_params(layers=[1])
+    start = {name: x.clone() for name, x in model.state_dict().items()}
+    insert_infini(model, params)
+    adapters = add_lora(model, LORA, seed=0, frozen_dtype=torch.bfloat16)
+    move(adapters)
+    adapters.merge()
+    save_retrofit(model, params, base_dir, tmp_path / "out")
+    loaded, _ = load_retrofit(base_dir, tmp_path / "out", torch.float32)
+    want = model.state_dict()
+    for name, tensor in loaded.state_dict().items():
+        is_adapted = name.split(".")[-2] in OWN | PROJECTIONS[family] or "gate_logit" in name
+        assert want[name].dtype is (torch.float32 if is_adapted else torch.bfloat16), name
+        assert torch.equal(tensor, want[name] if is_adapted else start[name]), name
+
+
+def test_a_control_is_adapted_as_its_retrofit_is():
+    controls = [finetuning(is_control=is_control, trainable="lora") for is_control in (True, False)]
+    for name in ("infini", "rest"):
+        control, retrofit = ([p.shape for p in trainee.groups[name]] for trainee in controls)
+        assert control == retrofit != []
+    assert controls[0].groups["gate"] == [] != controls[1].groups["gate"]
