@@ -36,7 +36,11 @@ def retrofitted_model(
 ) -> tuple[PreTrainedModel, InfiniParams]:
     """Make a model with Infini layers, equal each time; return it with its form."""
     torch.manual_seed(1)
-    return make_model(family, form, torch.float32), infini_params(**form)
+    model = make_model(family, form, torch.float32)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.05 * torch.randn_like(parameter)
+    return model, infini_params(**form)
 
 
 def draw_ids(num_rows: int, num_tokens: int, seed: int = 0) -> Tensor:
