@@ -30,11 +30,12 @@ def _seed() -> None:
 
 
 @pytest.fixture(autouse=True, scope="session")
-def _large_memory_share() -> Iterator[None]:
-    """Start gates where an untrained memory shows in the output."""
+def initial_memory_share() -> Iterator[float]:
+    """Start gates where an untrained memory shows in the output; yield the library's own start."""
+    own = attention.INITIAL_MEMORY_SHARE
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(attention, "INITIAL_MEMORY_SHARE", 0.3)
-        yield
+        yield own
 
 
 @pytest.fixture(scope="session")

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from infini_retrofit.layer import attention
 from infini_retrofit.layer.attention import InfiniAttention
 from infini_retrofit.layer.probe import Probe
 from infini_retrofit.model.retrofit import infini_modules, insert_infini
@@ -82,8 +83,8 @@ def test_gates_started_at_minus_ten_or_with_the_rate_of_the_body_do_not():
     assert train_gates(START, lr=2e-4)[1] < 0.1
 
 
-def test_gates_start_at_a_share_of_two_percent_in_float32(monkeypatch):
-    monkeypatch.undo()
+def test_gates_start_at_a_share_of_two_percent_in_float32(monkeypatch, initial_memory_share):
+    monkeypatch.setattr(attention, "INITIAL_MEMORY_SHARE", initial_memory_share)
     layer = InfiniAttention(SHAPE, infini_params(), layer_index=0)
     assert layer.gate_logit.dtype is torch.float32
     torch.testing.assert_close(layer.gate_logit.sigmoid(), torch.full((SHAPE.num_heads,), START))

@@ -96,7 +96,7 @@ def test_a_body_takes_its_arguments_by_position_and_may_give_a_tuple():
     want = body(input_ids=ids, position_ids=positions)[0]
     assert largest(body(ids, None, positions, cache)[0] - want) < 1e-5
     assert largest(body(ids)[0] - want) > 1e-3
-    hidden_states, filled = body(ids, None, positions, use_cache=True, return_dict=False)
+    hidden_states, filled = body(ids, None, positions, return_dict=False)
     assert largest(hidden_states - want) < 1e-5
     assert filled.num_seen == cache.num_seen == 13
     with pytest.raises(TypeError, match="input_ids"):
