@@ -87,7 +87,6 @@ BROKEN = {
     "eval_sliding.finetuned.segment_test_ppl": "baseline_eval.segment_test_ppl",
     "distill.memory_share_p05": 0.02,  # the gates stand where they began
     "finetune.memory_share_mean": 0.02,
-    "finetune.memory_share_p50": 0.02,
     "eval_sliding.distilled.gain_over_off": 0.0,  # the memory is not read
     "eval_sliding.finetuned.gain_over_off": 0.0,
     "eval_sliding.finetuned.gain_over_control": 0.0,  # the control is the model itself
