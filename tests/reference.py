@@ -1,11 +1,6 @@
-"""The forms that tests share, attention by hand, and whole models segment by segment.
+"""The forms that tests share, and layers and models of which no parameter has its usual start.
 
 What an Infini layer computes, token by token, is infini_retrofit/layer/naive.py.
-
-Axes:
-    T  token of a document
-    K  key channel
-    V  value channel
 """
 
 import math
@@ -20,7 +15,7 @@ from transformers import PreTrainedModel
 from infini_retrofit.layer.attention import InfiniAttention
 from infini_retrofit.layer.form import AttentionShape, InfiniParams
 from infini_retrofit.layer.memory import MemoryState, quotient, retrieve
-from infini_retrofit.layer.naive import NaiveLayer, naive_average, naive_feature
+from infini_retrofit.layer.naive import NaiveLayer
 from infini_retrofit.layer.probe import Probe
 from infini_retrofit.layer.state import State
 from infini_retrofit.model.families import decoder_layers, family_of
@@ -184,21 +179,6 @@ def largest(x: Tensor) -> float:
 def recall(feature: Tensor, state: MemoryState) -> Tensor:
     """Read a memory once for each query; an empty one reads as zeros."""
     return quotient(*retrieve(feature, state))
-
-
-def naive_recall(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Recall one value for one query (K) from all that was written (T K) and (T V)."""
-    weights = torch.stack([naive_feature(query) @ naive_feature(k) for k in key])
-    return naive_average(weights, value)
-
-
-def naive_attend(
-    query: Tensor, key: Tensor, value: Tensor, kind: str, bias: Tensor | float = 0.0
-) -> Tensor:
-    """Attend with one query (K) to all keys (T K) and values (T V) given."""
-    if kind == "linear":
-        return naive_recall(query, key, value)
-    return naive_average(((query * key).sum(-1) / len(query) ** 0.5 + bias).exp(), value)
 
 
 def segment_loop(

@@ -18,6 +18,7 @@ from tests.reference import (
     SEGMENT,
     SHAPE,
     draw_hidden,
+    every_form,
     infini_params,
     largest,
     make_layer,
@@ -27,7 +28,6 @@ from tests.reference import (
     run_naive,
 )
 
-every_form = pytest.mark.parametrize("form", FORMS, ids=name_of)
 OFF = Probe(read="off")
 
 

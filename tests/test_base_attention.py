@@ -7,11 +7,10 @@ from transformers import PreTrainedModel
 
 from infini_retrofit.layer import local_attention
 from infini_retrofit.model import base_attention
-from tests.reference import largest
-from tests.tiny import FAMILIES, random_ids, tiny_model
+from tests.reference import both_families, largest
+from tests.tiny import random_ids, tiny_model
 
 TOKENS = 13
-both_families = pytest.mark.parametrize("family", FAMILIES)
 
 
 def model_with(family: str, attention: str) -> PreTrainedModel:

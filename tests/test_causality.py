@@ -8,32 +8,30 @@ import torch
 from torch import Tensor
 
 from infini_retrofit.layer import compressive_memory, local_attention
-from infini_retrofit.layer.attention import InfiniAttention
+from infini_retrofit.layer.compressive_memory import CompressiveMemory
 from infini_retrofit.layer.cut import Layout
-from infini_retrofit.layer.memory import MemoryState, Write, prefix_states, scan_states
+from infini_retrofit.layer.memory import MemoryState
 from infini_retrofit.layer.state import LayerState, State
 from infini_retrofit.model.retrofit import insert_infini
 from infini_retrofit.model.running import run_folded, run_in_layer
 from tests.reference import (
-    FORMS,
     LAYER,
+    PUBLISHED,
     SEGMENT,
+    both_families,
     draw_hidden,
+    every_form,
     infini_params,
     largest,
     make_layer,
-    name_of,
     run_layer,
 )
-from tests.tiny import FAMILIES, random_ids, tiny_model
+from tests.tiny import random_ids, tiny_model
 
 DOCUMENT = 3 * SEGMENT
-PUBLISHED = FORMS[0]
-SCANNED = {rule: PUBLISHED | {"update_rule": rule} for rule in ("delta", "delta_gamma")} | {
-    "decay": PUBLISHED | {"decay": "feature"}
-}
-every_form = pytest.mark.parametrize("form", FORMS, ids=name_of)
-every_scan = pytest.mark.parametrize("form", SCANNED.values(), ids=SCANNED)
+WRITES = ({}, {"update_rule": "delta"}, {"update_rule": "delta_gamma"}, {"decay": "feature"})
+every_write = pytest.mark.parametrize("write", WRITES, ids=str)
+STATES = CompressiveMemory.states
 
 
 def draw_input(num_rows: int = 2, num_tokens: int = DOCUMENT) -> Tensor:
@@ -41,10 +39,11 @@ def draw_input(num_rows: int = 2, num_tokens: int = DOCUMENT) -> Tensor:
 
 
 @torch.no_grad()
-def early_change(layer: InfiniAttention, x: Tensor) -> tuple[float, float]:
+def early_change(form: dict, num_tokens: int = DOCUMENT) -> tuple[float, float]:
     """Change each token in turn; return how far earlier outputs move, and how far its own."""
+    layer, x = make_layer(form, torch.float32), draw_input(num_tokens=num_tokens)
     want, early, own = run_layer(layer, x), 0.0, float("inf")
-    for t in range(1, x.shape[1]):
+    for t in range(1, num_tokens):
         other = x.clone()
         other[:, t] += 1
         moved = run_layer(layer, other) - want
@@ -55,9 +54,18 @@ def early_change(layer: InfiniAttention, x: Tensor) -> tuple[float, float]:
 @every_form
 @pytest.mark.parametrize("num_tokens", [DOCUMENT, DOCUMENT - 1])
 def test_no_token_reads_a_later_one(form, num_tokens):
-    early, own = early_change(make_layer(form, torch.float32), draw_input(num_tokens=num_tokens))
+    early, own = early_change(form, num_tokens)
     assert early == 0
     assert own > 0.01
+
+
+@pytest.mark.parametrize(("name", "value"), [("LONGEST_EXPLICIT", 0), ("QUERIES_PER_BLOCK", 2)])
+@pytest.mark.parametrize("positions", ["rope", "alibi"])
+def test_no_token_reads_a_later_one_by_the_fused_kernel_or_in_blocks(
+    positions, name, value, monkeypatch
+):
+    monkeypatch.setattr(local_attention, name, value)
+    assert early_change(PUBLISHED | {"positions": positions, "local_context": 2})[0] == 0
 
 
 def scrambled_split(layout: Layout, x: Tensor, num_heads: int) -> Tensor:
@@ -72,42 +80,41 @@ def prefix_by_subtraction(written: MemoryState, before: MemoryState, stop_gradie
     return memories, MemoryState(matrix[:, -1], normalizer[:, -1])
 
 
-def test_heads_split_by_a_view_read_later_tokens(monkeypatch):
-    monkeypatch.setattr(Layout, "split", scrambled_split)
-    assert early_change(make_layer(PUBLISHED, torch.float32), draw_input())[0] > 0.01
+def all_keys(num_queries: int, num_keys: int, device: torch.device) -> Tensor:
+    """Let every query see every key."""
+    return torch.ones(num_queries, num_keys, dtype=torch.bool)
+
+
+def inclusive_states(memory: CompressiveMemory, *args: object):
+    """Let each segment read what it writes itself."""
+    memories, after = STATES(memory, *args)
+    matrix = torch.cat([memories.matrix[:, 1:], after.matrix[:, None]], dim=1)
+    normalizer = torch.cat([memories.normalizer[:, 1:], after.normalizer[:, None]], dim=1)
+    return MemoryState(matrix, normalizer), after
+
+
+@pytest.mark.parametrize("local", ["softmax", "linear"])
+@pytest.mark.parametrize(
+    ("module", "name", "broken"),
+    [(Layout, "split", scrambled_split), (local_attention, "visible_keys", all_keys)],
+)
+def test_heads_split_by_a_view_and_open_masks_are_noticed(module, name, broken, local, monkeypatch):
+    monkeypatch.setattr(module, name, broken)
+    assert early_change(PUBLISHED | {"local": local})[0] > 0.01
 
 
 def test_a_prefix_by_subtraction_leaks_bits(monkeypatch):
     monkeypatch.setattr(compressive_memory, "prefix_states", prefix_by_subtraction)
-    assert 0 < early_change(make_layer(PUBLISHED, torch.float32), draw_input())[0] < 1e-3
+    assert 0 < early_change(PUBLISHED)[0] < 1e-3
 
 
-def inclusive_scan(write: Write, *args: object):
-    """Let each segment read what it writes itself."""
-    before, after = scan_states(write, *args)
-    matrix = torch.cat([before.matrix[:, 1:], after.matrix[:, None]], dim=1)
-    normalizer = torch.cat([before.normalizer[:, 1:], after.normalizer[:, None]], dim=1)
-    return MemoryState(matrix, normalizer), after
+@every_write
+def test_a_memory_of_the_segment_itself_is_noticed(write, monkeypatch):
+    monkeypatch.setattr(CompressiveMemory, "states", inclusive_states)
+    assert early_change(PUBLISHED | write)[0] > 1e-3
 
 
-@every_scan
-def test_a_scan_that_includes_the_segment_itself_is_noticed(form, monkeypatch):
-    monkeypatch.setattr(compressive_memory, "scan_states", inclusive_scan)
-    assert early_change(make_layer(form, torch.float32), draw_input())[0] > 1e-3
-
-
-def test_linear_sums_over_later_tokens_are_noticed(monkeypatch):
-    sums = local_attention.masked_linear_sums
-
-    def open_sums(query: Tensor, key: Tensor, value: Tensor, mask: Tensor):
-        return sums(query, key, value, torch.ones_like(mask))
-
-    monkeypatch.setattr(local_attention, "masked_linear_sums", open_sums)
-    layer = make_layer(PUBLISHED | {"local": "linear"}, torch.float32)
-    assert early_change(layer, draw_input())[0] > 1e-3
-
-
-@pytest.mark.parametrize("family", FAMILIES)
+@both_families
 @pytest.mark.parametrize("run", [run_in_layer, run_folded])
 @torch.no_grad()
 def test_no_token_of_a_whole_model_reads_a_later_one(family, run):
@@ -123,6 +130,7 @@ def test_no_token_of_a_whole_model_reads_a_later_one(family, run):
         assert largest(moved[:, t:]) > 0.01
 
 
+@torch.no_grad()
 def influence_of_others(form: dict) -> float:
     """Return how far an output depends on other documents of the batch, or of earlier calls."""
     layer, x = make_layer(form, torch.float32), draw_input(3)
@@ -132,27 +140,23 @@ def influence_of_others(form: dict) -> float:
     return max(largest(together - other) for other in (alone, again, turned))
 
 
-class LivingMemory:
-    """A memory kept between calls, as a module attribute keeps it."""
-
-    def __init__(self) -> None:
-        self.state: MemoryState | None = None
-
-    def __call__(self, written: MemoryState, before: MemoryState, stop_gradient_every):
-        """Start with what the call before left, whoever's it was."""
-        mean = self.state and MemoryState(
-            self.state.matrix.mean(0, keepdim=True).expand_as(written.matrix[:, 0]),
-            self.state.normalizer.mean(0, keepdim=True).expand_as(written.normalizer[:, 0]),
-        )
-        memories, after = prefix_states(written, mean)
-        self.state = after.detach()
-        return memories, after
+def averaged(state: MemoryState, num_rows: int) -> MemoryState:
+    """Give every document the mean of a batch's memories."""
+    mean = (x.mean(0, keepdim=True) for x in (state.matrix, state.normalizer))
+    return MemoryState(*(x.expand(num_rows, *x.shape[1:]) for x in mean))
 
 
-def prefix_of_the_batch(written: MemoryState, before: MemoryState, stop_gradient_every):
+def states_of_the_batch(memory: CompressiveMemory, feature: Tensor, *args: object):
     """Average the memory over the batch."""
-    mean = [x.mean(0, keepdim=True).expand_as(x) for x in (written.matrix, written.normalizer)]
-    return prefix_states(MemoryState(*mean), before)
+    return tuple(averaged(state, len(feature)) for state in STATES(memory, feature, *args))
+
+
+def living_states(memory: CompressiveMemory, feature: Tensor, value: Tensor, is_token, before):
+    """Keep the memory between calls, as a module attribute or buffer does."""
+    last = getattr(memory, "living", None)
+    before = before if last is None else averaged(last, len(feature))
+    memories, memory.living = STATES(memory, feature, value, is_token, before)
+    return memories, memory.living
 
 
 @every_form
@@ -160,25 +164,14 @@ def test_documents_of_a_batch_equal_documents_alone_in_any_order(form):
     assert influence_of_others(form) < 1e-5
 
 
-@pytest.mark.parametrize("make_broken", [LivingMemory, lambda: prefix_of_the_batch])
-def test_a_memory_that_lives_on_or_is_averaged_mixes_documents(make_broken, monkeypatch):
-    monkeypatch.setattr(compressive_memory, "prefix_states", make_broken())
-    assert influence_of_others(PUBLISHED) > 0.01
+@every_write
+@pytest.mark.parametrize("broken", [living_states, states_of_the_batch])
+def test_a_memory_that_lives_on_or_is_averaged_mixes_documents(write, broken, monkeypatch):
+    monkeypatch.setattr(CompressiveMemory, "states", broken)
+    assert influence_of_others(PUBLISHED | write) > 1e-3
 
 
-def scan_of_the_batch(write: Write, *args: object):
-    """Write the mean of the batch into every memory."""
-    mean = [x.mean(0, keepdim=True).expand_as(x) for x in (write.feature, write.value)]
-    return scan_states(Write(*mean, write.weight), *args)
-
-
-@every_scan
-def test_a_scan_over_the_mean_of_the_batch_mixes_documents(form, monkeypatch):
-    monkeypatch.setattr(compressive_memory, "scan_states", scan_of_the_batch)
-    assert influence_of_others(form) > 1e-3
-
-
-@pytest.mark.parametrize("family", FAMILIES)
+@both_families
 def test_a_run_leaves_nothing_in_the_model(family):
     model = tiny_model(family)
     insert_infini(model, infini_params(local_context=2))
@@ -194,28 +187,27 @@ def test_a_run_leaves_nothing_in_the_model(family):
 
 
 @every_form
-@pytest.mark.parametrize("detached", [False, True])
+@pytest.mark.parametrize("bptt_segments", ["all", 1])
 @pytest.mark.parametrize("of", ["k_proj", "v_proj"])
-def test_the_loss_of_a_segment_teaches_keys_of_long_before_unless_detached(form, of, detached):
-    layer, x = make_layer(form | {"bptt_segments": 1 if detached else "all"}), draw_hidden(2, 9)
+def test_the_loss_of_a_segment_teaches_keys_of_long_before_unless_cut(form, of, bptt_segments):
+    layer, x = make_layer(form | {"bptt_segments": bptt_segments}), draw_hidden(2, DOCUMENT)
     projected = getattr(layer, of)(x).detach().requires_grad_()
     getattr(layer, of).forward = lambda _: projected
     run_layer(layer, x)[:, -SEGMENT:].sum().backward()
     # The document's first token is carried along as the sink.
     taught = largest(projected.grad[:, 1:SEGMENT])
-    assert taught == 0 if detached else taught > 1e-3
+    assert taught > 1e-3 if bptt_segments == "all" else taught == 0
 
 
 @every_form
 @pytest.mark.parametrize("part", ["memory", "context"])
-def test_the_gradient_crosses_calls_unless_it_is_cut(form, part):
-    for bptt_segments in ("all", 2):
-        layer = make_layer(form | {"bptt_segments": bptt_segments, "local_context": 2})
-        x, first = draw_hidden(2, 2 * SEGMENT).requires_grad_(), State()
-        run_layer(layer, x[:, :SEGMENT], state=first)
-        carried = LayerState(**{part: getattr(first.after[LAYER], part)})
-        second = State(before={LAYER: carried})
-        out = run_layer(layer, x[:, SEGMENT:], SEGMENT, state=second)
-        (gradient,) = torch.autograd.grad(out.sum(), x)
-        crossed = largest(gradient[:, :SEGMENT])
-        assert crossed > 1e-4 if bptt_segments == "all" else crossed == 0
+@pytest.mark.parametrize("bptt_segments", ["all", 2])
+def test_the_gradient_crosses_calls_unless_it_is_cut(form, part, bptt_segments):
+    layer = make_layer(form | {"bptt_segments": bptt_segments, "local_context": 2})
+    x, first = draw_hidden(2, DOCUMENT).requires_grad_(), State()
+    run_layer(layer, x[:, :SEGMENT], state=first)
+    carried = LayerState(**{part: getattr(first.after[LAYER], part)})
+    out = run_layer(layer, x[:, SEGMENT:], SEGMENT, state=State(before={LAYER: carried}))
+    (gradient,) = torch.autograd.grad(out.sum(), x)
+    crossed = largest(gradient[:, :SEGMENT])
+    assert crossed > 1e-4 if bptt_segments == "all" else crossed == 0

@@ -1,118 +1,79 @@
 """Cutting rows into segments, checked by the number of each token."""
 
-from collections.abc import Callable
-
 import pytest
 import torch
 from torch import Tensor
 
 from infini_retrofit.layer.cut import Cut, Layout
 
-ROWS, TOKENS, HEADS, SIZE = 2, 11, 3, 5
-WIDTH = HEADS * SIZE
+ROWS, TOKENS, HEADS, SIZE, LENGTH = 2, 11, 3, 5, 4
+# The last 8 tokens of the first row, and the first 8 of the second.
+PADDED = torch.ones(ROWS, TOKENS, dtype=torch.bool)
+PADDED[0, :3] = PADDED[1, 8:] = False
+EACH_ROW = [[(row, t) for t in range(TOKENS)] for row in range(ROWS)]
+# How rows are cut, the grid that comes of it, and the (row, token) of each document in order.
+CUTS = [
+    (Cut(), (ROWS, 3, LENGTH), EACH_ROW),
+    (Cut(segment_length=1), (ROWS, TOKENS, 1), EACH_ROW),
+    (Cut(segment_length=6), (ROWS, 2, 6), EACH_ROW),
+    (Cut(segment_length=13), (ROWS, 1, TOKENS), EACH_ROW),  # no longer than the row
+    (Cut(num_segments=1), (ROWS, 1, TOKENS), EACH_ROW),
+    (Cut(num_segments=2), (1, 2, TOKENS), [EACH_ROW[0] + EACH_ROW[1]]),
+    (
+        Cut(is_token=PADDED),
+        (ROWS, 3, LENGTH),
+        [[(0, t) for t in range(3, TOKENS)], [(1, t) for t in range(8)]],
+    ),
+]
 
 
-def numbered(num_rows: int = ROWS, num_tokens: int = TOKENS) -> Tensor:
-    """Return (R T HK) whose every value says its row, token, head and channel."""
-    rows, tokens, channels = torch.meshgrid(
-        torch.arange(1, num_rows + 1), torch.arange(num_tokens), torch.arange(WIDTH), indexing="ij"
-    )
-    return (10_000 * rows + 100 * tokens + channels).double()
+def numbered(num_rows: int = ROWS) -> Tensor:
+    """Return (R T HK) of which no two values are equal, none of them zero."""
+    shape = (num_rows, TOKENS, HEADS * SIZE)
+    return torch.arange(1, 1 + torch.Size(shape).numel()).view(shape).double()
 
 
-def number(row: int, token: int, head: int = 0, channel: int = 0) -> int:
-    return 10_000 * (row + 1) + 100 * token + head * SIZE + channel
-
-
-def padded_left_and_right() -> Tensor:
-    """Return where rows have tokens: the last 8 of the first, the first 8 of the second."""
-    is_token = torch.ones(ROWS, TOKENS, dtype=torch.bool)
-    is_token[0, :3] = False
-    is_token[1, 8:] = False
-    return is_token
-
-
-def misplaced(split: Callable[[Layout, Tensor], Tensor]) -> int:
-    """Cut rows of 11 tokens into segments of 4; count the values in a wrong place."""
-    x = split(Layout(numbered(), Cut(), 4), numbered())
-    assert x.shape == (ROWS, 3, HEADS, 4, SIZE)
-    places = torch.cartesian_prod(*map(torch.arange, (ROWS, TOKENS, HEADS, SIZE))).tolist()
-    return sum(int(x[r, t // 4, h, t % 4, c] != number(r, t, h, c)) for r, t, h, c in places)
-
-
-def scrambled_split(layout: Layout, x: Tensor) -> Tensor:
+def scrambled_split(layout: Layout, x: Tensor, num_heads: int) -> Tensor:
     """Split heads by a view alone: the right shape, and tokens spread over heads."""
-    return layout._grid(x).reshape(*layout.grid[:2], HEADS, layout.grid[2], SIZE)
+    return layout._grid(x).reshape(*layout.grid[:2], num_heads, layout.grid[2], -1)
 
 
-def test_every_value_lands_in_its_segment_and_head():
-    assert misplaced(lambda layout, x: layout.split(x, HEADS)) == 0
-    assert misplaced(scrambled_split) > 100
+def num_misplaced(cut: Cut, documents: list[list[tuple[int, int]]], split) -> int:
+    """Count the tokens that are not where they belong."""
+    x, layout = numbered(), Layout(numbered(), cut, LENGTH)
+    by_token = split(layout, x, HEADS).transpose(2, 3).flatten(3).flatten(1, 2)
+    expected = torch.zeros_like(by_token)
+    for document, tokens in enumerate(documents):
+        for place, (row, token) in enumerate(tokens):
+            expected[document, place] = x[row, token]
+    is_token = layout.mask(x.device).flatten(1, 2)
+    return int((is_token * (by_token != expected).any(-1)).sum())
 
 
-@pytest.mark.parametrize(
-    ("cut", "grid"),
-    [
-        (Cut(segment_length=1), (ROWS, 11, 1)),
-        (Cut(), (ROWS, 3, 4)),
-        (Cut(segment_length=6), (ROWS, 2, 6)),
-        (Cut(segment_length=13), (ROWS, 1, TOKENS)),  # no longer than the row
-        (Cut(num_segments=2), (1, 2, TOKENS)),
-        (Cut(is_token=padded_left_and_right()), (ROWS, 3, 4)),
-    ],
-)
-def test_join_undoes_split(cut, grid):
-    x = numbered()
-    layout = Layout(x, cut, 4)
+@pytest.mark.parametrize(("cut", "grid", "documents"), CUTS)
+def test_every_token_lands_in_its_document_segment_and_head(cut, grid, documents):
+    x, layout = numbered(), Layout(numbered(), cut, LENGTH)
     assert layout.grid == grid
+    assert num_misplaced(cut, documents, Layout.split) == 0
+    assert num_misplaced(cut, documents, scrambled_split) > 0 or grid[2] == 1
+    places = grid[1] * grid[2]
+    is_token = [[True] * len(d) + [False] * (places - len(d)) for d in documents]
+    assert layout.mask(x.device).flatten(1).tolist() == is_token
+    assert (layout.is_token is None) == all(map(all, is_token))
     assert torch.equal(layout.join(layout.split(x, HEADS)), x)
 
 
-def test_what_fills_the_last_segment_is_no_token():
-    layout = Layout(numbered(), Cut(), 4)
-    want = torch.tensor([[True] * 4, [True] * 4, [True] * 3 + [False]])
-    assert torch.equal(layout.mask(torch.device("cpu")), want.expand(ROWS, -1, -1))
-    whole = Layout(numbered(num_tokens=12), Cut(), 4)
-    assert whole.is_token is None
-    assert whole.mask(torch.device("cpu")).all()
+@pytest.mark.parametrize(("cut", "grid", "documents"), CUTS)
+@pytest.mark.parametrize("num_tables", [1, ROWS])
+def test_positions_move_with_their_tokens(cut, grid, documents, num_tables):
+    table = torch.arange(num_tables * TOKENS * 2).view(num_tables, TOKENS, 2).double()
+    split = Layout(numbered(), cut, LENGTH).split_positions(table)
+    split = split.expand(*grid[:2], 1, grid[2], 2)[:, :, 0].flatten(1, 2)
+    for document, tokens in enumerate(documents):
+        want = [table[row % num_tables, token] for row, token in tokens]
+        assert torch.equal(split[document, : len(tokens)], torch.stack(want))
 
 
-def test_folded_rows_become_the_segments_of_their_document():
-    x = numbered(num_rows=6, num_tokens=4)
-    y = Layout(x, Cut(num_segments=3), 999).split(x, HEADS)
-    assert y.shape == (2, 3, HEADS, 4, SIZE)
-    assert y[1, 2, 1, 3, 4] == number(5, 3, 1, 4)
+def test_folded_rows_that_fill_no_whole_document_are_our_own_slip():
     with pytest.raises(AssertionError, match="whole documents"):
-        Layout(numbered(num_rows=5), Cut(num_segments=3), 4)
-
-
-def test_padding_on_either_side_goes_to_the_end_of_the_document_and_positions_too():
-    layout = Layout(numbered(), Cut(is_token=padded_left_and_right()), 4)
-    tokens = layout.split(numbered(), HEADS).transpose(2, 3).flatten(1, 2)[:, :, 0, 0]
-    assert tokens[0, :8].tolist() == [number(0, t) for t in range(3, 11)]
-    assert tokens[1, :8].tolist() == [number(1, t) for t in range(8)]
-    assert layout.is_token.flatten(1).tolist() == [[True] * 8 + [False] * 4] * 2
-    for positions in (table(1, TOKENS), table(ROWS, TOKENS)):
-        split = layout.split_positions(positions)
-        assert torch.equal(split[0, 0, 0], positions[0, 3:7])
-        assert torch.equal(split[1, 0, 0], positions[-1, :4])
-
-
-def table(num_rows: int, num_tokens: int) -> Tensor:
-    return torch.arange(num_rows * num_tokens * 2).view(num_rows, num_tokens, 2).double()
-
-
-def test_one_position_table_serves_all_folded_rows():
-    layout = Layout(numbered(num_rows=6, num_tokens=4), Cut(num_segments=3), 999)
-    one = layout.split_positions(table(1, 4)).expand(2, 3, 1, 4, 2)
-    assert torch.equal(one[1, 2, 0], table(1, 4)[0])
-    each = layout.split_positions(table(6, 4))
-    assert torch.equal(each[1, 2, 0], table(6, 4)[5])
-
-
-@pytest.mark.parametrize("num_tokens", [12, 11])
-def test_one_position_table_serves_all_rows_cut_in_layer(num_tokens):
-    layout = Layout(numbered(num_tokens=num_tokens), Cut(), 4)
-    split = layout.split_positions(table(1, num_tokens)).expand(ROWS, 3, 1, 4, 2)
-    assert torch.equal(split[1, 1, 0], table(1, num_tokens)[0, 4:8])
-    assert torch.equal(split[1, 2, 0, :3], table(1, num_tokens)[0, 8:11])
+        Layout(numbered(num_rows=5), Cut(num_segments=3), LENGTH)

@@ -13,12 +13,15 @@ from infini_retrofit.layer.probe import Probe
 from infini_retrofit.model.retrofit import infini_modules, insert_infini
 from infini_retrofit.model.running import run_folded
 from tests.reference import (
-    FORMS,
     LAYER,
     MODEL_FORMS,
+    PUBLISHED,
     SEGMENT,
     SHAPE,
+    both_families,
     draw_hidden,
+    every_form,
+    every_model_form,
     infini_params,
     largest,
     make_layer,
@@ -26,10 +29,9 @@ from tests.reference import (
     run_layer,
     set_share,
 )
-from tests.tiny import FAMILIES, random_ids, tiny_model
+from tests.tiny import random_ids, tiny_model
 
 ITEMS, START = 7, 0.02
-both_families = pytest.mark.parametrize("family", FAMILIES)
 
 
 def recall_layer(share: float) -> InfiniAttention:
@@ -101,7 +103,7 @@ def gradients_at_the_start(family: str, form: dict) -> dict[str, Tensor]:
 
 
 @both_families
-@pytest.mark.parametrize("form", MODEL_FORMS, ids=name_of)
+@every_model_form
 def test_every_parameter_feels_the_loss_before_any_training(family, form):
     for name, gradient in gradients_at_the_start(family, form | {"insertion": "replace"}).items():
         assert gradient.isfinite().all(), name
@@ -133,7 +135,7 @@ def test_a_branch_learns_once_its_factor_moved_unless_a_second_one_starts_at_zer
     assert not any(moved.values()) if zeroed else all(moved.values())
 
 
-@pytest.mark.parametrize("form", FORMS, ids=name_of)
+@every_form
 def test_a_layer_notes_what_each_query_makes_of_its_memory_if_it_is_asked(form):
     layer, x = make_layer(form, torch.bfloat16), draw_hidden(2, 3 * SEGMENT, torch.bfloat16)
     asked = Probe(readings={})
@@ -151,7 +153,7 @@ def test_a_layer_notes_what_each_query_makes_of_its_memory_if_it_is_asked(form):
 
 
 def test_the_shares_noted_are_those_that_the_gates_give():
-    layer, x = make_layer(FORMS[0]), draw_hidden(1, 2 * SEGMENT)
+    layer, x = make_layer(PUBLISHED), draw_hidden(1, 2 * SEGMENT)
     probe, off = Probe(readings={}), Probe(read="off", readings={})
     run_layer(layer, x, probe=probe)
     want = layer.gate_logit.detach().sigmoid()[:, None].expand(-1, SEGMENT).float()

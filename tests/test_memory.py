@@ -46,11 +46,10 @@ def draw(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
     return torch.randn(*shape, dtype=dtype)
 
 
-def draw_write(dtype: torch.dtype = torch.float64, is_weighted: bool = False) -> Write:
+def draw_write() -> Write:
     grid = (BATCH, SEGMENTS, HEADS, TOKENS)
-    weight = torch.rand(*grid, 1, dtype=dtype).requires_grad_() if is_weighted else None
-    feature, value = elu1(draw(*grid, KEY, dtype=dtype)), draw(*grid, VALUE, dtype=dtype)
-    return Write(feature.requires_grad_(), value.requires_grad_(), weight)
+    feature, value = elu1(draw(*grid, KEY)), draw(*grid, VALUE)
+    return Write(feature.requires_grad_(), value.requires_grad_())
 
 
 def draw_initial() -> MemoryState:
@@ -69,11 +68,9 @@ def read_and_mix(local: Tensor, feature: Tensor, state: MemoryState, gate: Tenso
 
 
 @every_border
-@pytest.mark.parametrize("is_weighted", [False, True])
-def test_all_segments_at_once_equal_one_after_another_for_the_linear_rule(is_weighted, every):
-    write, initial = draw_write(is_weighted=is_weighted), draw_initial()
+def test_all_segments_at_once_equal_one_after_another_for_the_linear_rule(every):
+    write, initial = draw_write(), draw_initial()
     inputs = [write.feature, write.value, initial.matrix, initial.normalizer]
-    inputs += [write.weight] if is_weighted else []
     got = numbers(prefix_states(write_segments(write), initial, every))
     want = numbers(scan_states(write, "linear", initial, stop_gradient_every=every))
     assert largest(got - want) < 1e-12
@@ -142,6 +139,15 @@ def test_a_normalizer_that_grows_by_known_keys_is_noticed(monkeypatch):
     printed = memory._update
     monkeypatch.setattr(memory, "_update", lambda s, w, rule, kept: printed(s, w, "delta", kept))
     assert read_back("delta_gamma", 3.0, 3.0) == pytest.approx(3 / 2)
+
+
+def test_a_key_that_the_corrected_normalizer_lacks_is_written_whole():
+    feature = torch.tensor([[10.0, 0.0], [1.0, 1.0], [0.0, 1.0]]).view(1, 3, 1, 1, 2)
+    write = Write(feature, torch.tensor([2.0, 3.0, 5.0]).view(1, 3, 1, 1, 1))
+    memories, end = scan_states(write, "delta_gamma")
+    assert memories.normalizer[0, 2, 0].tolist() == [10, 0]
+    assert memories.matrix[0, 2, 0].tolist() == [[21], [1]]
+    assert end.matrix[0, 0].tolist() == [[21], [1 + 5]]
 
 
 @pytest.mark.parametrize("divide", [quotient, torch.div])
@@ -244,13 +250,3 @@ def test_gradients_of_keys_of_any_size_stay_finite(rule, exponent):
     out = read_and_mix(torch.zeros_like(value), elu1(query), memories, torch.zeros(HEADS))
     (gradient,) = torch.autograd.grad(out.sum(), key)
     assert gradient.isfinite().all()
-
-
-@every_rule
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_the_state_of_a_16_bit_model_is_float32(rule, dtype):
-    write = draw_write(torch.float32)
-    _, state = scan_states(
-        Write(elu1(write.feature.to(dtype).float()), write.value.to(dtype)), rule
-    )
-    assert state.matrix.dtype == state.normalizer.dtype == torch.float32

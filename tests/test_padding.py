@@ -7,24 +7,22 @@ from torch import Tensor
 from infini_retrofit.layer import compressive_memory
 from infini_retrofit.layer.attention import InfiniAttention
 from infini_retrofit.layer.cut import Cut
-from infini_retrofit.layer.memory import MemoryState
-from infini_retrofit.layer.state import LayerState, State
+from infini_retrofit.layer.state import State
 from tests.reference import (
-    FORMS,
     LAYER,
+    PUBLISHED,
     SEGMENT,
     WIDTH,
     draw_hidden,
+    every_form,
     largest,
     make_layer,
-    name_of,
     rope_tables,
     run_layer,
 )
 
 TOKENS = 3 * SEGMENT
 LENGTHS = (9, 8, 6, 5, 3, 2)  # tokens of the rows of a batch; k * SEGMENT and others
-every_form = pytest.mark.parametrize("form", FORMS, ids=name_of)
 
 
 def memory_of(state: State, row: int) -> Tensor:
@@ -91,31 +89,17 @@ def test_a_folded_document_that_ends_in_padding_equals_the_document_alone(form):
         assert largest(memory_of(untold, 1) - memory_of(alone, 0)) > 1e-3
 
 
-@every_form
-@torch.no_grad()
-def test_a_document_continues_where_its_padding_began(form):
-    layer, x = make_layer(form | {"local_context": 0}), draw_hidden(2, TOKENS)
-    is_token, padded, alone = torch.ones(2, TOKENS, dtype=torch.bool), State(), State()
-    is_token[1, 2 * SEGMENT :] = False
-    run_layer(layer, x, cut=Cut(is_token=is_token), state=padded)
-    run_layer(layer, x[1:, : 2 * SEGMENT], state=alone)
-    memory, more = padded.after[LAYER].memory, draw_hidden(1, SEGMENT)
-    row = LayerState(MemoryState(memory.matrix[1:], memory.normalizer[1:]))
-    got = run_layer(layer, more, 2 * SEGMENT, state=State(before={LAYER: row}))
-    assert largest(got - run_layer(layer, more, 2 * SEGMENT, state=alone.next())) < 1e-9
-
-
 def test_padding_that_counts_as_time_is_noticed(monkeypatch):
     monkeypatch.setattr(
         compressive_memory,
         "_count_tokens",
         lambda feature, is_token: torch.full(feature.shape[:2], feature.shape[3]),
     )
-    assert run_padded(make_layer(FORMS[0] | {"decay": "feature"}), "right")[1] > 1e-3
+    assert run_padded(make_layer(PUBLISHED | {"decay": "feature"}), "right")[1] > 1e-3
 
 
 def test_a_memory_that_forgets_at_once_is_not_spoilt_by_long_padding():
-    layer, x = make_layer(FORMS[0] | {"decay": "feature"}), draw_hidden(2, TOKENS).requires_grad_()
+    layer, x = make_layer(PUBLISHED | {"decay": "feature"}), draw_hidden(2, TOKENS).requires_grad_()
     layer.memory.decay_logit.data[:] = 7.0
     is_token = torch.ones(2, TOKENS, dtype=torch.bool)
     is_token[:, SEGMENT + 1 :] = False

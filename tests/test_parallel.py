@@ -9,16 +9,14 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from infini_retrofit.layer.cut import Cut
-from infini_retrofit.layer.probe import Probe
 from infini_retrofit.model import retrofit
 from infini_retrofit.model.families import decoder_layers
 from infini_retrofit.model.retrofit import attention_modules, infini_modules, insert_infini
 from infini_retrofit.model.running import run_folded, run_in_layer
-from tests.reference import MODEL_FORMS, infini_params, largest, name_of, set_share
-from tests.tiny import FAMILIES, random_ids, tiny_model
+from tests.reference import MODEL_FORMS, both_families, infini_params, largest, name_of, set_share
+from tests.tiny import random_ids, tiny_model
 
 SEGMENT, DOCUMENT = 5, 20
-both_families = pytest.mark.parametrize("family", FAMILIES)
 PARALLEL = {"insertion": "parallel"}
 # Forms that keep the base's weights.
 ON_THE_BASE = [form for form in MODEL_FORMS if "init" not in form]
@@ -128,12 +126,10 @@ def nll(model: PreTrainedModel, ids: Tensor) -> float:
 @both_families
 @pytest.mark.parametrize("form", ON_THE_BASE, ids=name_of)
 @torch.no_grad()
-def test_with_base_weights_an_unread_memory_costs_nothing_and_a_small_share_little(family, form):
+def test_with_base_weights_a_replacing_layer_of_a_small_share_costs_little(family, form):
     form = form | {"insertion": "replace", "local_context": 0}
     base, model = tiny_model(family).double(), retrofitted(family, **form)
     ids, moved = ids_for(base), []
-    off = run_folded(model, ids, SEGMENT, Probe(read="off"))
-    assert largest(off - run_folded(base, ids, SEGMENT)) < 1e-9
     for share in (0.02, 0.9):
         set_share(model, share)
         moved.append(abs(nll(model, ids) - nll(base, ids)))

@@ -5,50 +5,56 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from infini_retrofit.layer import compressive_memory, memory
 from infini_retrofit.layer.cut import Cut
-from infini_retrofit.layer.memory import MemoryState, prefix_states
 from infini_retrofit.layer.probe import Probe
 from infini_retrofit.layer.state import State
 from infini_retrofit.model import running
 from infini_retrofit.model.retrofit import attention_modules, infini_modules
 from infini_retrofit.model.running import fold, run_folded, run_in_layer, run_swapped
 from tests.reference import (
-    MODEL_FORMS,
+    both_families,
+    every_model_form,
     largest,
     make_model,
-    name_of,
     segment_loop,
     set_share,
 )
-from tests.tiny import FAMILIES, random_ids, tiny_model
+from tests.tiny import random_ids, tiny_model
 
 SEGMENT, DOCUMENT = 5, 15
 TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-5, torch.bfloat16: 2e-2}
-both_families = pytest.mark.parametrize("family", FAMILIES)
-every_form = pytest.mark.parametrize("form", MODEL_FORMS, ids=name_of)
 
 
 def ids_for(model: PreTrainedModel, num_rows: int = 2, num_tokens: int = DOCUMENT) -> Tensor:
     return random_ids(model.config.vocab_size, num_rows, num_tokens)
 
 
+def dtypes_of(state: State) -> set[torch.dtype]:
+    memories = [after.memory for after in state.after.values()]
+    return {x.dtype for m in memories for x in (m.matrix, m.normalizer)}
+
+
+def kept_dtype(form: dict, computed: torch.dtype) -> torch.dtype:
+    return torch.bfloat16 if form.get("state_dtype") == "bfloat16" else computed
+
+
 @both_families
-@every_form
+@every_model_form
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
 @torch.no_grad()
 def test_folded_equals_a_loop_over_segments(family, form, dtype):
-    model = make_model(family, form, dtype)
+    model, state = make_model(family, form, dtype), State()
     ids = ids_for(model)
-    got, want = run_folded(model, ids, SEGMENT), segment_loop(model, ids, SEGMENT)
+    got, want = run_folded(model, ids, SEGMENT, state=state), segment_loop(model, ids, SEGMENT)
     assert got.dtype is dtype
+    assert dtypes_of(state) == {kept_dtype(form, torch.promote_types(dtype, torch.float32))}
     assert largest(got - want) < TOLERANCES[dtype] * largest(want)
     apart = run_folded(model, ids[:, SEGMENT:], SEGMENT, first_position=SEGMENT)
     assert largest(got[:, SEGMENT:] - apart) > 0.01 * largest(got)
 
 
 @both_families
-@every_form
+@every_model_form
 def test_the_gradient_of_folded_equals_that_of_the_loop(family, form):
     # In 16 bits a state passes its gradient from call to call in 16 bits, too.
     model = make_model(family, form | {"bptt_segments": "all", "state_dtype": "float32"})
@@ -66,21 +72,13 @@ def fold_segments_first(x: Tensor, segment_length: int) -> Tensor:
     return x.unflatten(1, (-1, segment_length)).transpose(0, 1).flatten(0, 1)
 
 
-def inclusive_prefix(written: MemoryState, before: MemoryState, stop_gradient_every):
-    _, after = prefix_states(written, before)
-    return MemoryState(written.matrix.cumsum(1), written.normalizer.cumsum(1)), after
-
-
 @both_families
 @torch.no_grad()
-def test_a_wrong_fold_and_a_memory_of_the_segment_itself_are_noticed(family, monkeypatch):
+def test_a_fold_in_another_order_is_noticed(family, monkeypatch):
     model = make_model(family, {}, torch.float32)
     ids = ids_for(model)
     want = segment_loop(model, ids, SEGMENT)
-    with monkeypatch.context() as patch:
-        patch.setattr(running, "fold", fold_segments_first)
-        assert largest(run_folded(model, ids, SEGMENT) - want) > 0.1
-    monkeypatch.setattr(compressive_memory, "prefix_states", inclusive_prefix)
+    monkeypatch.setattr(running, "fold", fold_segments_first)
     assert largest(run_folded(model, ids, SEGMENT) - want) > 0.1
 
 
@@ -98,7 +96,7 @@ def test_positions_that_restart_in_a_later_call_matter_to_carried_keys_only(fami
 
 
 @both_families
-@every_form
+@every_model_form
 @torch.no_grad()
 def test_under_autocast_the_state_stays_in_its_number_type(family, form):
     model, state = make_model(family, form, torch.float32), State()
@@ -107,50 +105,23 @@ def test_under_autocast_the_state_stays_in_its_number_type(family, form):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         got = run_folded(model, ids, SEGMENT, state=state)
     assert 0 < (got - want).abs().mean() < 0.05 * largest(want)
-    memories = [after.memory for after in state.after.values()]
-    want_dtype = getattr(torch, form.get("state_dtype", "float32"))
-    assert {x.dtype for m in memories for x in (m.matrix, m.normalizer)} == {want_dtype}
-
-
-def rounded_prefix(written: MemoryState, before: MemoryState, stop_gradient_every):
-    """Keep the state in bfloat16, segment after segment."""
-    found = []
-    for x in (written.matrix, written.normalizer):
-        states = [torch.zeros_like(x[:, 0]).bfloat16()]
-        for added in x.unbind(1):
-            states.append(states[-1] + added.bfloat16())
-        found.append(torch.stack(states, dim=1).float())
-    matrix, normalizer = found
-    memories = MemoryState(matrix[:, :-1], normalizer[:, :-1])
-    return memories, MemoryState(matrix[:, -1], normalizer[:, -1])
-
-
-UPDATE = memory._update
-
-
-def rounded_update(state: MemoryState, *args: object) -> MemoryState:
-    """Keep the state in bfloat16, as a rule leaves it."""
-    return UPDATE(state, *args).to(torch.bfloat16).to(torch.float32)
+    assert dtypes_of(state) == {kept_dtype(form, torch.float32)}
 
 
 @pytest.mark.parametrize(("rule", "most"), [("linear", 0.8), ("delta", 0.8), ("delta_gamma", 0.9)])
 @torch.no_grad()
-def test_a_bfloat16_model_is_closer_to_float32_than_one_with_a_bfloat16_state(
-    rule, most, monkeypatch
-):
-    form = {"layers": [0], "update_rule": rule}
-    exact, model = (make_model("llama", form, d) for d in (torch.float32, torch.bfloat16))
-    exact.load_state_dict(model.state_dict())
-    for x in (exact, model):
-        set_share(x, 0.9)
-    ids = ids_for(exact, 1, 400 * SEGMENT)
-    want = run_folded(exact, ids, SEGMENT)
-    error = (run_folded(model, ids, SEGMENT) - want).abs().mean()
-    monkeypatch.setattr(compressive_memory, "prefix_states", rounded_prefix)
-    monkeypatch.setattr(memory, "_update", rounded_update)
-    rounded_error = (run_folded(model, ids, SEGMENT) - want).abs().mean()
+def test_a_bfloat16_model_is_closer_to_float32_with_a_float32_state(rule, most):
+    form, outputs = {"layers": [0], "update_rule": rule}, []
+    short = {"state_dtype": "bfloat16"}
+    runs = ((form, torch.float32), (form, torch.bfloat16), (form | short, torch.bfloat16))
+    models = [make_model("llama", *run) for run in runs]
+    for model in models:
+        model.load_state_dict(models[1].state_dict())
+        set_share(model, 0.9)
+        outputs.append(run_folded(model, ids_for(model, 1, 400 * SEGMENT), SEGMENT))
+    error, rounded = ((out - outputs[0]).abs().mean() for out in outputs[1:])
     assert error < TOLERANCES[torch.bfloat16]
-    assert error < most * rounded_error
+    assert error < most * rounded
 
 
 ALL_OF_IT = {
