@@ -67,12 +67,7 @@ def memory_use(
 ) -> dict[str, float]:
     """Sum up the readings of all layers, and score the documents without the memory.
 
-    Args:
-        model: a retrofitted model.
-        documents: token ids.
-        segment_length: tokens.
-        own: the score of the runs of `run_and_read`.
-        readings: what `run_and_read` noted.
+    `own` is the score of the runs of `run_and_read`, which noted the readings.
 
     Returns:
         `memory_share_mean`, `_p05`, `_p50` and `_p95` over pairs of a query and a head,

@@ -35,14 +35,9 @@ Whose = Literal[Read, "swapped"]
 
 @dataclass(frozen=True)
 class Score:
-    """A sum over scored tokens.
+    """A sum over scored tokens."""
 
-    Attributes:
-        nll_sum: negative log-likelihood in nats.
-        num_scored: tokens.
-    """
-
-    nll_sum: float
+    nll_sum: float  # negative log-likelihood in nats
     num_scored: int
 
     @classmethod
@@ -101,11 +96,7 @@ def segment_runs(
     segment_length: int,
     read: Whose = "own",
 ) -> Iterator[Run]:
-    """Run documents of which every layer sees one segment at a time (folded).
-
-    Raises:
-        ValueError: if memories are to be swapped and there is only one document.
-    """
+    """Run documents of which every layer sees one segment at a time (folded)."""
     for runs in memory_runs(model, documents, segment_length, (read,)):
         yield runs[read]
 

@@ -44,12 +44,7 @@ def plan_control(
     """Return a retrofit's control; what makes no difference to it has one value for all.
 
     Its layers make one however it trains: in a sliding window they see their segment only.
-
-    Args:
-        infini: the form of the retrofit.
-        params: section `finetune`.
-        own: section `finetune_control`.
-        num_layers: of the base.
+    `params` is section `finetune`, `own` section `finetune_control`.
     """
     params = own.applied_to(params)
     params = replace(params, lr_scale=replace(params.lr_scale, memory=1.0))

@@ -131,16 +131,12 @@ class Distillation(Trainee):
 
 @dataclass(frozen=True)
 class Call:
-    """What a layer or attention of the base was given in a full forward pass, and returned.
-
-    Attributes:
-        num_segments: rows that make up one sample, see `confined`; None: a row is a sample.
-    """
+    """What a layer or attention of the base was given in a full forward pass, and returned."""
 
     args: tuple
     kwargs: dict
     output: Tensor
-    num_segments: int | None = None
+    num_segments: int | None = None  # rows that make up one sample; None: a row is a sample
 
     def confined(self, segment_length: int) -> "Call":
         """Return the call with segments as rows, so that no base attention sees beyond its own."""

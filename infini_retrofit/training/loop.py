@@ -51,21 +51,19 @@ def train(
     history_path: Path,
     memory_path: Path | None = None,
 ) -> dict[str, int | float | str]:
-    """Train to the weights of the best epoch and return its results.
+    """Train to the weights of the epoch with the lowest val_loss and return its results.
 
-    Without epochs, or without a parameter to train, it only validates, and prints that.
+    A killed run resumes from the last epoch in `checkpoints`. Without epochs, or without a
+    parameter to train, it only validates, and prints that.
 
     Args:
-        trainee: holds the weights of the epoch with the lowest val_loss in the end.
+        trainee: holds the weights of the best epoch in the end.
         train_samples: token ids, one row a sample.
         val_samples: the same, of other articles.
         schedule: how long and how fast.
-        checkpoints: folder of the run; a killed run resumes from its last epoch.
+        checkpoints: folder of the run.
         history_path: gets loss and perplexity by epoch and split (TSV).
         memory_path: gets the use of the memory by epoch (TSV); None: no file.
-
-    Returns:
-        The validation of the best epoch, and how much was trained.
 
     Raises:
         FloatingPointError: if a loss is not finite.
@@ -281,14 +279,8 @@ def share_rows(
 ) -> tuple[int, int]:
     """Return how many rows of a step belong to one process, and how many the step has.
 
-    The last step of an epoch may have fewer than `batch_size`, or none for some processes.
-
-    Args:
-        num_rows: of an epoch.
-        batch_size: rows a step and process.
-        step: of the epoch, from 0.
-        process: which one, from 0.
-        processes: how many there are.
+    The last step of an epoch may have fewer than `batch_size`, or none for some processes. Steps
+    of the epoch and processes count from 0.
     """
     num_left = num_rows - step * batch_size * processes
     num_own = min(max(num_left - process * batch_size, 0), batch_size)

@@ -87,14 +87,10 @@ class LoraParams:
 
 @dataclass(frozen=True)
 class Adapters:
-    """The adapters in a model, and all that trains with them.
-
-    Attributes:
-        groups: the trainable parameters as `set_trainable` returns them; `infini` holds the
-            adapters of Infini layers, `rest` those of the base's own attention.
-    """
+    """The adapters in a model, and all that trains with them."""
 
     tuner: nn.Module
+    # As `set_trainable` returns them; adapters of Infini layers are in `infini`, others in `rest`.
     groups: dict[str, list[nn.Parameter]]
 
     def merge(self) -> None:

@@ -140,9 +140,7 @@ def memory_history(log: list[dict[str, Any]]) -> list[Row]:
 def results(log: list[dict[str, Any]], num_tokens: int) -> Row:
     """Return the validation of the best epoch, and how much was trained.
 
-    Args:
-        log: the Trainer's.
-        num_tokens: of one epoch.
+    An epoch has `num_tokens`.
     """
     validations = _validations(log)
     epochs_run = max(validations)
