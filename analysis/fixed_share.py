@@ -25,8 +25,7 @@ from infini_retrofit.model.checkpoints import load_retrofit
 from infini_retrofit.model.retrofit import infini_modules, insert_infini, resolve_layers
 from infini_retrofit.pipeline.device import start_run
 from infini_retrofit.pipeline.params import load_section
-from infini_retrofit.scoring.labels import next_token_nlls
-from infini_retrofit.scoring.score import Score, Whose, memory_runs, total
+from infini_retrofit.scoring.score import MemoryRead, Score, memory_runs, next_token_nlls, total
 
 HEADER = ["share", "PPL", "nats a token won", "another document's memory", "its nats a token won"]
 
@@ -50,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     documents = open_documents(options.documents)
     device, dtype = start_run()
 
-    def score(share: float, reads: Sequence[Whose]) -> dict[Whose, Score]:
+    def score(share: float, reads: Sequence[MemoryRead]) -> dict[MemoryRead, Score]:
         model = insert_memory(options.model, form, dtype).to(device)
         for module in infini_modules(model).values():
             torch.nn.init.constant_(module.gate_logit, math.log(share / (1 - share)))
@@ -68,10 +67,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def score_reads(
-    model: PreTrainedModel, documents: Int[Tensor, "B T"], length: int, reads: Sequence[Whose]
-) -> dict[Whose, Score]:
+    model: PreTrainedModel, documents: Int[Tensor, "B T"], length: int, reads: Sequence[MemoryRead]
+) -> dict[MemoryRead, Score]:
     """Score documents in segments, once for each memory to read."""
-    scores: dict[Whose, list[Score]] = {read: [] for read in reads}
+    scores: dict[MemoryRead, list[Score]] = {read: [] for read in reads}
     for runs in memory_runs(model, documents, length, reads):
         for read, run in runs.items():
             scores[read].append(Score.of(next_token_nlls(model, *run)))

@@ -38,7 +38,7 @@ from analysis.programs import (
 )
 from infini_retrofit.model.running import run_folded, run_in_layer
 from infini_retrofit.pipeline.tokens import read_titles
-from infini_retrofit.scoring.labels import next_token_nlls
+from infini_retrofit.scoring.score import next_token_nlls
 
 BEGINNINGS_PER_BATCH = 2  # they go through the model at once
 WON, INTERVAL = "nats a token over the row above", "95% interval"

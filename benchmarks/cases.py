@@ -22,13 +22,13 @@ from infini_retrofit.layer.state import State
 from infini_retrofit.model.base import load_base
 from infini_retrofit.model.retrofit import insert_infini
 from infini_retrofit.model.running import run_folded
-from infini_retrofit.scoring.labels import next_token_nlls, next_tokens
 from infini_retrofit.scoring.losses import token_nlls
+from infini_retrofit.scoring.score import next_token_nlls, next_tokens
 from infini_retrofit.training.control import make_control
 from infini_retrofit.training.distillation import Distillation, DistillParams
 from infini_retrofit.training.finetuning import FinetuneParams, Finetuning, LrScale
 from infini_retrofit.training.parameters import LoraParams
-from infini_retrofit.training.trainee import Trainee
+from infini_retrofit.training.task import TrainingTask
 
 PUBLISHED = InfiniParams(layers=[0])  # on the base's weights
 # As in params.yaml.
@@ -222,14 +222,14 @@ def distilling(setting: Setting) -> Job:
     return _step(Distillation(model, infini, params, setting.dtype), samples)
 
 
-def _step(trainee: Trainee, input_ids: Int[Tensor, "B T"], head_operations: int = 0) -> Job:
+def _step(task: TrainingTask, input_ids: Int[Tensor, "B T"], head_operations: int = 0) -> Job:
     """Return a training step as the Trainer takes it, without the optimiser's part."""
-    trainee.train()
+    task.train()
 
     def run() -> float:
-        trainee.zero_grad()
-        with trainee.mixed_precision():
-            loss = trainee(input_ids)["loss"]
+        task.zero_grad()
+        with task.mixed_precision():
+            loss = task(input_ids)["loss"]
         loss.backward()
         return loss.item()
 

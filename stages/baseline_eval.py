@@ -20,8 +20,8 @@ TRAIN_TEXT, TEST_TEXT = Path("data/wikitext/train.parquet"), Path("data/wikitext
 TEST_DOCUMENTS = Path("data/longdocs/test.parquet")
 
 
-def main() -> None:
-    """Run the stage."""
+def main() -> str:
+    """Run the stage and return what it made."""
     params = load_section(EvalParams, "eval")
     rival = load_json(Rival, RIVAL, "dvc repro prepare_comparison")
     text = read_test_text(TEST_TEXT, TEST_DOCUMENTS, params.sliding_tokens, params.documents)
@@ -34,6 +34,7 @@ def main() -> None:
         base = evaluate("base", model, Setting(params, text, rival))
     base.metrics["unigram_test_ppl"] = unigram.ppl
     base.write("baseline")
+    return f"baseline_eval: base {base}"
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from infini_retrofit.pipeline.params import load_choice, load_section
 from infini_retrofit.texts.corpora import CORPORA, SAME, LongdocsParams
 from infini_retrofit.training.control import ControlParams
 from infini_retrofit.training.distillation import DistillParams
-from infini_retrofit.training.finetuning import FinetuneParams, check_trainable
+from infini_retrofit.training.finetuning import FinetuneParams
 
 PARAMS_OK, BASE = Path("data/params_ok"), Path("models/base")
 
@@ -47,8 +47,8 @@ class Params:
             raise ValueError(f"launcher must be a command such as python, got {self.launcher!r}")
 
 
-def main() -> None:
-    """Run the stage."""
+def main() -> str:
+    """Run the stage and return what it made."""
     params = load_section(Params, "")
     model = load_choice(BASE_KINDS, "model", "models")
     load_choice(CORPORA, "corpus", "corpora")
@@ -57,6 +57,7 @@ def main() -> None:
     check_between(params)
     check_base(params, model.known_depth())
     write_text(PARAMS_OK, "params.yaml was checked\n")
+    return "check_params: every parameter is valid"
 
 
 def check_between(params: Params) -> None:
@@ -77,8 +78,13 @@ def check_between(params: Params) -> None:
             "longdocs.tokens_per_document must be at least 2 segments (infini.segment_length = "
             f"{segment_length} tokens), or nothing crosses a border, got {segment_length}"
         )
-    check_trainable(params.finetune.trainable, params.infini)
-    check_trainable(params.finetune_control.trainable, params.infini, "finetune_control")
+    for section in ("finetune", "finetune_control"):
+        trainable = getattr(params, section).trainable
+        if params.infini.layers == [] and trainable in ("memory", "infini"):
+            raise ValueError(
+                f"{section}.trainable must be one of all, attention, lora when infini.layers is "
+                f"[], where no Infini layer could train, got {trainable}"
+            )
     check_objective(params.infini, params.distill)
 
 

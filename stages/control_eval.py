@@ -22,8 +22,8 @@ RIVAL = Path("data/rival.json")
 TEST_TEXT, TEST_DOCUMENTS = Path("data/wikitext/test.parquet"), Path("data/longdocs/test.parquet")
 
 
-def main() -> None:
-    """Run the stage."""
+def main() -> str:
+    """Run the stage and return what it made."""
     params = load_section(EvalParams, "eval")
     rival = load_json(Rival, RIVAL, "dvc repro prepare_comparison")
     text = read_test_text(TEST_TEXT, TEST_DOCUMENTS, params.sliding_tokens, params.documents)
@@ -34,6 +34,7 @@ def main() -> None:
         control = evaluate("control", model.to(device), Setting(params, text, rival))
     control.metrics["gap_test_nats"] = gap_test_nats(control.metrics)
     control.write("control")
+    return f"control_eval: control {control}"
 
 
 if __name__ == "__main__":

@@ -17,15 +17,15 @@ from infini_retrofit.pipeline.guard import run_stage, stage_code, training_run
 from infini_retrofit.pipeline.params import load_section
 from infini_retrofit.pipeline.tokens import read_samples
 from infini_retrofit.training.distillation import Distillation, DistillParams
-from infini_retrofit.training.loop import train
+from infini_retrofit.training.loop import outcome, train
 
 BASE, TEXT, DISTILLED = Path("models/base"), Path("data/wikitext"), Path("models/distilled")
 METRICS = Path("metrics/distill.json")
 HISTORY, MEMORY = Path("plots/distill.tsv"), Path("plots/distill_memory.tsv")
 
 
-def main() -> None:
-    """Run the stage."""
+def main() -> str:
+    """Run the stage and return what it made."""
     infini, params = load_section(InfiniParams, "infini"), load_section(DistillParams, "distill")
     sections = {"infini": infini, "distill": params}
     check_layers(infini, BASE)
@@ -35,11 +35,12 @@ def main() -> None:
     device, dtype = start_run()
     with training_run("distill", [BASE, TEXT], sections, stage_code("distill")) as run:
         model = load_base(BASE, torch.float32).to(device)
-        trainee = Distillation(model, infini, params, dtype)
-        metrics = train(trainee, train_samples, val_samples, params, run.path, HISTORY, MEMORY)
+        task = Distillation(model, infini, params, dtype)
+        metrics = train(task, train_samples, val_samples, params, run.path, HISTORY, MEMORY)
         if run.is_first:
             save_retrofit(model, infini, BASE, DISTILLED)
             write_metrics(METRICS, metrics)
+    return f"distill: {outcome(metrics)}"
 
 
 if __name__ == "__main__":

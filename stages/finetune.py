@@ -16,7 +16,7 @@ from infini_retrofit.pipeline.guard import run_stage, stage_code, training_run
 from infini_retrofit.pipeline.params import load_section
 from infini_retrofit.pipeline.tokens import read_documents
 from infini_retrofit.training.finetuning import FinetuneParams, Finetuning
-from infini_retrofit.training.loop import train
+from infini_retrofit.training.loop import outcome, train
 
 BASE, DISTILLED, FINETUNED = (Path("models") / n for n in ("base", "distilled", "finetuned"))
 DOCUMENTS = Path("data/longdocs")
@@ -24,8 +24,8 @@ METRICS = Path("metrics/finetune.json")
 HISTORY, MEMORY = Path("plots/finetune.tsv"), Path("plots/finetune_memory.tsv")
 
 
-def main() -> None:
-    """Run the stage."""
+def main() -> str:
+    """Run the stage and return what it made."""
     params = load_section(FinetuneParams, "finetune")
     train_documents = read_documents(DOCUMENTS / "train.parquet", params.train_documents)
     val_documents = read_documents(DOCUMENTS / "val.parquet", params.val_documents)
@@ -34,11 +34,12 @@ def main() -> None:
     with training_run("finetune", inputs, {"finetune": params}, code) as run:
         model, infini = load_retrofit(BASE, DISTILLED, torch.float32, "dvc repro distill")
         base = load_base(BASE, dtype).to(device) if params.kl_weight else None
-        trainee = Finetuning(model.to(device), infini, params, dtype, base)
-        metrics = train(trainee, train_documents, val_documents, params, run.path, HISTORY, MEMORY)
+        task = Finetuning(model.to(device), infini, params, dtype, base)
+        metrics = train(task, train_documents, val_documents, params, run.path, HISTORY, MEMORY)
         if run.is_first:
             save_retrofit(model, infini, BASE, FINETUNED)
             write_metrics(METRICS, metrics)
+    return f"finetune: {outcome(metrics)}"
 
 
 if __name__ == "__main__":

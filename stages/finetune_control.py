@@ -17,15 +17,15 @@ from infini_retrofit.pipeline.params import load_json
 from infini_retrofit.pipeline.tokens import read_documents
 from infini_retrofit.training.control import Control, make_control
 from infini_retrofit.training.finetuning import Finetuning
-from infini_retrofit.training.loop import train
+from infini_retrofit.training.loop import outcome, train
 
 BASE, CONTROL, DOCUMENTS = Path("models/base"), Path("models/control"), Path("data/longdocs")
 PLAN = Path("data/control.json")
 METRICS, HISTORY = Path("metrics/finetune_control.json"), Path("plots/finetune_control.tsv")
 
 
-def main() -> None:
-    """Run the stage."""
+def main() -> str:
+    """Run the stage and return what it made."""
     plan = load_json(Control, PLAN, "dvc repro prepare_comparison")
     infini, params = plan.infini, plan.finetune
     train_documents = read_documents(DOCUMENTS / "train.parquet", params.train_documents)
@@ -36,11 +36,12 @@ def main() -> None:
         model = load_base(BASE, torch.float32).to(device)
         base = load_base(BASE, dtype).to(device) if params.kl_weight else None
         control = make_control(model, infini)
-        trainee = Finetuning(model, infini, params, dtype, base)
-        metrics = train(trainee, train_documents, val_documents, params, run.path, HISTORY)
+        task = Finetuning(model, infini, params, dtype, base)
+        metrics = train(task, train_documents, val_documents, params, run.path, HISTORY)
         if run.is_first:
             save_retrofit(model, control, BASE, CONTROL)
             write_metrics(METRICS, metrics)
+    return f"finetune_control: {outcome(metrics)}"
 
 
 if __name__ == "__main__":

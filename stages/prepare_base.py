@@ -4,6 +4,7 @@ Reads:  params.yaml (model, models; corpus and corpora for a base trained from s
 Writes: models/base
 """
 
+import json
 from pathlib import Path
 
 from infini_retrofit.bases.sources import BASE_KINDS, bring_base
@@ -14,8 +15,8 @@ from infini_retrofit.texts.corpora import CORPORA
 BASE = Path("models/base")
 
 
-def main() -> None:
-    """Run the stage."""
+def main() -> str:
+    """Run the stage and return what it made."""
     name, corpus_name = load_section(str, "model"), load_section(str, "corpus")
     params = load_choice(BASE_KINDS, "model", "models")
     corpus = load_choice(CORPORA, "corpus", "corpora")
@@ -26,6 +27,8 @@ def main() -> None:
     }
     with unchanged("prepare_base", presets, stage_code("prepare_base")):
         bring_base(params, name, BASE, corpus_name, corpus)
+    about = json.loads((BASE / "base.json").read_text(encoding="utf-8"))
+    return f"prepare_base: {name}, {about['num_parameters']:,} parameters"
 
 
 if __name__ == "__main__":

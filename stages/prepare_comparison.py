@@ -26,15 +26,21 @@ BASE = Path("models/base")
 CONTROL, RIVAL = Path("data/control.json"), Path("data/rival.json")
 
 
-def main() -> None:
-    """Run the stage."""
+def main() -> str:
+    """Run the stage and return what it made."""
     infini = load_section(InfiniParams, "infini")
     params = load_section(FinetuneParams, "finetune")
     own = load_section(ControlParams, "finetune_control")
     model = load_weightless(BASE)
     check_form(infini, model.config)
-    write(CONTROL, plan_control(infini, params, own, model.config.num_hidden_layers))
-    write(RIVAL, rival_of(model, infini))
+    control = plan_control(infini, params, own, model.config.num_hidden_layers)
+    rival = rival_of(model, infini)
+    write(CONTROL, control)
+    write(RIVAL, rival)
+    return (
+        f"prepare_comparison: a control that trains {control.finetune.trainable}, "
+        f"a rival that carries {rival.num_tokens} tokens"
+    )
 
 
 def write(path: Path, values: Any) -> None:

@@ -10,10 +10,9 @@ Writes: data/longdocs/{train,val,test}.parquet
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from tqdm import tqdm
-
 from infini_retrofit.pipeline.guard import run_stage
 from infini_retrofit.pipeline.params import load_choice, load_section
+from infini_retrofit.pipeline.progress import progress
 from infini_retrofit.texts.articles import read_splits
 from infini_retrofit.texts.corpora import CORPORA, SAME, LongdocsParams
 from infini_retrofit.texts.splits import (
@@ -33,8 +32,8 @@ WIKITEXT = Path("data/wikitext")
 LONGDOCS = Path("data/longdocs")
 
 
-def main() -> None:
-    """Run the stage."""
+def main() -> str:
+    """Run the stage and return what it made."""
     params = load_section(LongdocsParams, "longdocs")
     tokenizer = open_tokenizer(TOKENIZER)
     articles = {split: read_articles(WIKITEXT, split) for split in SPLITS}
@@ -52,6 +51,8 @@ def main() -> None:
     check_sources(documents["test"], params.tokens_per_document)
     for split in SPLITS:
         write_documents(LONGDOCS, split, documents[split])
+    made = ", ".join(f"{split} {len(documents[split]):,}" for split in SPLITS)
+    return f"prepare_longdocs: {made} documents of {params.tokens_per_document:,} tokens"
 
 
 def read_other_corpus(split_of: dict[str, str]) -> dict[str, list[Article]]:
@@ -73,7 +74,7 @@ def take_enough(
 ) -> Iterator[TokenizedArticle]:
     """Yield articles until enough are long: `cut_documents` takes all first parts first."""
     found = 0
-    for article in tqdm(articles, "tokenise documents", unit=" articles"):
+    for article in progress(articles, "tokenise documents", "articles"):
         yield article
         found += len(article.input_ids) >= params.tokens_per_document
         if found == params.documents:

@@ -6,10 +6,9 @@ Writes: data/wikitext/{train,val,test}.parquet
 
 from pathlib import Path
 
-from tqdm import tqdm
-
 from infini_retrofit.pipeline.guard import run_stage
 from infini_retrofit.pipeline.params import load_choice
+from infini_retrofit.pipeline.progress import progress
 from infini_retrofit.texts.articles import read_splits
 from infini_retrofit.texts.corpora import CORPORA
 from infini_retrofit.texts.splits import open_tokenizer, tokenize, write_articles
@@ -18,14 +17,18 @@ TOKENIZER = Path("models/base/tokenizer.json")
 WIKITEXT = Path("data/wikitext")
 
 
-def main() -> None:
-    """Run the stage."""
+def main() -> str:
+    """Run the stage and return what it made."""
     corpus = load_choice(CORPORA, "corpus", "corpora")
     tokenizer = open_tokenizer(TOKENIZER)
+    made = []
     for split, articles in read_splits(corpus).items():
-        tokenized = tokenize(tokenizer, articles)
-        progress = tqdm(tokenized, f"tokenise {split}", len(articles), unit=" articles")
-        write_articles(WIKITEXT, split, list(progress))
+        encoded = tokenize(tokenizer, articles)
+        tokenized = list(progress(encoded, f"tokenise {split}", "articles", len(articles)))
+        write_articles(WIKITEXT, split, tokenized)
+        num_tokens = sum(len(article.input_ids) for article in tokenized)
+        made.append(f"{split} {len(tokenized):,} articles with {num_tokens:,} tokens")
+    return f"prepare_wikitext: {', '.join(made)}"
 
 
 if __name__ == "__main__":

@@ -96,8 +96,8 @@ def test_a_planned_control_trains_as_one_of_the_retrofit_s_own_form(family, over
     for form, part in ((infini, finetune), (plan.infini, plan.finetune)):
         model = tiny_model(family)
         make_control(model, form)
-        trainee = Finetuning(model, form, part, torch.float32)
-        metrics = run(trainee, tmp_path / str(len(found)), **{"epochs": 1, "lr": 1e-3} | params)
+        task = Finetuning(model, form, part, torch.float32)
+        metrics = run(task, tmp_path / str(len(found)), **{"epochs": 1, "lr": 1e-3} | params)
         setting = Setting(EVAL, TEXT, rival_of(model, infini))
         scored = evaluate("control", model, setting).metrics
         assert scored["sliding_test_ppl"] > 1

@@ -71,11 +71,11 @@ def test_targets_are_causal_under_eager_attention_too(family):
 
 @both_objectives
 def test_distilling_lowers_the_loss_and_needs_no_teacher_in_its_checkpoint(tmp_path, objective):
-    trainee = distillation(objective=objective)
-    trained = {name for name, p in trainee.named_parameters() if p.requires_grad}
-    assert set(trainee.state_dict()) == trained
-    before = trainee.validate(random_ids(67, 3, TOKENS, seed=1))["val_loss"]
-    metrics = run(trainee, tmp_path, objective=objective, epochs=8)
+    task = distillation(objective=objective)
+    trained = {name for name, p in task.named_parameters() if p.requires_grad}
+    assert set(task.state_dict()) == trained
+    before = task.validate(random_ids(67, 3, TOKENS, seed=1))["val_loss"]
+    metrics = run(task, tmp_path, objective=objective, epochs=8)
     assert metrics["val_loss"] < 0.9 * before
     assert "\t\n" in (tmp_path / "history.tsv").read_text()  # no perplexity of an MSE
 
@@ -91,40 +91,40 @@ def test_targets_are_the_base_s_own_outputs(objective):
 
 @both_objectives
 def test_an_error_counts_for_its_own_sample_and_an_attention_s_as_a_share(objective):
-    trainee, ids = distillation(form={"layers": [0, 2]}, objective=objective), ids_for()
+    task, ids = distillation(form={"layers": [0, 2]}, objective=objective), ids_for()
     notes, losses = record_layers(tiny_llama(), ids), []
     for index in (0, 2):
-        module = modules_of(trainee.model, objective)[index]
-        call = trainee.teacher(ids)[index]
+        module = modules_of(task.model, objective)[index]
+        call = task.teacher(ids)[index]
         error = tensor_of(module(*call.args, **call.kwargs)) - notes[NOTES[objective]][index]
         square = notes[NOTES[objective]][index].square().mean(dim=(1, 2))
         share = square if objective == "attention_output" else torch.ones(2)
         losses.append((error.square().mean(dim=(1, 2)) / share).mean().item())
-    loss = trainee(ids)["loss"].item()
+    loss = task(ids)["loss"].item()
     assert loss == pytest.approx(sum(losses) / 2, rel=1e-5)
-    apart = [trainee(row[None])["loss"].item() for row in ids]
+    apart = [task(row[None])["loss"].item() for row in ids]
     assert loss == pytest.approx(sum(apart) / 2, rel=1e-5)
 
 
 @both_families
 def test_a_layer_is_given_what_the_base_s_was_given_not_what_another_student_returned(family):
-    trainee, ids, given = distillation(family, form={"layers": [0, 2]}), ids_for(family), []
+    task, ids, given = distillation(family, form={"layers": [0, 2]}), ids_for(family), []
     want = record_layers(tiny_model(family), ids)["given"]
     for index in (0, 2):
-        decoder_layers(trainee.model)[index].register_forward_pre_hook(
+        decoder_layers(task.model)[index].register_forward_pre_hook(
             lambda _, args, kwargs: given.append((*args, *kwargs.values())[0]), with_kwargs=True
         )
-    trainee(ids)
+    task(ids)
     assert [torch.equal(x, want[i]) for x, i in zip(given, (0, 2), strict=True)] == [True] * 2
-    assert not torch.equal(record_layers(trainee.model, ids)["given"][2], want[2])
+    assert not torch.equal(record_layers(task.model, ids)["given"][2], want[2])
 
 
 def test_validation_weighs_samples_alike_and_scores_the_whole_model():
-    trainee, rows = distillation(), ids_for(num_samples=3)
-    metrics = trainee.run_validation(rows)
-    losses = [trainee(row[None])["loss"].item() for row in rows]
+    task, rows = distillation(), ids_for(num_samples=3)
+    metrics = task.run_validation(rows)
+    losses = [task(row[None])["loss"].item() for row in rows]
     assert metrics["val_loss"] == pytest.approx(sum(losses) / 3)
-    assert metrics["val_ppl"] == pytest.approx(total(score_rows(trainee.model, rows)).ppl)
+    assert metrics["val_ppl"] == pytest.approx(total(score_rows(task.model, rows)).ppl)
     assert metrics["val_ppl"] != pytest.approx(total(score_rows(tiny_llama(), rows)).ppl, rel=1e-4)
 
 
@@ -145,17 +145,17 @@ def test_a_branch_beside_the_base_is_asked_for_what_a_segment_alone_misses(famil
 def test_without_epochs_the_layers_are_inserted_and_nothing_is_fitted(objective, tmp_path, capsys):
     base_dir, over = tiny_base_folder(tmp_path / "base", vocab_size=67), {"objective": objective}
     base = load_base(base_dir, torch.float32)
-    trainee = Distillation(base, INFINI, distill_params(**over), torch.float32)
-    want = trainee.run_validation(random_ids(67, 3, TOKENS, seed=1))
-    metrics = run(trainee, tmp_path, epochs=0, **over)
-    said = capsys.readouterr().err.strip().splitlines()[-1]
-    assert said == "distill: nothing is trained, because its epochs are 0"
+    task = Distillation(base, INFINI, distill_params(**over), torch.float32)
+    want = task.run_validation(random_ids(67, 3, TOKENS, seed=1))
+    metrics = run(task, tmp_path, epochs=0, **over)
+    said = capsys.readouterr().out.strip().splitlines()[-1]
+    assert said == "nothing is trained, because its epochs are 0"
     assert want.items() <= metrics.items()
     assert metrics["val_loss"] > 1e-3
     counts = ("best_epoch", "epochs_run", "num_trained_tokens")
     assert [metrics[name] for name in counts] == [0, 0, 0]
     assert "memory_share_mean\t" in (tmp_path / "memory.tsv").read_text()
-    save_retrofit(trainee.model, INFINI, base_dir, tmp_path / "out")
+    save_retrofit(task.model, INFINI, base_dir, tmp_path / "out")
     loaded, infini = load_retrofit(base_dir, tmp_path / "out", torch.float32)
     assert infini == INFINI
     assert list(infini_modules(loaded)) == [0]
@@ -169,16 +169,16 @@ def test_the_plain_base_passes_with_nothing_to_do(
     base_dir = tiny_base_folder(tmp_path / "base", vocab_size=67)
     plain, over = replace(INFINI, layers=[]), {"objective": objective, "trainable": trainable}
     base = load_base(base_dir, torch.float32)
-    trainee = Distillation(base, plain, distill_params(**over), torch.float32)
-    metrics = run(trainee, tmp_path, **over)
-    said = capsys.readouterr().err.strip().splitlines()[-1]
-    assert said == "distill: nothing is trained, because no parameter is to train"
+    task = Distillation(base, plain, distill_params(**over), torch.float32)
+    metrics = run(task, tmp_path, **over)
+    said = capsys.readouterr().out.strip().splitlines()[-1]
+    assert said == "nothing is trained, because no parameter is to train"
     val = random_ids(67, 3, TOKENS, seed=1)
     want = total(score_rows(load_base(base_dir, torch.float32), val)).ppl
     assert (metrics["val_loss"], metrics["val_ppl"]) == (0, want)
     assert metrics["num_trainable_parameters"] == 0
     assert (tmp_path / "memory.tsv").read_text() == "epoch\tquantity\tvalue\n"
-    save_retrofit(trainee.model, plain, base_dir, tmp_path / "out")
+    save_retrofit(task.model, plain, base_dir, tmp_path / "out")
     assert load_file(tmp_path / "out" / WEIGHTS) == {}
     loaded, infini = load_retrofit(base_dir, tmp_path / "out", torch.float32)
     assert infini == plain

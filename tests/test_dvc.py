@@ -67,7 +67,7 @@ def test_an_experiment_runs_what_it_must_and_shows_what_it_changed(repository):
     before = contents(repository)
     output = run("dvc", "exp", "run", "-S", "distill.epochs=-1", succeeds=False)
     assert stages_run(output) == ["check_params"]
-    assert "error: distill.epochs must be at least 0, got -1\n" in output
+    assert "error: distill.epochs must be greater than or equal to 0, got -1\n" in output
     after = contents(repository)
     for folder in ("models", "metrics", "plots", "data/wikitext", "data/longdocs"):
         kept = {name for name in before if name.startswith(folder + "/")}

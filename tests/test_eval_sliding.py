@@ -80,7 +80,7 @@ def test_a_protocol_is_one_entry_of_the_table(project, monkeypatch):
         models=("control", "finetuned"),
         by_position=("finetuned",),
         gain="sink",
-        gain_whose=("model", "control"),
+        gain_models=("model", "control"),
     )
     before = metrics_of(project, "eval_sliding")
     monkeypatch.setitem(PROTOCOLS, "segment_sink", sink)

@@ -25,10 +25,18 @@ from infini_retrofit.evaluation.rival import make_rival, rival_of
 from infini_retrofit.layer.form import InfiniParams
 from infini_retrofit.model.retrofit import insert_infini
 from infini_retrofit.pipeline import tokens
-from infini_retrofit.scoring.labels import next_token_nlls, t2_nlls
-from infini_retrofit.scoring.score import Score, score_segments, segment_runs, total
+from infini_retrofit.pipeline.params import load_section
+from infini_retrofit.scoring.score import (
+    Score,
+    next_token_nlls,
+    score_segments,
+    segment_runs,
+    t2_nlls,
+    total,
+)
 from tests.reference import both_families, infini_params
 from tests.tiny import random_ids, tiny_llama, tiny_model
+from tests.tiny_project import write_params
 
 SEGMENT, DOCUMENT, STREAM = 5, 15, 47
 TITLES = ["a", "b", "a"]
@@ -179,11 +187,12 @@ def test_documents_beyond_the_base_s_positions_are_warned_of(num_positions, caps
     ("change", "message"),
     [
         ({"stride": 11}, r"eval\.stride must be in 1\.\.10 tokens .* got 11"),
-        ({"stride": 0}, r"eval\.stride must be in 1\.\.10 tokens .* got 0"),
-        ({"sliding_tokens": 1}, r"eval\.sliding_tokens must be at least 2, got 1"),
-        ({"documents": 1}, r"eval\.documents must be at least 2, got 1"),
+        ({"stride": 0}, r"^eval\.stride must be greater than 0, got 0$"),
+        ({"sliding_tokens": 1}, r"^eval\.sliding_tokens must be greater than .* 2, got 1$"),
+        ({"documents": 1}, r"^eval\.documents must be greater than .* 2, got 1$"),
     ],
 )
-def test_values_under_which_nothing_can_be_scored_are_refused(change, message):
+def test_values_under_which_nothing_can_be_scored_are_refused(change, message, tmp_path):
+    write_params(tmp_path, {f"eval.{name}": value for name, value in (EVAL | change).items()})
     with pytest.raises(ValueError, match=message):
-        EvalParams(**EVAL | change)
+        load_section(EvalParams, "eval", tmp_path / "params.yaml")

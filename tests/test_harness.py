@@ -17,8 +17,7 @@ from infini_retrofit.model.checkpoints import save_retrofit
 from infini_retrofit.model.retrofit import insert_infini
 from infini_retrofit.model.running import run_folded
 from infini_retrofit.pipeline.guard import run_stage
-from infini_retrofit.scoring.labels import next_token_nlls
-from infini_retrofit.scoring.score import score_segments, total
+from infini_retrofit.scoring.score import next_token_nlls, score_segments, total
 from infini_retrofit.share.card import About
 from infini_retrofit.share.exported_folder import export_model
 from tests.reference import infini_params

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from infini_retrofit.model.retrofit import infini_modules
 from infini_retrofit.training import loop
-from infini_retrofit.training.finetuning import FinetuneParams, LrScale
+from infini_retrofit.training.finetuning import LrScale
 from infini_retrofit.training.loop import (
     ALPHA_TRAVEL,
     GATE_TRAVEL,
@@ -19,7 +19,7 @@ from infini_retrofit.training.loop import (
     rate_factor,
     share_rows,
 )
-from infini_retrofit.training.trainee import Trainee
+from infini_retrofit.training.task import TrainingTask
 from tests.reference import both_families, largest
 from tests.tiny_training import (
     TOKENS,
@@ -40,11 +40,11 @@ def rows_of(path: Path) -> list[dict[str, str]]:
 @pytest.mark.parametrize("part", ["memory", "infini"])
 def test_only_the_chosen_part_trains(tmp_path, family, make, part):
     over = {"trainable": part}
-    trainee = make(family, form={"insertion": "parallel", "feature_map": "hedgehog"}, **over)
-    before = {k: v.clone() for k, v in trainee.model.state_dict().items()}
-    metrics = run(trainee, tmp_path, epochs=2, **over)
-    changed = {k for k, v in trainee.model.state_dict().items() if not torch.equal(v, before[k])}
-    branch = infini_modules(trainee.model)[0].named_parameters()
+    task = make(family, form={"insertion": "parallel", "feature_map": "hedgehog"}, **over)
+    before = {k: v.clone() for k, v in task.model.state_dict().items()}
+    metrics = run(task, tmp_path, epochs=2, **over)
+    changed = {k for k, v in task.model.state_dict().items() if not torch.equal(v, before[k])}
+    branch = infini_modules(task.model)[0].named_parameters()
     trained = {n: p for n, p in branch if part == "infini" or "proj" not in n}
     assert {name.partition(".infini.")[2] for name in changed} == set(trained)
     assert len(changed) == len(trained)
@@ -56,10 +56,10 @@ def test_only_the_chosen_part_trains(tmp_path, family, make, part):
     ("name", "form"), [("gate_logit", {}), ("alpha", {"insertion": "parallel"})]
 )
 def test_what_weighs_a_branch_has_a_rate_that_can_move_it(tmp_path, name, form):
-    trainee = finetuning(form=form)
-    branch = infini_modules(trainee.model)[0]
+    task = finetuning(form=form)
+    branch = infini_modules(task.model)[0]
     before = {n: p.detach().clone() for n, p in branch.named_parameters()}
-    run(trainee, tmp_path, lr=1e-9)
+    run(task, tmp_path, lr=1e-9)
     moved = {n: largest(p - before[n]) for n, p in branch.named_parameters()}
     assert moved[name] > 0.1
     assert moved["q_proj.weight"] < 1e-6
@@ -75,9 +75,9 @@ def rates_of(folder: Path, patch: pytest.MonkeyPatch, epochs: int) -> list[tuple
 
     patch.setattr(torch.optim.AdamW, "step", spy)
     over = {"trainable": "attention", "lr_scale": LrScale(memory=3.0, infini=2.0, rest=1.0)}
-    trainee = finetuning(form={"insertion": "parallel", "feature_map": "hedgehog"}, **over)
-    patch.setattr(trainee, "validate", lambda val: {"val_loss": 1.0, "val_ppl": 2.0})
-    run(trainee, folder, lr=1e-3, epochs=epochs, patience=epochs)
+    task = finetuning(form={"insertion": "parallel", "feature_map": "hedgehog"}, **over)
+    patch.setattr(task, "validate", lambda val: {"val_loss": 1.0, "val_ppl": 2.0})
+    run(task, folder, lr=1e-3, epochs=epochs, patience=epochs)
     return list(zip(*rates, strict=True))
 
 
@@ -131,19 +131,19 @@ def test_a_killed_run_resumes_to_the_same_weights_and_tables(tmp_path, monkeypat
 
 def test_patience_goes_on_counting_after_a_kill(tmp_path, monkeypatch):
     def start(losses: list[float], steps_to_live: int) -> dict:
-        trainee, steps = finetuning(), iter(range(steps_to_live))
-        forward, values = trainee.forward, iter(losses)
+        task, steps = finetuning(), iter(range(steps_to_live))
+        forward, values = task.forward, iter(losses)
 
         def mortal(input_ids: Tensor) -> dict[str, Tensor]:
             if next(steps, None) is None:
                 raise KeyboardInterrupt
             return forward(input_ids)
 
-        monkeypatch.setattr(trainee, "forward", mortal)
+        monkeypatch.setattr(task, "forward", mortal)
         monkeypatch.setattr(
-            trainee, "validate", lambda val: {"val_loss": next(values), "val_ppl": 2.0}
+            task, "validate", lambda val: {"val_loss": next(values), "val_ppl": 2.0}
         )
-        return run(trainee, tmp_path, epochs=9, patience=2)
+        return run(task, tmp_path, epochs=9, patience=2)
 
     with pytest.raises(KeyboardInterrupt):
         start([9.0, 5.0, 6.0], steps_to_live=2 * 4 + 1)
@@ -155,56 +155,61 @@ def test_patience_goes_on_counting_after_a_kill(tmp_path, monkeypatch):
 def test_a_bfloat16_model_trains_float32_weights_like_a_float32_one(tmp_path):
     losses, start = [], infini_modules(finetuning().model)[0].q_proj.weight
     for dtype in (torch.float32, torch.bfloat16):
-        trainee = finetuning(dtype=dtype)
-        assert torch.equal(infini_modules(trainee.model)[0].q_proj.weight, start)
-        losses.append(run(trainee, tmp_path / str(dtype), epochs=1)["val_loss"])
-        for parameter in trainee.parameters():
+        task = finetuning(dtype=dtype)
+        assert torch.equal(infini_modules(task.model)[0].q_proj.weight, start)
+        losses.append(run(task, tmp_path / str(dtype), epochs=1)["val_loss"])
+        for parameter in task.parameters():
             assert parameter.dtype is (torch.float32 if parameter.requires_grad else dtype)
     assert losses[0] == pytest.approx(losses[1], rel=0.02)
     assert losses[0] != losses[1]
 
 
-def test_the_best_epoch_s_weights_are_kept_and_patience_ends_the_run(tmp_path, monkeypatch):
-    trainee, weights = finetuning(), []
+def test_the_best_epoch_s_weights_are_kept_and_patience_ends_the_run(
+    tmp_path, monkeypatch, capsys
+):
+    task, weights = finetuning(), []
     losses = iter([9.0, 5.0, 6.0, 7.0, 1.0])
 
     def validate(val: Tensor) -> dict[str, float]:
-        weights.append(infini_modules(trainee.model)[0].q_proj.weight.clone())
+        weights.append(infini_modules(task.model)[0].q_proj.weight.clone())
         return {"val_loss": next(losses), "val_ppl": 2.0}
 
-    monkeypatch.setattr(trainee, "validate", validate)
-    metrics = run(trainee, tmp_path, epochs=9, patience=2)
+    monkeypatch.setattr(task, "validate", validate)
+    metrics = run(task, tmp_path, epochs=9, patience=2)
     assert metrics["best_epoch"] == 1
     assert metrics["epochs_run"] == 3
-    kept = infini_modules(trainee.model)[0].q_proj.weight
+    said = capsys.readouterr().out.splitlines()
+    assert [line.endswith("s  *") for line in said] == [False, True, False, False, False]
+    assert said[-1] == "stopped early after epoch 3, best 1"
+    kept = infini_modules(task.model)[0].q_proj.weight
     assert torch.equal(kept, weights[1])
     assert not torch.equal(kept, weights[3])
 
 
-def spoil(trainee: Trainee, call: int, patch: pytest.MonkeyPatch) -> None:
+def spoil(task: TrainingTask, call: int, patch: pytest.MonkeyPatch) -> None:
     """Lose the loss of one forward pass."""
-    forward, calls = trainee.forward, []
+    forward, calls = task.forward, []
 
     def spoiled(input_ids: Tensor) -> dict[str, Tensor]:
         calls.append(1)
         return {"loss": forward(input_ids)["loss"] * (math.nan if len(calls) == call else 1.0)}
 
-    patch.setattr(trainee, "forward", spoiled)
+    patch.setattr(task, "forward", spoiled)
 
 
 def test_a_loss_that_is_not_finite_stops_with_epoch_and_step(tmp_path, monkeypatch):
-    trainee = finetuning()
-    spoil(trainee, call=6, patch=monkeypatch)
+    task = finetuning()
+    spoil(task, call=6, patch=monkeypatch)
     message = (
         r"^training diverged in epoch 2, step 6: the training loss is nan; nothing was written, "
         r"try a smaller lr$"
     )
     with pytest.raises(FloatingPointError, match=message):
-        run(trainee, tmp_path)
+        run(task, tmp_path)
     assert (tmp_path / "run" / "checkpoint-4").is_dir()
-    monkeypatch.setattr(trainee, "validate", lambda val: {"val_loss": math.inf, "val_ppl": 2.0})
+    monkeypatch.setattr(task, "validate", lambda val: {"val_loss": math.inf, "val_ppl": 2.0})
     with pytest.raises(FloatingPointError, match="epoch 0, step 0: the validation loss is inf"):
-        run(trainee, tmp_path / "validation")
+        run(task, tmp_path / "validation")
 
 
 @pytest.mark.parametrize(
@@ -215,15 +220,14 @@ def test_a_loss_that_is_not_finite_stops_with_epoch_and_step(tmp_path, monkeypat
     ],
 )
 def test_where_nothing_trains_the_model_is_only_validated_and_that_is_said(
-    form, over, reason, tmp_path, capsys, monkeypatch
+    form, over, reason, tmp_path, capsys
 ):
-    monkeypatch.setattr(FinetuneParams, "least_epochs", 0)
-    trainee = finetuning(form=form, **over)
-    before = {name: tensor.clone() for name, tensor in trainee.model.state_dict().items()}
-    metrics = run(trainee, tmp_path, **over)
-    said = capsys.readouterr().err.strip().splitlines()
-    assert said[-1] == f"finetune: nothing is trained, because {reason}"
-    assert all(torch.equal(x, before[n]) for n, x in trainee.model.state_dict().items())
+    task = finetuning(form=form, **over)
+    before = {name: tensor.clone() for name, tensor in task.model.state_dict().items()}
+    metrics = run(task, tmp_path, **over)
+    said = capsys.readouterr().out.strip().splitlines()
+    assert said[-1] == f"nothing is trained, because {reason}"
+    assert all(torch.equal(x, before[n]) for n, x in task.model.state_dict().items())
     assert (metrics["best_epoch"], metrics["epochs_run"]) == (0, 0)
     assert metrics["num_trained_tokens"] == 0
     loss, ppl = str(metrics["val_loss"]), str(metrics["val_ppl"])
@@ -245,12 +249,6 @@ def test_how_the_memory_is_used_is_written_for_each_epoch_and_reported_of_the_be
     assert best == {name: metrics[name] for name in best}
     assert start["memory_share_mean"] == pytest.approx(0.3, rel=1e-4)
     assert start != best
-
-
-def test_a_model_without_a_memory_leaves_a_table_without_rows(tmp_path):
-    metrics = run(finetuning(form={"memory": "off"}), tmp_path, epochs=1)
-    assert (tmp_path / "memory.tsv").read_text() == "epoch\tquantity\tvalue\n"
-    assert not any("memory" in name for name in metrics)
 
 
 @pytest.mark.parametrize(("num_rows", "batch_size"), [(7, 2), (8, 2), (3, 1), (1, 4)])

@@ -13,7 +13,7 @@ from infini_retrofit.layer.naive import NaiveLayer
 from infini_retrofit.layer.probe import MemoryReading
 from infini_retrofit.model.retrofit import infini_modules, insert_infini
 from infini_retrofit.scoring import memory_use as module
-from infini_retrofit.scoring.memory_use import memory_use, read_memory, run_and_read
+from infini_retrofit.scoring.memory_use import memory_use, run_and_read
 from infini_retrofit.scoring.score import Score, score_runs, score_segments, segment_runs, total
 from tests.reference import both_families, infini_params, record_layers, set_share
 from tests.tiny import random_ids, tiny_model
@@ -35,7 +35,7 @@ def ids_for(model: PreTrainedModel, num_documents: int = 3) -> Tensor:
 def use_of(model: PreTrainedModel, ids: Tensor) -> dict[str, float]:
     """Run documents and sum up what is read."""
     runs, readings = run_and_read(model, ids, SEGMENT)
-    return memory_use(model, ids, SEGMENT, score_runs(model, runs), readings)
+    return memory_use(model, ids, SEGMENT, total(score_runs(model, runs)), readings)
 
 
 @both_families
@@ -103,10 +103,10 @@ def test_norms_are_those_of_a_loop_over_queries(family):
 def test_every_document_is_read_by_itself_but_for_its_first_segment():
     model = retrofitted()
     ids = ids_for(model, 5)
-    together = read_memory(model, ids, SEGMENT)
+    together = run_and_read(model, ids, SEGMENT)[1]
     assert list(together) == [0, 1, 2]
     assert together[0].share.shape == (5, DOCUMENT // SEGMENT - 1, 4, SEGMENT)
-    apart = [read_memory(model, row[None], SEGMENT)[2] for row in ids]
+    apart = [run_and_read(model, row[None], SEGMENT)[1][2] for row in ids]
     for name in ("share", "recalled_norm", "local_norm"):
         want = torch.cat([getattr(reading, name) for reading in apart])
         assert torch.allclose(getattr(together[2], name), want, rtol=1e-4)
@@ -119,8 +119,7 @@ def test_a_model_without_memory_has_no_readings(form, monkeypatch):
     ids = ids_for(model)
     runs, readings = run_and_read(model, ids, SEGMENT)
     assert (len(runs), readings) == (3, {})
-    monkeypatch.setattr(module, "run_folded", lambda *_, **__: pytest.fail("ran"))
-    assert share_histogram(read_memory(model, ids, SEGMENT)) == []
+    assert share_histogram(readings) == []
     monkeypatch.setattr(module, "score_segments", lambda *_: pytest.fail("ran without a memory"))
     assert memory_use(model, ids, SEGMENT, Score(1.0, 1), readings) == {}
 
@@ -148,6 +147,6 @@ def test_the_histogram_counts_each_layer_s_shares_from_0_to_1():
 def test_the_histogram_of_a_model_shows_its_gates():
     model = retrofitted(layers=[1], share=0.32)
     infini_modules(model)[1].gate_logit.data[:1] = torch.logit(torch.tensor(0.87))
-    rows = share_histogram(read_memory(model, ids_for(model), SEGMENT))
+    rows = share_histogram(run_and_read(model, ids_for(model), SEGMENT)[1])
     filled = {row["memory_share"]: row["share_of_pairs"] for row in rows if row["share_of_pairs"]}
     assert filled == {0.3: 0.75, 0.85: 0.25}

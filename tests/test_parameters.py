@@ -12,7 +12,6 @@ from infini_retrofit.model.retrofit import attention_modules, infini_modules, in
 from infini_retrofit.model.running import run_folded
 from infini_retrofit.training.parameters import (
     GROUPS,
-    Adapters,
     LoraParams,
     add_lora,
     set_trainable,
@@ -110,11 +109,11 @@ def test_a_memory_that_is_not_known_as_one_would_be_rounded():
     assert infini_modules(model)[2].gate_logit.dtype is torch.float32
 
 
-def move(adapters: Adapters) -> None:
+def move(groups: dict[str, list[nn.Parameter]]) -> None:
     """Move everything that trains, so that no adapter is zero any more."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
-        for parameter in (p for group in adapters.groups.values() for p in group):
+        for parameter in (p for group in groups.values() for p in group):
             parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
 
 
@@ -122,13 +121,13 @@ def move(adapters: Adapters) -> None:
 @every_form
 def test_adapters_start_as_zero_and_merge_to_what_they_did(family, form):
     plain, model = retrofitted(family, form), retrofitted(family, form)
-    adapters = add_lora(model, LORA, seed=0)
+    tuner, groups = add_lora(model, LORA, seed=0)
     ids = random_ids(model.config.vocab_size, 2, TOKENS)
     start = run_folded(plain, ids, SEGMENT)
     assert torch.equal(run_folded(model, ids, SEGMENT), start)
-    move(adapters)
+    move(groups)
     adapted = run_folded(model, ids, SEGMENT)
-    adapters.merge()
+    tuner.merge_and_unload()
     assert largest(adapted - start) > 0.1
     assert largest(run_folded(model, ids, SEGMENT) - adapted) < 1e-4
     assert model.state_dict().keys() == plain.state_dict().keys()
@@ -139,13 +138,13 @@ def test_adapters_start_as_zero_and_merge_to_what_they_did(family, form):
 @every_form
 def test_adapters_of_every_projection_and_what_a_memory_has_of_its_own_train(family, form):
     model = retrofitted(family, form)
-    adapters = add_lora(model, LORA, seed=0)
+    _, groups = add_lora(model, LORA, seed=0)
     for index, attention in enumerate(attention_modules(model)):
         adapted = {name for name, m in attention.named_children() if hasattr(m, "lora_A")}
         is_base = index == 1 or form == "parallel"
         assert adapted == (PROJECTIONS[family] if is_base else OWN)
-    grouped = {id(p): name for name, group in adapters.groups.items() for p in group}
-    move(adapters)
+    grouped = {id(p): name for name, group in groups.items() for p in group}
+    move(groups)
     ids = random_ids(model.config.vocab_size, 2, TOKENS)
     run_folded(model, ids, SEGMENT).square().sum().backward()
     infini = infini_modules(model)
@@ -156,10 +155,10 @@ def test_adapters_of_every_projection_and_what_a_memory_has_of_its_own_train(fam
             is_infini = id(parameter) in ids_of(list(infini.values()))
             assert grouped[id(parameter)] == ("infini" if is_infini else "rest"), name
             assert "mlp" not in name
-    assert len(grouped) == sum(map(len, adapters.groups.values()))
+    assert len(grouped) == sum(map(len, groups.values()))
     for layer in infini.values():
         for name, parameters in layer.memory_parameters().items():
-            assert {id(p) for p in parameters} <= {id(p) for p in adapters.groups[name]}
+            assert {id(p) for p in parameters} <= {id(p) for p in groups[name]}
 
 
 def test_the_seed_decides_the_adapters_and_leaves_other_draws_alone():
@@ -168,7 +167,7 @@ def test_the_seed_decides_the_adapters_and_leaves_other_draws_alone():
     before = torch.rand(1)
     torch.manual_seed(3)
     groups = [
-        add_lora(m, LORA, seed).groups["rest"] for m, seed in zip(models, (0, 0, 1), strict=True)
+        add_lora(m, LORA, seed)[1]["rest"] for m, seed in zip(models, (0, 0, 1), strict=True)
     ]
     same, again, other = (torch.cat([p.flatten() for p in group]) for group in groups)
     assert torch.equal(same, again)
@@ -182,9 +181,9 @@ def test_files_know_nothing_of_adapters_and_what_is_adapted_is_saved_unrounded(f
     model, params = load_base(base_dir, torch.float32), infini_params(layers=[1])
     start = {name: x.clone() for name, x in model.state_dict().items()}
     insert_infini(model, params)
-    adapters = add_lora(model, LORA, seed=0, frozen_dtype=torch.bfloat16)
-    move(adapters)
-    adapters.merge()
+    tuner, groups = add_lora(model, LORA, seed=0, frozen_dtype=torch.bfloat16)
+    move(groups)
+    tuner.merge_and_unload()
     save_retrofit(model, params, base_dir, tmp_path / "out")
     loaded, _ = load_retrofit(base_dir, tmp_path / "out", torch.float32)
     want = model.state_dict()
@@ -197,6 +196,6 @@ def test_files_know_nothing_of_adapters_and_what_is_adapted_is_saved_unrounded(f
 def test_a_control_is_adapted_as_its_retrofit_is():
     controls = [finetuning(is_control=is_control, trainable="lora") for is_control in (True, False)]
     for name in ("infini", "rest"):
-        control, retrofit = ([p.shape for p in trainee.groups[name]] for trainee in controls)
+        control, retrofit = ([p.shape for p in task.groups[name]] for task in controls)
         assert control == retrofit != []
     assert controls[0].groups["gate"] == [] != controls[1].groups["gate"]

@@ -18,8 +18,7 @@ from infini_retrofit.model.running import run_folded, run_in_layer
 from infini_retrofit.pipeline.device import pick_device, pick_dtype
 from infini_retrofit.pipeline.params import load_section, read_params
 from infini_retrofit.pipeline.tokens import read_documents
-from infini_retrofit.scoring.labels import next_token_nlls
-from infini_retrofit.scoring.score import Score
+from infini_retrofit.scoring.score import Score, next_token_nlls
 from recipes.overlays import recipe_names
 from tests.tiny_project import SEGMENT, TOKENS_PER_DOCUMENT
 

@@ -22,8 +22,15 @@ from infini_retrofit.evaluation.rival import Rival, make_rival
 from infini_retrofit.layer.probe import Probe
 from infini_retrofit.layer.state import State
 from infini_retrofit.model.running import run_in_layer
-from infini_retrofit.scoring.labels import next_token_nlls, t2_nlls
-from infini_retrofit.scoring.score import Score, score_rows, score_segments, segment_runs, total
+from infini_retrofit.scoring.score import (
+    Score,
+    next_token_nlls,
+    score_rows,
+    score_segments,
+    segment_runs,
+    t2_nlls,
+    total,
+)
 from tests.reference import both_families, make_model, segment_loop
 from tests.tiny import random_ids, tiny_llama, tiny_model
 

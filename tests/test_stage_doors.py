@@ -65,7 +65,7 @@ def test_on_the_command_line_a_mistake_is_one_sentence_and_earlier_results_stay(
         text=True,
     )
     assert process.returncode == 1
-    assert process.stderr == "error: distill.epochs must be at least 0, got -1\n"
+    assert process.stderr == "error: distill.epochs must be greater than or equal to 0, got -1\n"
     assert contents(project) == before
 
 

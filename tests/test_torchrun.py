@@ -189,6 +189,8 @@ def test_all_processes_stop_when_the_first_does(runs):
     assert results[0] == results[1]
     assert (results[0]["epochs_run"], results[0]["best_epoch"]) == (3, 1)
     assert not (runs.folder / "early-1/history.tsv").exists()
+    assert runs.end.stdout.count("stopped early after epoch 3, best 1\n") == 1
+    assert "{" not in runs.end.stdout
 
 
 def test_a_loss_that_one_process_lost_stops_all(runs):
@@ -198,9 +200,9 @@ def test_a_loss_that_one_process_lost_stops_all(runs):
 
 
 def test_a_sharded_model_takes_the_steps_of_a_whole_one(runs):
-    trainee = finetuning(trainable="all")
-    loss = take_steps(trainee)
-    expected = {name: p.detach() for name, p in trainee.named_parameters()}
+    task = finetuning(trainable="all")
+    loss = take_steps(task)
+    expected = {name: p.detach() for name, p in task.named_parameters()}
     for rank in (0, 1):
         sharded_loss, sharded = runs.returned("shard", rank)
         torch.testing.assert_close(sharded_loss, loss.detach(), rtol=1e-5, atol=0)

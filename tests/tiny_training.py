@@ -12,7 +12,7 @@ from infini_retrofit.training.distillation import Distillation, DistillParams
 from infini_retrofit.training.finetuning import FinetuneParams, Finetuning, LrScale
 from infini_retrofit.training.loop import train
 from infini_retrofit.training.parameters import LoraParams
-from infini_retrofit.training.trainee import Trainee
+from infini_retrofit.training.task import TrainingTask
 from tests.reference import infini_params
 from tests.tiny import Family, random_ids, tiny_model
 
@@ -89,18 +89,18 @@ def distillation(
     return Distillation(tiny_model(family), infini, distill_params(**over), torch.float32)
 
 
-def run(trainee: Trainee, folder: Path, **over: object) -> dict:
+def run(task: TrainingTask, folder: Path, **over: object) -> dict:
     """Train on random documents; the folder gets the run and its tables.
 
     Args:
-        trainee: what to train.
+        task: what to train.
         folder: of the run.
-        over: changes to the trainee's section.
+        over: changes to the task's section.
     """
-    vocab_size = trainee.model.config.vocab_size
-    params = finetune_params if isinstance(trainee, Finetuning) else distill_params
+    vocab_size = task.model.config.vocab_size
+    params = finetune_params if isinstance(task, Finetuning) else distill_params
     return train(
-        trainee,
+        task,
         random_ids(vocab_size, 4, TOKENS),
         random_ids(vocab_size, 3, TOKENS, seed=1),
         params(**over),
@@ -110,9 +110,9 @@ def run(trainee: Trainee, folder: Path, **over: object) -> dict:
     )
 
 
-def die_in_the_third_validation(trainee: Trainee, monkeypatch: pytest.MonkeyPatch) -> None:
+def die_in_the_third_validation(task: TrainingTask, monkeypatch: pytest.MonkeyPatch) -> None:
     """End a run as if it had been killed, with its first epoch saved."""
-    validate, calls = trainee.validate, []
+    validate, calls = task.validate, []
 
     def count_and_die(val: torch.Tensor) -> dict[str, float]:
         calls.append(1)
@@ -120,4 +120,4 @@ def die_in_the_third_validation(trainee: Trainee, monkeypatch: pytest.MonkeyPatc
             raise KeyboardInterrupt
         return validate(val)
 
-    monkeypatch.setattr(trainee, "validate", count_and_die)
+    monkeypatch.setattr(task, "validate", count_and_die)

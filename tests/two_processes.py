@@ -26,7 +26,7 @@ from infini_retrofit.pipeline import device as runtime  # noqa: E402
 from infini_retrofit.pipeline import guard as pipeline  # noqa: E402
 from infini_retrofit.training import loop as training  # noqa: E402
 from infini_retrofit.training.finetuning import Finetuning  # noqa: E402
-from infini_retrofit.training.trainee import Trainee  # noqa: E402
+from infini_retrofit.training.task import TrainingTask  # noqa: E402
 from tests.tiny import random_ids  # noqa: E402
 from tests.tiny_training import TOKENS, finetuning, run  # noqa: E402
 
@@ -48,11 +48,11 @@ def fine_tune_until(failure: BaseException, folder: Path, rank: int | None = Non
     """Fine-tune until the third validation, which fails in one process or in both."""
     validate, calls = Finetuning.validate, []
 
-    def find_fault(trainee: Finetuning, val: Tensor) -> dict[str, float]:
+    def find_fault(task: Finetuning, val: Tensor) -> dict[str, float]:
         calls.append(1)
         if len(calls) == 3 and rank in (None, RANK):
             raise failure
-        return validate(trainee, val)
+        return validate(task, val)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Finetuning, "validate", find_fault)
@@ -100,58 +100,58 @@ def train_unweighted(folder: Path) -> None:
 def stop_early(folder: Path) -> dict[str, float]:
     """Validate to other numbers in each process, and return what the run says."""
     losses = iter([9.0, 5.0, 6.0, 7.0, 1.0] if RANK == 0 else [9.0, 8.0, 7.0, 6.0, 5.0])
-    trainee = finetuning()
-    trainee.validate = lambda val: {"val_loss": next(losses), "val_ppl": 2.0}
-    return run(trainee, folder / f"early-{RANK}", epochs=4, patience=2)
+    task = finetuning()
+    task.validate = lambda val: {"val_loss": next(losses), "val_ppl": 2.0}
+    return run(task, folder / f"early-{RANK}", epochs=4, patience=2)
 
 
 def diverge(folder: Path) -> str:
     """Lose the loss in the last process only, and return what this one says."""
-    trainee = finetuning()
-    forward = trainee.forward
+    task = finetuning()
+    forward = task.forward
     factor = float("nan") if RANK else 1.0
-    trainee.forward = lambda input_ids: {"loss": forward(input_ids)["loss"] * factor}
+    task.forward = lambda input_ids: {"loss": forward(input_ids)["loss"] * factor}
     with pytest.raises(FloatingPointError) as error:
-        run(trainee, folder / f"diverged-{RANK}")
+        run(task, folder / f"diverged-{RANK}")
     return str(error.value)
 
 
 def shard(folder: Path) -> tuple[Tensor, dict[str, Tensor]]:
     """Take two steps on a sharded model and return the last loss and the whole weights."""
-    trainee = finetuning(trainable="all")
-    for layer in decoder_layers(trainee.model):
+    task = finetuning(trainable="all")
+    for layer in decoder_layers(task.model):
         fully_shard(layer)
-    fully_shard(trainee)
-    loss = take_steps(trainee, RANK)
-    assert all(p.to_local().numel() < p.numel() for p in trainee.parameters() if p.dim() > 1)
+    fully_shard(task)
+    loss = take_steps(task, RANK)
+    assert all(p.to_local().numel() < p.numel() for p in task.parameters() if p.dim() > 1)
     loss = loss.detach().clone()
     torch.distributed.all_reduce(loss)
-    weights = {name: p.full_tensor().detach() for name, p in trainee.named_parameters()}
+    weights = {name: p.full_tensor().detach() for name, p in task.named_parameters()}
     return loss / 2, weights
 
 
-def take_steps(trainee: Trainee, rank: int | None = None) -> Tensor:
+def take_steps(task: TrainingTask, rank: int | None = None) -> Tensor:
     """Take two steps on two documents, or on those of one process of two."""
     documents = random_ids(67, 2, TOKENS)
     rows = documents if rank is None else documents[rank : rank + 1]
-    optimizer = torch.optim.SGD(trainee.parameters(), lr=0.1)
+    optimizer = torch.optim.SGD(task.parameters(), lr=0.1)
     for _ in range(2):
         optimizer.zero_grad()
-        loss = trainee(rows)["loss"]
+        loss = task(rows)["loss"]
         loss.backward()
         optimizer.step()
     return loss
 
 
 @contextmanager
-def counted(cls: type[Trainee]) -> Iterator[list[int]]:
+def counted(cls: type[TrainingTask]) -> Iterator[list[int]]:
     """Yield a list that grows with each training step."""
     steps, forward = [], cls.forward
 
-    def count(trainee: Trainee, input_ids: Tensor) -> dict[str, Tensor]:
-        if trainee.training:
+    def count(task: TrainingTask, input_ids: Tensor) -> dict[str, Tensor]:
+        if task.training:
             steps.append(1)
-        return forward(trainee, input_ids)
+        return forward(task, input_ids)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cls, "forward", count)

@@ -21,7 +21,7 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from infini_retrofit.evaluation.protocols import MODELS, PROTOCOLS, Setting, score_protocols
+from infini_retrofit.evaluation.protocols import PROTOCOLS, Setting, score_protocols
 from infini_retrofit.layer.probe import MemoryReading
 from infini_retrofit.model.retrofit import state_bytes
 from infini_retrofit.pipeline.files import check_made, write_metrics, write_rows
@@ -49,6 +49,12 @@ class Report:
     documents: list[Row]
     positions: list[Row]
 
+    def __str__(self) -> str:
+        """Name the documents, and the perplexity with and without a border between segments."""
+        full, segment = (self.metrics[f"{key}_test_ppl"] for key in ("full", "segment"))
+        num = self.metrics["num_documents"]
+        return f"{num} documents, perplexity {full:.2f} whole, {segment:.2f} in segments"
+
     def document_nlls(self) -> DocumentNlls:
         """Return the mean NLL of each document, by protocol."""
         nlls: dict[str, list[float]] = {}
@@ -58,18 +64,14 @@ class Report:
 
     def write(self, name: str) -> None:
         """Write the metrics and rows of the stage `<name>_eval`."""
-        metrics, *plots = _paths(name)
+        metrics, documents, positions = _paths(name)
         write_metrics(metrics, self.metrics)
-        for path, rows in zip(plots, (self.documents, self.positions), strict=True):
-            write_rows(path, rows)
+        write_rows(documents, self.documents)
+        write_rows(positions, self.positions)
 
     @classmethod
     def read(cls, name: str) -> "Report":
-        """Read what the stage `<name>_eval` wrote; the cells of its rows are text.
-
-        Raises:
-            FileNotFoundError: naming the stage, if it did not run.
-        """
+        """Read what the stage `<name>_eval` wrote; the cells of its rows are text."""
         for path in _paths(name):
             check_made(path, f"dvc repro {name}_eval")
         metrics, *plots = (path.read_text(encoding="utf-8") for path in _paths(name))
@@ -83,22 +85,18 @@ def _paths(name: str) -> list[Path]:
 
 
 def evaluate(name: str, model: PreTrainedModel, setting: Setting) -> Report:
-    """Score a base or retrofitted model under the protocols of its name.
-
-    Args:
-        name: one of `MODELS`.
-        model: stays as it is.
-        setting: the texts, and the size of the rival.
-    """
-    assert name in MODELS, name
+    """Score a base or retrofitted model under the protocols of its name, one of `MODELS`."""
     text = setting.text
     names = [key for key, protocol in PROTOCOLS.items() if name in protocol.models]
     nlls = score_protocols(model, setting, names)
     scores = {key: total(map(Score.of, rows)) for key, rows in nlls.items()}
-    metrics: dict[str, float | int] = {f"{key}_test_ppl": s.ppl for key, s in scores.items()}
-    metrics |= {f"{key}_test_nll": scores[key].nll for key in ("full", "segment")}
-    metrics |= {"state_bytes": state_bytes(model), "num_documents": len(text.documents)}
-    metrics["num_articles"] = len(set(text.titles))
+    metrics = {
+        **{f"{key}_test_ppl": score.ppl for key, score in scores.items()},
+        **{f"{key}_test_nll": scores[key].nll for key in ("full", "segment")},
+        "state_bytes": state_bytes(model),
+        "num_documents": len(text.documents),
+        "num_articles": len(set(text.titles)),
+    }
     documents = {k: torch.stack(rows) for k, rows in nlls.items() if not PROTOCOLS[k].of_stream}
     positions = position_rows(name, documents, setting.rival.segment_length)
     return Report(metrics, document_rows(name, documents, text.titles), positions)

@@ -12,19 +12,30 @@ Axes:
 
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from jaxtyping import Int
+from pydantic import Field, PositiveInt
 from torch import Tensor
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from infini_retrofit.evaluation.rival import Rival, make_rival
 from infini_retrofit.model.retrofit import has_memory
 from infini_retrofit.model.running import run_in_layer
+from infini_retrofit.pipeline.progress import progress
 from infini_retrofit.pipeline.tokens import TestText
-from infini_retrofit.scoring.labels import next_token_nlls, t2_nlls
-from infini_retrofit.scoring.score import Run, Score, Whose, memory_runs, segment_runs, total
+from infini_retrofit.scoring.score import (
+    MemoryRead,
+    Run,
+    Score,
+    memory_runs,
+    next_token_nlls,
+    score_runs,
+    segment_runs,
+    t2_nlls,
+    total,
+)
 
 # Windows that go through the model at once. More would need more memory, and not less time.
 WINDOWS_PER_BATCH = 8
@@ -38,20 +49,17 @@ class EvalParams:
     """Section `eval` of params.yaml."""
 
     window: int  # tokens
-    stride: int  # tokens
-    sliding_tokens: int  # at most, of the test split's stream
-    documents: int  # at most, of the test split
+    stride: PositiveInt  # tokens
+    sliding_tokens: Annotated[int, Field(ge=2)]  # at most, of the test split's stream
+    documents: Annotated[int, Field(ge=2)]  # at most, of the test split
 
     def __post_init__(self) -> None:
-        """Refuse values under which a token would be scored twice or never."""
-        if not 1 <= self.stride < self.window:
+        """Refuse windows under which a token would be scored without context."""
+        if self.stride >= self.window:
             raise ValueError(
                 f"eval.stride must be in 1..{self.window - 1} tokens (less than eval.window, "
                 f"or a window's first token has no context), got {self.stride}"
             )
-        for name in ("sliding_tokens", "documents"):
-            if (value := getattr(self, name)) < 2:
-                raise ValueError(f"eval.{name} must be at least 2, got {value}")
 
 
 @dataclass(frozen=True)
@@ -67,38 +75,34 @@ class Setting:
 Runs = Callable[[PreTrainedModel, Setting], Iterator[Run]]
 
 
-def _next_tokens(model: PreTrainedModel, run: Run, _: Setting) -> Tensor:
-    return next_token_nlls(model, *run)
-
-
 @dataclass(frozen=True, kw_only=True)
 class Protocol:
     """How a model is scored, and what its score is compared with.
 
     Attributes:
-        run: whose memory each segment of a document reads, or a function that runs the text in
-            another way. Protocols with the same `run` share its result.
-        nlls: scores the tokens of one run, in nats.
+        run: the memory that each segment of a document reads, or a function that runs the text
+            in another way. Protocols with the same `run` share its result.
+        shifts_twice: whether each position is scored on the token after the next.
         of_stream: whether `run` takes the stream; False: the documents.
         applies: whether the score can differ from that under `segment`. If it cannot, the
             score under `segment` stands for it.
         models: the models to score, of `MODELS`.
         by_position: the models whose score is plotted by position in the segment.
         gain: `segment` is compared with this score as `gain_over_<gain>`; None: it is not.
-        gain_whose: whose score, "model" or "control"; the better one if both.
+        gain_models: the score of "model" or "control"; the better one if both.
     """
 
-    run: Whose | Runs = "own"
-    nlls: Callable[[PreTrainedModel, Run, Setting], Tensor] = _next_tokens
+    run: MemoryRead | Runs = "own"
+    shifts_twice: bool = False
     of_stream: bool = False
     applies: Callable[[PreTrainedModel, Rival], bool] = lambda model, rival: True
     models: tuple[str, ...] = MODELS
     by_position: tuple[str, ...] = ()
     gain: str | None = None
-    gain_whose: tuple[str, ...] = ("model",)
+    gain_models: tuple[str, ...] = ("model",)
 
 
-def _other_memory(read: Whose, models: tuple[str, ...] = NOT_DISTILLED) -> Protocol:
+def _other_memory(read: MemoryRead, models: tuple[str, ...] = NOT_DISTILLED) -> Protocol:
     """Return the protocol under which segments do not read their own memory."""
     return Protocol(
         run=read,
@@ -120,10 +124,8 @@ PROTOCOLS: dict[str, Protocol] = {
         run=lambda model, setting: full_runs(model, setting.text.documents),
         by_position=("control",),
     ),
-    "t2": Protocol(
-        nlls=lambda model, run, setting: t2_nlls(model, *run, setting.rival.segment_length)
-    ),
-    "segment": Protocol(by_position=NOT_DISTILLED, gain="control", gain_whose=("control",)),
+    "t2": Protocol(shifts_twice=True),
+    "segment": Protocol(by_position=NOT_DISTILLED, gain="control", gain_models=("control",)),
     "segment_off": _other_memory("off", MODELS),
     "segment_recent": _other_memory("recent"),
     "segment_swapped": _other_memory("swapped"),
@@ -135,7 +137,7 @@ PROTOCOLS: dict[str, Protocol] = {
         models=NOT_DISTILLED,
         by_position=("control", "finetuned"),
         gain="kv",
-        gain_whose=("model", "control"),
+        gain_models=("model", "control"),
     ),
 }
 
@@ -153,16 +155,19 @@ def score_protocols(
         if not protocol.applies(model, setting.rival):
             used[name] = PROTOCOLS["segment"]
     nlls: dict[Protocol, list[Tensor]] = {protocol: [] for protocol in used.values()}
+    segment_length = setting.rival.segment_length
     for runs in _run(model, setting, dict.fromkeys(protocol.run for protocol in nlls)):
         for protocol, found in nlls.items():
-            if protocol.run in runs:
-                found.append(protocol.nlls(model, runs[protocol.run], setting).cpu())
+            if run := runs.get(protocol.run):
+                t2 = protocol.shifts_twice
+                nll = t2_nlls(model, *run, segment_length) if t2 else next_token_nlls(model, *run)
+                found.append(nll.cpu())
     return {name: nlls[protocol] for name, protocol in used.items()}
 
 
 def _run(
-    model: PreTrainedModel, setting: Setting, ways: Collection[Whose | Runs]
-) -> Iterator[dict[Whose | Runs, Run]]:
+    model: PreTrainedModel, setting: Setting, ways: Collection[MemoryRead | Runs]
+) -> Iterator[dict[MemoryRead | Runs, Run]]:
     """Run the text in every way; yield each run under its way."""
     reads = [way for way in ways if isinstance(way, str)]
     yield from memory_runs(model, setting.text.documents, setting.rival.segment_length, reads)
@@ -173,7 +178,7 @@ def _run(
 
 def full_runs(model: PreTrainedModel, documents: Int[Tensor, "B T"]) -> Iterator[Run]:
     """Run documents under full attention; an Infini layer sees one segment, memory empty."""
-    for ids in tqdm(documents.to(model.device), desc="full attention", leave=False):
+    for ids in progress(documents.to(model.device), "full attention", "documents"):
         with torch.inference_mode():
             hidden_states = run_in_layer(model, ids[None], segment_length=len(ids))[0]
         yield ids, hidden_states
@@ -181,7 +186,7 @@ def full_runs(model: PreTrainedModel, documents: Int[Tensor, "B T"]) -> Iterator
 
 def score_full(model: PreTrainedModel, documents: Int[Tensor, "B T"]) -> list[Score]:
     """Score documents under full attention; see `full_runs`."""
-    return [Score.of(next_token_nlls(model, *run)) for run in full_runs(model, documents)]
+    return score_runs(model, full_runs(model, documents))
 
 
 def sliding_windows(num_tokens: int, window: int, stride: int) -> list[tuple[int, int, int]]:
@@ -196,8 +201,6 @@ def sliding_windows(num_tokens: int, window: int, stride: int) -> list[tuple[int
     Returns:
         Each window's first token, the first token that it scores, and the token after its last.
     """
-    assert 1 <= stride < window
-    assert num_tokens >= 2
     begins = range(0, max(num_tokens - window, 0) + stride, stride)
     scored = (begin + window - stride if begin else 1 for begin in begins)
     ends = (min(begin + window, num_tokens) for begin in begins)
@@ -215,7 +218,7 @@ def sliding_runs(
     *windows, last = sliding_windows(len(tokens), window, stride)
     starts = range(0, len(windows), WINDOWS_PER_BATCH)
     batches = [*(windows[start : start + WINDOWS_PER_BATCH] for start in starts), [last]]
-    for batch in tqdm(batches, desc="sliding", leave=False):
+    for batch in progress(batches, "sliding", "batches"):
         rows = torch.stack([tokens[begin:end] for begin, _, end in batch]).to(model.device)
         with torch.inference_mode():
             hidden_states = run_in_layer(model, rows)
@@ -228,8 +231,7 @@ def score_sliding(
     model: PreTrainedModel, tokens: Int[Tensor, "T"], window: int, stride: int
 ) -> Score:
     """Score a stream in overlapping windows; see `sliding_runs`."""
-    runs = sliding_runs(model, tokens, window, stride)
-    return total(Score.of(next_token_nlls(model, *run)) for run in runs)
+    return total(score_runs(model, sliding_runs(model, tokens, window, stride)))
 
 
 def score_unigram(train: Int[Tensor, "Train"], test: Int[Tensor, "Test"], vocab_size: int) -> Score:

@@ -55,17 +55,21 @@ def num_processes() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def run_stage(main: Callable[[], None]) -> None:
+def run_stage(main: Callable[[], str | None]) -> None:
     """Run a stage's `main`; a user's mistake ends in one sentence and exit code 1.
 
+    The first process prints what `main` says that it made, and the seconds that it took.
     Other exceptions are mistakes of the code and keep their traceback. Under DVC the stage ends
     with its parent, because the next `dvc` would start the same stage beside it.
     """
     if "DVC_ROOT" in os.environ:
         _die_with_parent()
     try:
+        begin = time.monotonic()
         with _rank_0_speaks_first():
-            main()
+            made = main()
+        if made and is_first_process():
+            print(f"{made}, {time.monotonic() - begin:.1f} s", flush=True)
     except _MISTAKES as error:
         sys.exit("error: " + " ".join(str(error).split()))
     except KeyboardInterrupt:

@@ -10,6 +10,8 @@ Axes:
     L  token of a segment
 """
 
+from dataclasses import fields
+
 import numpy as np
 import torch
 from jaxtyping import Int
@@ -17,8 +19,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from infini_retrofit.layer.probe import MemoryReading, Probe
-from infini_retrofit.model.retrofit import has_memory
 from infini_retrofit.model.running import run_folded
+from infini_retrofit.pipeline.progress import progress
 from infini_retrofit.scoring.score import Run, Score, document_batches, score_segments, total
 
 
@@ -33,29 +35,18 @@ def run_and_read(
         if documents have one segment.
     """
     runs, batches = [], []
-    for ids in document_batches(model, documents):
+    for ids in progress(document_batches(model, documents), "segments, memory read", "batches"):
         probe = Probe(readings={})
         with torch.inference_mode():
             runs += zip(ids, run_folded(model, ids, segment_length, probe), strict=True)
         batches.append(probe.readings)
+
+    def join(layer: int, name: str) -> Tensor:
+        return torch.cat([getattr(readings[layer], name)[:, 1:] for readings in batches]).cpu()
+
     layers = sorted(batches[0]) if documents.shape[1] > segment_length else []
-    return runs, {layer: _join([readings[layer] for readings in batches]) for layer in layers}
-
-
-def read_memory(
-    model: PreTrainedModel, documents: Int[Tensor, "B T"], segment_length: int
-) -> dict[int, MemoryReading]:
-    """Return the readings of `run_and_read`; a model without memory does not run."""
-    return run_and_read(model, documents, segment_length)[1] if has_memory(model) else {}
-
-
-def _join(readings: list[MemoryReading]) -> MemoryReading:
-    """Join batches of one layer and leave out the first segment of each document."""
-    return MemoryReading(
-        share=torch.cat([r.share[:, 1:] for r in readings]).cpu(),
-        recalled_norm=torch.cat([r.recalled_norm[:, 1:] for r in readings]).cpu(),
-        local_norm=torch.cat([r.local_norm[:, 1:] for r in readings]).cpu(),
-    )
+    names = [field.name for field in fields(MemoryReading)]
+    return runs, {layer: MemoryReading(*(join(layer, name) for name in names)) for layer in layers}
 
 
 def memory_use(

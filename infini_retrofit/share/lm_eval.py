@@ -25,8 +25,8 @@ from infini_retrofit.model.checkpoints import load_retrofit
 from infini_retrofit.model.running import run_folded
 from infini_retrofit.pipeline.device import pick_device, pick_dtype
 from infini_retrofit.pipeline.guard import run_stage
-from infini_retrofit.scoring.labels import Labelled, next_tokens
 from infini_retrofit.scoring.losses import token_nlls
+from infini_retrofit.scoring.score import StatesAndLabels, next_tokens
 
 SEGMENTS_PER_PIECE = 16  # that go through the model at once: more take more memory
 _ABOUT = """\
@@ -116,7 +116,7 @@ class InfiniLM(TemplateLM):
             "for --model infini, got generate_until: export the retrofit and use --model hf"
         )
 
-    def _ends(self, ids: list[int], num_tokens: int) -> Iterator[Labelled]:
+    def _ends(self, ids: list[int], num_tokens: int) -> Iterator[StatesAndLabels]:
         """Yield the last tokens as labels, with the hidden states that predict them."""
         num_before = len(ids) - 1 - num_tokens
         for hidden_states, labels in self._pieces(ids):
@@ -125,7 +125,7 @@ class InfiniLM(TemplateLM):
             yield hidden_states[skipped:], labels[skipped:]
 
     @torch.inference_mode()
-    def _pieces(self, ids: list[int]) -> Iterator[Labelled]:
+    def _pieces(self, ids: list[int]) -> Iterator[StatesAndLabels]:
         """Yield every token but the first as a label, with the hidden state that predicts it.
 
         The last hidden state of a piece predicts the first token of the next.
@@ -149,13 +149,13 @@ class InfiniLM(TemplateLM):
         return hidden_states[0, : len(piece)]
 
     @torch.inference_mode()
-    def _log_likelihood(self, labelled: Labelled) -> float:
+    def _log_likelihood(self, labelled: StatesAndLabels) -> float:
         hidden_states, labels = labelled
         nlls = token_nlls(hidden_states, self.model.get_output_embeddings().weight, labels)
         return -nlls.double().sum().item()
 
     @torch.inference_mode()
-    def _is_greedy(self, labelled: Labelled) -> bool:
+    def _is_greedy(self, labelled: StatesAndLabels) -> bool:
         hidden_states, labels = labelled
         logits = hidden_states @ self.model.get_output_embeddings().weight.T
         return bool((logits.argmax(-1) == labels).all())

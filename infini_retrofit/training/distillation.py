@@ -11,11 +11,12 @@ Axes:
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
+from pydantic import Field, NonNegativeInt, PositiveInt
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -28,10 +29,11 @@ from infini_retrofit.model.retrofit import (
     insert_infini,
     resolve_layers,
 )
+from infini_retrofit.pipeline.progress import progress
 from infini_retrofit.scoring.memory_use import memory_use, run_and_read
 from infini_retrofit.scoring.score import score_rows, score_runs, total
 from infini_retrofit.training.parameters import set_trainable
-from infini_retrofit.training.trainee import Schedule, Trainee
+from infini_retrofit.training.task import Schedule, TrainingTask
 
 Objective = Literal["layer_output", "attention_output"]
 
@@ -40,23 +42,15 @@ Objective = Literal["layer_output", "attention_output"]
 class DistillParams(Schedule):
     """Section `distill` of params.yaml."""
 
-    section = "distill"
-    least_epochs = 0  # insert the layers, fit nothing
-
+    epochs: NonNegativeInt  # 0: insert the layers, fit nothing
     objective: Objective  # the output that is to be like the base's
     trainable: Literal["memory", "infini"]
-    samples: int  # at most, of the train split
-    val_samples: int  # at most, of the val split
-    tokens_per_sample: int  # several segments, so that the memory learns too
-
-    def __post_init__(self) -> None:
-        """Refuse values that would only fail, or mislead, later."""
-        super().__post_init__()
-        self.require_at_least(1, "samples", "val_samples")
-        self.require_at_least(2, "tokens_per_sample")
+    samples: PositiveInt  # at most, of the train split
+    val_samples: PositiveInt  # at most, of the val split
+    tokens_per_sample: Annotated[int, Field(ge=2)]  # several segments: the memory learns too
 
 
-class Distillation(Trainee):
+class Distillation(TrainingTask):
     """A model whose Infini layers learn from the base that it was.
 
     Each layer is given the input of the base's layer, so that the error of one layer is not the
@@ -119,12 +113,13 @@ class Distillation(Trainee):
 
     def validate(self, val: Int[Tensor, "B T"]) -> dict[str, float]:
         """Return the loss, and the perplexity of the whole model on samples seen in one pass."""
-        losses = [self.forward(rows[None])["loss"].item() for rows in val]
+        rows = progress(val, "distillation's loss", "samples")
+        losses = [self.forward(row[None])["loss"].item() for row in rows]
         ppl = total(score_rows(self.model, val)).ppl
         metrics = {"val_loss": sum(losses) / len(losses), "val_ppl": ppl}
         if has_memory(self.model):
             runs, readings = run_and_read(self.model, val, self.segment_length)
-            own = score_runs(self.model, runs)
+            own = total(score_runs(self.model, runs))
             metrics |= memory_use(self.model, val, self.segment_length, own, readings)
         return metrics
 

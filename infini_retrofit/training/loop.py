@@ -6,32 +6,22 @@ stage and no path by name.
 """
 
 import math
-import sys
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-import torch.distributed as dist
+from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from torch import Tensor, nn
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
-from infini_retrofit.pipeline.files import write_rows, write_text
-from infini_retrofit.pipeline.guard import is_first_process, num_processes
-from infini_retrofit.training.trainee import (
-    MEMORY_COLUMNS,
-    PREFIX,
-    Schedule,
-    Trainee,
-    history,
-    memory_history,
-    results,
-)
+from infini_retrofit.pipeline.guard import num_processes
+from infini_retrofit.training.report import PREFIX, Log, Report, results
+from infini_retrofit.training.task import Schedule, TrainingTask
 
-Value = TypeVar("Value")
 WARMUP_SHARE = 0.05  # of all steps
 # How far, in logits, a gate could move in a whole run if its gradient never changed sign: from
 # a memory share of 0.02 to one of 0.53. At the body's learning rate it could not move at all.
@@ -43,7 +33,7 @@ MAX_GATE_RATE, MAX_ALPHA_RATE = 0.25, 0.1
 
 
 def train(
-    trainee: Trainee,
+    task: TrainingTask,
     train_samples: Tensor,
     val_samples: Tensor,
     schedule: Schedule,
@@ -57,7 +47,7 @@ def train(
     parameter to train, it only validates, and prints that.
 
     Args:
-        trainee: holds the weights of the best epoch in the end.
+        task: holds the weights of the best epoch in the end.
         train_samples: token ids, one row a sample.
         val_samples: the same, of other articles.
         schedule: how long and how fast.
@@ -68,57 +58,54 @@ def train(
     Raises:
         FloatingPointError: if a loss is not finite.
     """
-    curves = _Curves(trainee, history_path, memory_path)
-    num_parameters = trainee.num_trainable_parameters
+    report = Report(task, history_path, memory_path)
+    num_parameters = sum(p.numel() for group in task.groups.values() for p in group)
     if schedule.epochs and num_parameters:
-        log = _fit(trainee, train_samples, val_samples, schedule, checkpoints, curves)
+        log = _fit(task, train_samples, val_samples, schedule, checkpoints, report)
     else:
-        log = _only_validate(trainee, val_samples, schedule, curves)
-    trainee.merge()
+        metrics = task.run_validation(val_samples)
+        log = [{PREFIX + name: value for name, value in metrics.items()}]
+    task.merge()
+    report.end(log, schedule.epochs)
     return results(log, train_samples.numel()) | {"num_trainable_parameters": num_parameters}
 
 
+def outcome(metrics: dict[str, int | float | str]) -> str:
+    """Describe in a line what `train` returned."""
+    return (
+        f"{metrics['num_trainable_parameters']:,} parameters trained on "
+        f"{metrics['num_trained_tokens']:,} tokens, val_ppl {metrics['val_ppl']:.2f}"
+    )
+
+
 def _fit(
-    trainee: Trainee,
+    task: TrainingTask,
     train_samples: Tensor,
     val_samples: Tensor,
     schedule: Schedule,
     checkpoints: Path,
-    curves: "_Curves",
-) -> list[dict[str, Any]]:
+    report: Report,
+) -> Log:
     """Run the Trainer, from its last checkpoint if there is one, and return its log."""
-    arguments = _arguments(schedule, checkpoints, trainee.dtype)
+    arguments = _arguments(schedule, checkpoints, task.dtype)
     last_checkpoint = get_last_checkpoint(checkpoints) if checkpoints.is_dir() else None
-    last_checkpoint = value_of_first(last_checkpoint)
+    last_checkpoint = broadcast_object_list([last_checkpoint])[0]
     # The history of a resumed run holds its first validation already, and early stopping would
     # count it twice.
     arguments.eval_on_start = last_checkpoint is None
     num_steps = schedule.epochs * steps_per_epoch(len(train_samples), schedule.batch_size)
     trainer = _Trainer(
-        val=val_samples,
-        model=trainee,
+        model=task,
         args=arguments,
         train_dataset=Dataset.from_dict({"input_ids": train_samples.numpy()}).with_format("torch"),
-        eval_dataset=[],
-        optimizers=_optimizer(trainee, schedule.lr, num_steps),
-        callbacks=[EarlyStoppingCallback(schedule.patience), curves],
+        eval_dataset=val_samples,
+        optimizers=_optimizer(task, schedule.lr, num_steps),
+        callbacks=[EarlyStoppingCallback(schedule.patience), report],
     )
+    trainer.remove_callback(PrinterCallback)
     trainer.train(resume_from_checkpoint=last_checkpoint)
     trainer.accelerator.wait_for_everyone()
     return trainer.state.log_history
-
-
-def _only_validate(
-    trainee: Trainee, val_samples: Tensor, schedule: Schedule, curves: "_Curves"
-) -> list[dict[str, Any]]:
-    """Leave the trainee as it is and return the log of its only validation."""
-    metrics = trainee.run_validation(val_samples)
-    log = [{"epoch": 0} | {PREFIX + name: value for name, value in metrics.items()}]
-    if is_first_process():
-        reason = "no parameter is to train" if schedule.epochs else "its epochs are 0"
-        print(f"{schedule.section}: nothing is trained, because {reason}", file=sys.stderr)
-        curves.write(log)
-    return log
 
 
 def _arguments(schedule: Schedule, checkpoints: Path, dtype: torch.dtype) -> TrainingArguments:
@@ -142,6 +129,7 @@ def _arguments(schedule: Schedule, checkpoints: Path, dtype: torch.dtype) -> Tra
         restore_callback_states_from_checkpoint=True,
         remove_unused_columns=False,
         dataloader_pin_memory=on_gpu,
+        disable_tqdm=True,  # `Report` shows what happens
         report_to="none",
     )
     if arguments.n_gpu > 1:
@@ -151,7 +139,7 @@ def _arguments(schedule: Schedule, checkpoints: Path, dtype: torch.dtype) -> Tra
     return arguments
 
 
-def _optimizer(trainee: Trainee, lr: float, num_steps: int) -> tuple[AdamW, LambdaLR]:
+def _optimizer(task: TrainingTask, lr: float, num_steps: int) -> tuple[AdamW, LambdaLR]:
     """Return AdamW without weight decay, with rates that let gates move within this run."""
     factors = sum(rate_factor(step, num_steps) for step in range(num_steps))
     rates = {
@@ -159,8 +147,8 @@ def _optimizer(trainee: Trainee, lr: float, num_steps: int) -> tuple[AdamW, Lamb
         "alpha": min(ALPHA_TRAVEL / factors, MAX_ALPHA_RATE),
     }
     groups = [
-        {"params": parameters, "lr": rates.get(name, lr * trainee.lr_scales.get(name, 1.0))}
-        for name, parameters in trainee.groups.items()
+        {"params": parameters, "lr": rates.get(name, lr * task.lr_scales.get(name, 1.0))}
+        for name, parameters in task.groups.items()
         if parameters
     ]
     optimizer = AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0)
@@ -176,38 +164,36 @@ def rate_factor(step: int, num_steps: int) -> float:
 class _Trainer(Trainer):
     """The Trainer with our validation, which stops at a loss that is not finite."""
 
-    def __init__(self, val: Tensor, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.val = val
-
     def compute_loss(self, model: nn.Module, inputs: dict[str, Tensor], **_: Any) -> Tensor:
         """Scale the loss so that N processes equal one with the whole batch.
 
         In the last step of an epoch the Trainer fills batches up with rows of the first step,
         which must not count.
         """
-        num_own, num_all = self._num_rows()
+        num_rows, batch_size = len(self.train_dataset), self.args.per_device_train_batch_size
+        step, processes = self.state.global_step, num_processes()
+        num_own, num_all = share_rows(
+            num_rows,
+            batch_size,
+            step % steps_per_epoch(num_rows, batch_size),
+            self.args.process_index,
+            processes,
+        )
         rows = inputs["input_ids"][: max(num_own, 1)]
-        loss = model(rows)["loss"] * (num_own * num_processes() / num_all)
-        place = f"in epoch {int(self.state.epoch) + 1}, step {self.state.global_step + 1}"
-        _require_finite(mean(loss).item(), place, "training")
+        loss = model(rows)["loss"] * (num_own * processes / num_all)
+        mean = self.accelerator.reduce(loss.detach(), "mean").item()
+        _require_finite(mean, f"in epoch {int(self.state.epoch) + 1}, step {step + 1}", "training")
         return loss
 
-    def _num_rows(self) -> tuple[int, int]:
-        """Return how many new rows this step has in this process, and in all."""
-        num_rows, batch_size = len(self.train_dataset), self.args.per_device_train_batch_size
-        step = self.state.global_step % steps_per_epoch(num_rows, batch_size)
-        return share_rows(num_rows, batch_size, step, self.args.process_index, num_processes())
-
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Validate with the trainee's own method.
+        """Validate with the task's own method.
 
         Every process does, and takes the results of rank 0, so that all stop together.
         """
-        metrics = value_of_first(self.model.run_validation(self.val))
+        found = broadcast_object_list([self.model.run_validation(self.eval_dataset)])[0]
         place = f"in epoch {round(self.state.epoch or 0)}, step {self.state.global_step}"
-        _require_finite(metrics["val_loss"], place, "validation")
-        metrics = {PREFIX + name: value for name, value in metrics.items()}
+        _require_finite(found["val_loss"], place, "validation")
+        metrics = {PREFIX + name: value for name, value in found.items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(
             self.args, self.state, self.control, metrics
@@ -219,31 +205,6 @@ class _Trainer(Trainer):
         assert not load_result.unexpected_keys, load_result.unexpected_keys
 
 
-class _Curves(TrainerCallback):
-    """Writes the tables of a run again after every epoch."""
-
-    def __init__(self, trainee: Trainee, history_path: Path, memory_path: Path | None) -> None:
-        self.trainee = trainee
-        self.history_path = history_path
-        self.memory_path = memory_path
-
-    def on_log(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Write the log so far, the past of a resumed run included."""
-        if state.is_world_process_zero:
-            self.write(state.log_history)
-
-    def write(self, log: list[dict[str, Any]]) -> None:
-        """Write both tables; a model without a memory leaves one without rows."""
-        if rows := history(log, self.trainee.train_ppl):
-            write_rows(self.history_path, rows)
-        if self.memory_path is None:
-            return
-        if memory_rows := memory_history(log):
-            write_rows(self.memory_path, memory_rows)
-        else:
-            write_text(self.memory_path, "\t".join(MEMORY_COLUMNS) + "\n")
-
-
 def _require_finite(loss: float, place: str, kind: str) -> None:
     """Raise FloatingPointError if a loss is not finite; the last checkpoint stays as it is."""
     if not math.isfinite(loss):
@@ -251,22 +212,6 @@ def _require_finite(loss: float, place: str, kind: str) -> None:
             f"training diverged {place}: the {kind} loss is {loss}; "
             "nothing was written, try a smaller lr"
         )
-
-
-def mean(value: Tensor) -> Tensor:
-    """Return the mean over processes, without a gradient."""
-    value = value.detach().clone()
-    if num_processes() > 1:
-        dist.all_reduce(value)
-    return value / num_processes()
-
-
-def value_of_first(value: Value) -> Value:
-    """Return rank 0's value in every process."""
-    values = [value]
-    if num_processes() > 1:
-        dist.broadcast_object_list(values, src=0)
-    return values[0]
 
 
 def steps_per_epoch(num_rows: int, batch_size: int) -> int:

@@ -5,15 +5,18 @@ Knows nothing of rates and losses.
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
+from pydantic import PositiveFloat, PositiveInt
 from torch import nn
 from transformers import PreTrainedModel
 
-from infini_retrofit.layer.attention import InfiniAttention
 from infini_retrofit.model.families import PROJECTIONS, decoder_layers
 from infini_retrofit.model.retrofit import attention_modules, infini_modules
+
+if TYPE_CHECKING:
+    from peft.tuners.lora import LoraModel
 
 Part = Literal["memory", "infini", "attention", "all"]
 OF_MEMORY = ("gate", "alpha", "memory")
@@ -46,7 +49,10 @@ def set_trainable(
     """
     infini = infini_modules(model)
     owners = [decoder_layers(model)[i] if whole_layers else infini[i] for i in infini]
-    group_of = _groups_by_id(owners, infini.values())
+    group_of = {id(p): "infini" for owner in owners for p in owner.parameters()}
+    for module in infini.values():
+        for name, of_memory in module.memory_parameters().items():
+            group_of |= {id(p): name for p in of_memory}
     chosen = {"attention": attention_modules(model) + owners, "all": [model]}.get(part, owners)
     groups: dict[str, list[nn.Parameter]] = {name: [] for name in GROUPS}
     model.requires_grad_(False)
@@ -61,46 +67,17 @@ def set_trainable(
     return groups
 
 
-def _groups_by_id(owners: Iterable[nn.Module], infini: Iterable[InfiniAttention]) -> dict[int, str]:
-    """Return the group of every parameter but those of `rest`, by its id."""
-    group_of = {id(p): "infini" for owner in owners for p in owner.parameters()}
-    for module in infini:
-        for name, parameters in module.memory_parameters().items():
-            group_of |= {id(p): name for p in parameters}
-    return group_of
-
-
 @dataclass(frozen=True, kw_only=True)
 class LoraParams:
     """Section `finetune.lora` of params.yaml."""
 
-    rank: int
-    alpha: float  # the adapters' scale is alpha / rank
-
-    def __post_init__(self) -> None:
-        """Refuse adapters that could not change anything."""
-        if self.rank < 1:
-            raise ValueError(f"finetune.lora.rank must be at least 1, got {self.rank}")
-        if self.alpha <= 0:
-            raise ValueError(f"finetune.lora.alpha must be greater than 0, got {self.alpha}")
-
-
-@dataclass(frozen=True)
-class Adapters:
-    """The adapters in a model, and all that trains with them."""
-
-    tuner: nn.Module
-    # As `set_trainable` returns them; adapters of Infini layers are in `infini`, others in `rest`.
-    groups: dict[str, list[nn.Parameter]]
-
-    def merge(self) -> None:
-        """Add the adapters to the weights that they adapt, and remove them."""
-        self.tuner.merge_and_unload()
+    rank: PositiveInt
+    alpha: PositiveFloat  # the adapters' scale is alpha / rank
 
 
 def add_lora(
     model: PreTrainedModel, params: LoraParams, seed: int, frozen_dtype: torch.dtype | None = None
-) -> Adapters:
+) -> tuple["LoraModel", dict[str, list[nn.Parameter]]]:
     """Put adapters that start as zero on all attention projections, in place.
 
     Args:
@@ -109,12 +86,21 @@ def add_lora(
         seed: of the half of each adapter that starts at random.
         frozen_dtype: of what neither trains nor is adapted; None: as it is. What is adapted stays
             unrounded, because it is saved with the adapters merged.
+
+    Returns:
+        What merges the adapters into the weights, and all that trains, in the groups of
+        `set_trainable`: adapters of Infini layers are in `infini`, others in `rest`.
     """
     from peft import LoraConfig  # here, for the other choices need no peft
     from peft.tuners.lora import LoraModel
 
     groups = set_trainable(model, "memory")
-    projections = _projections(model)
+    inside = {id(m) for attention in attention_modules(model) for m in attention.modules()}
+    projections = {
+        name: module
+        for name, module in model.named_modules()
+        if id(module) in inside and name.rpartition(".")[2] in ADAPTED
+    }
     config = LoraConfig(r=params.rank, lora_alpha=params.alpha, target_modules=list(projections))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -127,17 +113,7 @@ def add_lora(
     for name, parameter in model.named_parameters():
         if ".lora_" in name:
             groups["infini" if id(parameter) in of_infini else "rest"].append(parameter)
-    return Adapters(tuner, groups)
-
-
-def _projections(model: PreTrainedModel) -> dict[str, nn.Linear]:
-    """Return the projections of every attention module, by their names in the model."""
-    inside = {id(m) for attention in attention_modules(model) for m in attention.modules()}
-    return {
-        name: module
-        for name, module in model.named_modules()
-        if id(module) in inside and name.rpartition(".")[2] in ADAPTED
-    }
+    return tuner, groups
 
 
 def _cast_frozen(
