@@ -52,9 +52,9 @@ def write_lead(differences: pd.Series) -> tuple[str, str]:
             than `MIN_GROUPS_FOR_INTERVAL` articles give no interval.
     """
     articles = list(differences.index.get_level_values("article"))
-    found = paired_bootstrap(differences.to_numpy(), articles)
+    mean, low, high = paired_bootstrap(differences.to_numpy(), articles)
     is_sure = len(set(articles)) >= MIN_GROUPS_FOR_INTERVAL
-    return f"{found.mean:+.4f}", write_interval(found.low, found.high) if is_sure else MISSING
+    return f"{mean:+.4f}", write_interval(low, high) if is_sure else MISSING
 
 
 def write_interval(low: float, high: float) -> str:
