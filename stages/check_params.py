@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from transformers import AutoConfig
+
 from infini_retrofit.bases.sources import BASE_KINDS, LocalBase
 from infini_retrofit.evaluation.protocols import EvalParams
 from infini_retrofit.layer.form import InfiniParams
-from infini_retrofit.model.checkpoints import check_layers
-from infini_retrofit.model.retrofit import resolve_layers
+from infini_retrofit.model.retrofit import check_form, resolve_layers
 from infini_retrofit.pipeline.files import write_text
 from infini_retrofit.pipeline.guard import run_stage
 from infini_retrofit.pipeline.params import load_choice, load_section
@@ -112,7 +113,7 @@ def check_base(params: Params, depth: int | None) -> None:
     if not about.is_file() or json.loads(about.read_text())["name"] != params.model:
         return
     if depth in (None, LocalBase(path=str(BASE)).known_depth()):
-        check_layers(params.infini, BASE)
+        check_form(params.infini, AutoConfig.from_pretrained(BASE, local_files_only=True))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import torch
 
 from infini_retrofit.layer.form import InfiniParams
 from infini_retrofit.model.base import load_base
-from infini_retrofit.model.checkpoints import check_layers, save_retrofit
+from infini_retrofit.model.checkpoints import save_retrofit
 from infini_retrofit.pipeline.device import start_run
 from infini_retrofit.pipeline.files import write_metrics
 from infini_retrofit.pipeline.guard import run_stage, stage_code, training_run
@@ -28,7 +28,6 @@ def main() -> str:
     """Run the stage and return what it made."""
     infini, params = load_section(InfiniParams, "infini"), load_section(DistillParams, "distill")
     sections = {"infini": infini, "distill": params}
-    check_layers(infini, BASE)
     length = params.tokens_per_sample
     train_samples = read_samples(TEXT / "train.parquet", length, params.samples)
     val_samples = read_samples(TEXT / "val.parquet", length, params.val_samples)

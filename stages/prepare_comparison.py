@@ -15,7 +15,6 @@ from typing import Any
 from infini_retrofit.evaluation.rival import rival_of
 from infini_retrofit.layer.form import InfiniParams
 from infini_retrofit.model.base import load_weightless
-from infini_retrofit.model.retrofit import check_form
 from infini_retrofit.pipeline.files import write_text
 from infini_retrofit.pipeline.guard import run_stage
 from infini_retrofit.pipeline.params import load_section
@@ -32,7 +31,6 @@ def main() -> str:
     params = load_section(FinetuneParams, "finetune")
     own = load_section(ControlParams, "finetune_control")
     model = load_weightless(BASE)
-    check_form(infini, model.config)
     control = plan_control(infini, params, own, model.config.num_hidden_layers)
     rival = rival_of(model, infini)
     write(CONTROL, control)

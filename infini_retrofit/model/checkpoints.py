@@ -10,11 +10,11 @@ from typing import Literal
 
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from infini_retrofit.layer.form import InfiniParams
 from infini_retrofit.model.base import check_base, load_base
-from infini_retrofit.model.retrofit import check_form, insert_infini
+from infini_retrofit.model.retrofit import insert_infini
 from infini_retrofit.pipeline.files import (
     MANIFEST,
     check_folder,
@@ -104,12 +104,6 @@ def base_identity(base_dir: Path) -> dict[str, str]:
     check_base(base_dir)
     digests = json.loads((base_dir / MANIFEST).read_text(encoding="utf-8"))
     return {name: sha for name, sha in digests.items() if name.endswith(".safetensors")}
-
-
-def check_layers(params: InfiniParams, base_dir: Path) -> None:
-    """Refuse layers and sizes that do not fit the base, if it is there, without loading it."""
-    if (base_dir / "config.json").is_file():
-        check_form(params, AutoConfig.from_pretrained(base_dir, local_files_only=True))
 
 
 def _check_retrofit(folder: Path, made_by: str) -> None:
