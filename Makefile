@@ -27,7 +27,8 @@ setup: $(INSTALLED) $(OFFLINE_PLOTS)  ## make .venv with all packages of the pip
 
 repro: setup  ## run the stages of the pipeline that are not up to date
 	@dvc repro
-	@echo "Metrics: metrics/*.json, shown by: .venv/bin/dvc metrics show. Curves: make plots."
+	@echo; sed '/^## /,$$d' report/report.md
+	@echo "The whole report: report/index.html. Curves: make plots. Numbers: .venv/bin/dvc metrics show"
 
 test: setup $(INSTALLED_DEV)  ## check the style and run the tests
 	@ruff check .

@@ -70,8 +70,9 @@ def metrics_faults(committed: Path, checkout: Path) -> Iterator[str]:
 
 
 def read_metrics(folder: Path) -> dict[str, Any]:
-    """Read all metrics below a folder as {stage.key.key: value}."""
-    files = {path.stem: json.loads(path.read_text()) for path in folder.glob("metrics/*.json")}
+    """Read all metrics below a folder as {stage.key.key: value}, but those made of others."""
+    paths = [path for path in folder.glob("metrics/*.json") if path.stem != "summary"]
+    files = {path.stem: json.loads(path.read_text()) for path in paths}
     return pd.json_normalize(files).to_dict("records")[0] if files else {}
 
 

@@ -15,7 +15,7 @@ from tests.tiny_checkout import keep_settings_apart
 from tests.tiny_project import ROOT, STAGES, contents
 
 CODE = ("infini_retrofit", "stages", "analysis", "recipes", ".dvc/plots", ".dvc/config", "dvc.yaml")
-CODE += (".dvcignore", ".gitignore", "data/.gitignore", "models/.gitignore")
+CODE += (".dvcignore", ".gitignore", "data/.gitignore", "models/.gitignore", "report/.gitignore")
 
 
 @pytest.fixture
@@ -34,6 +34,16 @@ def repository(project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     return project
 
 
+# Tables of DVC that a screen of 120 columns shows.
+METRICS_TABLES = (
+    "metrics show",
+    "metrics show --md",
+    "metrics diff",
+    "metrics diff --md",
+    "exp show --md --only-changed --drop .*/|Created",
+)
+
+
 def run(*command: str, succeeds: bool = True) -> str:
     process = subprocess.run(command, capture_output=True, text=True)
     assert (process.returncode == 0) is succeeds, process.stdout + process.stderr
@@ -48,7 +58,8 @@ def test_an_experiment_runs_what_it_must_and_shows_what_it_changed(repository):
     assert json.loads(run("dvc", "status", "--json")) == {}
     before = contents(repository / "models")
     output = run("dvc", "exp", "run", "--set-param", "distill.epochs=2", "--name", "short")
-    assert stages_run(output) == ["check_params", "distill", "finetune", "eval_sliding"]
+    assert stages_run(output) == ["check_params", "distill", "finetune", "eval_sliding", "report"]
+    assert "| finetuned " in output.split("Running stage 'report':")[1]
     skipped = re.findall(r"^Stage '(\w+)' didn't change, skipping$", output, re.M)
     assert set(skipped) == set(STAGES) - set(stages_run(output))
     after = contents(repository / "models")
@@ -58,10 +69,18 @@ def test_an_experiment_runs_what_it_must_and_shows_what_it_changed(repository):
     params = json.loads(run("dvc", "params", "diff", "--json"))
     assert params == {"params.yaml": {"distill.epochs": {"old": 3, "new": 2, "diff": -1}}}
     metrics = json.loads(run("dvc", "metrics", "diff", "--json"))
-    names = {f"metrics/{stage}.json" for stage in ("distill", "finetune", "eval_sliding")}
-    assert set(metrics) == names
-    of_models = {name.split(".")[0] for name in metrics["metrics/eval_sliding.json"]}
-    assert of_models == {"distilled", "finetuned"}
+    assert set(metrics) == {"metrics/summary.json"}
+    assert {"ppl", "gain"} <= set(metrics["metrics/summary.json"])
+    assert not {"base", "control", "full"} & set(metrics["metrics/summary.json"])
+    rows = [line.split() for line in Path("report/report.md").read_text().splitlines()]
+    assert ["|", "distill.epochs", "|", "3", "|", "2", "|"] in rows
+    noted = {path.name for path in Path(".dvc/tmp/seconds").iterdir()}
+    assert noted == set(stages_run(output))
+    assert {row[1]: row[3] for row in rows if len(row) == 5}["prepare_base"] == "-"
+    for table in METRICS_TABLES:
+        lines = run("dvc", *table.split()).splitlines()
+        assert lines
+        assert max(map(len, lines)) <= 120, table
     assert "short" in run("dvc", "exp", "list", "--name-only")
 
     before = contents(repository)
@@ -91,12 +110,15 @@ def stages_after_an_edit_of(file: Path) -> set[str]:
 
 def test_only_an_edit_of_what_a_model_is_made_of_trains_again(repository):
     rerun = {}
-    for folder in [*(f"infini_retrofit/{room}" for room in LIBRARY), "analysis", "recipes"]:
+    others = ("analysis", "analysis/report", "recipes")
+    for folder in [*(f"infini_retrofit/{room}" for room in LIBRARY), *others]:
         file = max(Path(folder).glob("*.py"), key=lambda path: path.stat().st_size)
         rerun[Path(folder).name] = stages_after_an_edit_of(file)
     for room in ("layer", "model", "scoring", "training", "pipeline"):
         assert rerun[room] >= TRAINING, room
     assert rerun["evaluation"] >= {"baseline_eval", "control_eval", "eval_sliding"}
     assert not rerun["evaluation"] & TRAINING
-    for folder in ("generation", "share", "analysis", "recipes"):
+    for folder in ("share", "analysis", "recipes"):
         assert rerun[folder] == set(), folder
+    for folder in ("generation", "report"):
+        assert rerun[folder] == {"report"}, folder

@@ -28,7 +28,11 @@ def test_the_page_loads_nothing_after_the_set_up(tmp_path, monkeypatch):
     Path("finetune.tsv").write_text(
         "epoch\tsplit\tloss\tppl\n1\tval\t0.6\t21.5\n2\tval\t0.4\t20.5\n"
     )
-    assert CDN in show()
+    page = show()
+    assert CDN in page
+    # Without internet and without the set-up, a reader is told what to run.
+    assert "make plots" in page
+    assert f"python -m {offline_plots.__name__}" in page
     offline_plots.main()
     page = show()
     assert CDN not in page

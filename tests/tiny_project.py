@@ -66,7 +66,7 @@ both_projects = pytest.mark.parametrize("name", PROJECTS)
 STAGES = [
     *("check_params", "prepare_base", "prepare_wikitext", "prepare_longdocs"),
     *("prepare_comparison", "baseline_eval", "distill", "finetune"),
-    *("finetune_control", "control_eval", "eval_sliding"),
+    *("finetune_control", "control_eval", "eval_sliding", "report"),
 ]
 
 

@@ -20,10 +20,11 @@ from typing import Any
 
 from filelock import AcquireReturnProxy, FileLock, Timeout
 
-from infini_retrofit.pipeline.files import MANIFEST, check_made, sha256
+from infini_retrofit.pipeline.files import MANIFEST, check_made, sha256, write_text
 from infini_retrofit.pipeline.params import PARAMS_PATH, load_section
 
 FREE_BYTES = 4 << 30  # a checkpoint with its optimizer state, the model, its copy in the cache
+SECONDS = Path(".dvc/tmp/seconds")  # how long each stage took; no output, for it always differs
 _ROOT = Path(__file__).resolve().parents[2]  # holds the library, the stages and dvc.yaml
 _TORCHRUN_SECONDS = 3  # in which torchrun ends the processes beside a failed one
 _PR_SET_PDEATHSIG = 1  # of Linux's prctl.h
@@ -60,7 +61,8 @@ def run_stage(main: Callable[[], str | None]) -> None:
 
     The first process prints what `main` says that it made, and the seconds that it took.
     Other exceptions are mistakes of the code and keep their traceback. Under DVC the stage ends
-    with its parent, because the next `dvc` would start the same stage beside it.
+    with its parent, because the next `dvc` would start the same stage beside it, and a stage that
+    ends well notes its seconds in the folder `SECONDS`.
     """
     if "DVC_ROOT" in os.environ:
         _die_with_parent()
@@ -70,6 +72,8 @@ def run_stage(main: Callable[[], str | None]) -> None:
             made = main()
         if made and is_first_process():
             print(f"{made}, {time.monotonic() - begin:.1f} s", flush=True)
+        if "DVC_STAGE" in os.environ and is_first_process():
+            _note_seconds(os.environ["DVC_STAGE"])
     except _MISTAKES as error:
         sys.exit("error: " + " ".join(str(error).split()))
     except KeyboardInterrupt:
@@ -213,6 +217,13 @@ def _end_on_sigterm() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def _note_seconds(stage: str) -> None:
+    """Write how long this process has run, its imports included."""
+    import psutil  # here, for chat and export run without it
+
+    write_text(SECONDS / stage, f"{time.time() - psutil.Process().create_time():.1f}\n")
 
 
 def _die_with_parent() -> None:

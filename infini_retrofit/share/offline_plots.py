@@ -1,7 +1,7 @@
 """Make `dvc plots show` work without internet; run once at set-up.
 
-DVC's page loads Vega from the network and stays blank without it. This writes a page template
-with the scripts inside and names it in DVC's local configuration, which is not committed: a
+The page of this project loads Vega from the network, and says so where it cannot. This writes
+one with the scripts inside and names it in DVC's local configuration, which is not committed: a
 configuration that names a missing file would break every `dvc plots`.
 """
 
@@ -13,22 +13,9 @@ import vl_convert
 
 from infini_retrofit.pipeline.files import write_text
 
-TEMPLATE = Path("plots/offline.html")  # DVC reads it relative to its own folder
+PAGE, TEMPLATE = Path("plots/page.html"), Path("plots/offline.html")  # DVC looks in .dvc
 VEGA_LITE = "5.20"
-_PAGE = """<!DOCTYPE html>
-<html>
-<head>
-<meta charset="utf-8">
-{{refresh_tag}}
-<title>DVC plots</title>
-<script>{scripts}</script>
-<style>body {{font-family: sans-serif}} img {{max-width: 100%}}</style>
-</head>
-<body>
-{{plot_divs}}
-</body>
-</html>
-"""
+_SCRIPTS = "{scripts}"  # DVC puts the addresses of scripts here
 
 
 def main() -> None:
@@ -39,10 +26,12 @@ def main() -> None:
 
 
 def page() -> str:
-    """Return a page with DVC's two placeholders and everything that draws inside."""
+    """Return the project's page of plots with everything that draws inside."""
     scripts = vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;", vl_version=VEGA_LITE)
     assert "</script" not in scripts.lower()
-    return _PAGE.format(scripts=scripts)
+    template = (Path(".dvc") / PAGE).read_text(encoding="utf-8")
+    assert _SCRIPTS in template
+    return template.replace(_SCRIPTS, f"<script>{scripts}</script>")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,90 @@
+"""What one run measured, read from its metrics, its plots' rows and its params.yaml."""
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from io import StringIO
+from typing import Any
+
+import pandas as pd
+from ruamel.yaml import YAML
+
+TRAININGS = ("distill", "finetune", "finetune_control")
+EVALUATION = "metrics/eval_sliding.json"
+DOCUMENTS, POSITIONS = "plots/eval_documents.tsv", "plots/eval_positions.tsv"
+PARAMS = "params.yaml"
+
+
+@dataclass(frozen=True)
+class Results:
+    """The results of one run.
+
+    Attributes:
+        scores: the metrics of each model, as stage `eval_sliding` wrote them.
+        training: the metrics of each training stage that ran.
+        documents: rows of mean nats a token by model, protocol and document.
+        positions: rows of nats a token by model, protocol and position in the segment.
+        curves: rows of loss and perplexity by epoch and split of each training stage; kept
+            experiments may have none.
+        params: the whole params.yaml.
+    """
+
+    scores: Mapping[str, Mapping[str, float]]
+    training: Mapping[str, Mapping[str, float]]
+    documents: pd.DataFrame
+    positions: pd.DataFrame
+    curves: Mapping[str, pd.DataFrame]
+    params: Mapping[str, Any]
+
+    def ppl(self, protocol: str, model: str = "finetuned") -> float | None:
+        """Return the test perplexity of a model; None: it was not scored in this way."""
+        return self.scores.get(model, {}).get(f"{protocol}_test_ppl")
+
+    @property
+    def segment_length(self) -> int:
+        """Tokens of a segment."""
+        return self.params["infini"]["segment_length"]
+
+    @property
+    def has_memory(self) -> bool:
+        """Whether the score can differ with the memory off."""
+        return self.ppl("segment_off") != self.ppl("segment")
+
+    @property
+    def is_base_untouched(self) -> bool:
+        """Whether the model with its memory off is the base: nothing but the memory was trained."""
+        off, base = self.ppl("segment_off"), self.ppl("segment", "base")
+        return off is not None and base is not None and abs(off / base - 1) < 1e-4
+
+
+def read_results(read: Callable[[str], str]) -> Results:
+    """Read the results of a run.
+
+    Args:
+        read: returns the text of a file by its path in the project, or raises FileNotFoundError.
+            The metrics of stage `eval_sliding` and params.yaml must be there.
+    """
+    training = {stage: _read(read, f"metrics/{stage}.json") for stage in TRAININGS}
+    curves = {stage: _rows(read, f"plots/{stage}.tsv") for stage in TRAININGS}
+    return Results(
+        scores=json.loads(read(EVALUATION)),
+        training={stage: json.loads(text) for stage, text in training.items() if text},
+        documents=_rows(read, DOCUMENTS),
+        positions=_rows(read, POSITIONS),
+        curves={stage: rows for stage, rows in curves.items() if not rows.empty},
+        params=YAML(typ="safe").load(read(PARAMS)),
+    )
+
+
+def _read(read: Callable[[str], str], path: str) -> str:
+    """Return the text of a file, or nothing if it is missing."""
+    try:
+        return read(path)
+    except FileNotFoundError:
+        return ""
+
+
+def _rows(read: Callable[[str], str], path: str) -> pd.DataFrame:
+    """Return the rows of a plot; without the file, none."""
+    text = _read(read, path)
+    return pd.read_csv(StringIO(text), sep="\t") if text else pd.DataFrame()

@@ -1,0 +1,217 @@
+"""Stage `report`: the verdict for each sign, the summary, the page and the continuations."""
+
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+
+from analysis.report import setting
+from analysis.report.continuations import Prefix, continue_retrofit
+from analysis.report.page import Report, as_html, as_markdown
+from analysis.report.results import Results, read_results
+from analysis.report.table import summary_table
+from analysis.report.verdict import gains, summarize, verdict
+from infini_retrofit.layer.form import InfiniParams
+from infini_retrofit.model.retrofit import insert_infini
+from tests.tiny import tiny_model
+from tests.tiny_project import metrics_of, run_stage
+
+KEYS = {"base", "control", "full", "gain", "kv", "off", "ppl", "sliding"}
+PPLS = {
+    ("base", "segment"): 30.0,
+    ("base", "full"): 20.0,
+    ("base", "sliding"): 25.0,
+    ("base", "segment_kv"): 28.0,
+    ("control", "segment"): 29.0,
+    ("control", "full"): 19.0,
+    ("control", "sliding"): 24.0,
+    ("control", "segment_kv"): 27.0,
+    ("finetuned", "full"): 19.5,
+    ("finetuned", "sliding"): 24.5,
+    ("finetuned", "segment_kv"): 27.5,
+    ("finetuned", "segment_off"): 29.5,
+    ("finetuned", "segment_swapped"): 31.0,
+}
+
+
+def measured(segment: float, articles: int = 12, spread: float = 0.0, **changes: float) -> Results:
+    """Return results in which the finetuned model has a perplexity under `segment`.
+
+    Args:
+        segment: the perplexity.
+        articles: each one document.
+        spread: nats by which every other document is better, and the rest worse.
+        changes: other perplexities of the finetuned, by protocol.
+    """
+    ppls = PPLS | {("finetuned", k): v for k, v in {"segment": segment, **changes}.items()}
+    scores: dict[str, dict[str, float]] = {}
+    rows = []
+    for (model, protocol), ppl in ppls.items():
+        scores.setdefault(model, {})[f"{protocol}_test_ppl"] = ppl
+        nll = float(torch.tensor(ppl, dtype=torch.float64).log())
+        is_own = (model, protocol) == ("finetuned", "segment")
+        for i in range(articles):
+            moved = nll + (spread * (-1) ** i if is_own else 0)
+            row = {"model": model, "protocol": protocol, "document": i, "article": i, "nll": moved}
+            rows.append(row)
+    scores["finetuned"]["num_articles"] = articles
+    params = {"infini": {"segment_length": 16}}
+    return Results(scores, {}, pd.DataFrame(rows), pd.DataFrame(), {}, params)
+
+
+@pytest.mark.parametrize(
+    ("segment", "spread", "articles", "begin"),
+    [
+        (26.0, 0.0, 12, "The memory helps: perplexity 26.00 in segments of 16 tokens, better than"),
+        (32.0, 0.0, 12, "The memory harms: perplexity 32.00 in segments of 16 tokens, worse than"),
+        (28.5, 0.5, 12, "Undecided whether the memory helps: "),
+        (26.0, 0.0, 3, "The memory seems to help: "),
+        (32.0, 0.0, 3, "The memory seems to harm: "),
+        (29.0, 0.0, 3, "Undecided whether the memory helps: "),
+    ],
+)
+def test_the_verdict_has_the_sign_of_the_gain_over_the_control(segment, spread, articles, begin):
+    sentence = verdict(measured(segment, articles, spread))
+    assert sentence.startswith(begin)
+    assert ("too few for intervals" in sentence) == (articles == 3)
+    assert ("Judged by 95% intervals over 12 articles." in sentence) == (articles == 12)
+
+
+def test_each_rival_is_named_with_its_own_relation():
+    sentence = verdict(measured(27.7))
+    better, worse = sentence.split("better than ")[1].split("; worse than ")
+    assert better == "its trained control (29.00) and itself with the memory off (29.50)"
+    assert worse.startswith(
+        "equal bytes of keys and values (27.00) and full attention (19.00). Judged"
+    )
+    assert "not told apart from its trained control (29.00)" in verdict(measured(29.0))
+
+
+def test_where_only_the_memory_was_trained_the_rivals_are_the_base_s():
+    results = measured(27.7, segment_off=30.0, segment_kv=28.0)
+    sentence = verdict(results)
+    assert "The memory helps: perplexity 27.70" in sentence
+    assert "its untouched base (30.00)" in sentence
+    assert "equal bytes of keys and values (28.00)" in sentence
+    assert "full attention (20.00)" in sentence
+    assert gains(results)["kv"].nats > 0
+    assert gains(measured(27.7, segment_kv=28.0))["kv"].nats < 0
+
+
+def test_a_model_without_a_memory_is_told_as_one():
+    results = measured(28.0, segment_off=28.0)
+    assert verdict(results).startswith("The model has no memory: perplexity 28.00")
+    assert summary_table(results)[1][2][3] == "-"
+
+
+def test_the_summary_is_flat_and_short():
+    few, many = summarize(measured(27.7, 3)), summarize(measured(27.7))
+    assert few.keys() == KEYS
+    assert many.keys() == KEYS | {"low", "high"}
+    assert many["low"] <= many["gain"] <= many["high"]
+    assert many["gain"] == 0.046
+    assert (few["ppl"], few["kv"], few["full"]) == (27.7, 27.0, 19.0)
+    # DVC writes the path of the file, then each value after four spaces.
+    width = sum(4 + max(len(key), len(f"{value:.2f}")) for key, value in many.items())
+    assert len("metrics/summary.json") + width <= 120
+
+
+def test_the_table_has_six_columns_and_intervals_where_articles_are_enough():
+    for articles, last in ((12, "95% interval"), (3, "gain (nats)")):
+        header, rows = summary_table(measured(27.7, articles))
+        assert {len(row) for row in rows} == {len(header)} == {6}
+        assert len(rows) <= 6
+        assert rows[-1][0] == last
+
+
+def test_the_stage_reports_a_finished_project(project):
+    table = metrics_of(project, "eval_sliding")
+    summary = metrics_of(project, "summary")
+    assert summary.keys() == KEYS
+    assert summary["ppl"] == round(table["finetuned"]["segment_test_ppl"], 2)
+    text, page = (Path(f"report/{name}").read_text() for name in ("report.md", "index.html"))
+    results = read_results(lambda path: Path(path).read_text())
+    for shown in (verdict(results), "memory swapped", "Seconds of each stage", "prepare_wikitext"):
+        assert shown in text
+        assert shown in page
+    assert len(re.findall("<img ", page)) == 4
+    # It opens without internet.
+    assert not re.search(r"""(src|href)\s*=\s*(?!["']?data:)|url\(|@import|https?://""", page)
+
+
+def test_the_stage_ends_with_the_table_on_the_terminal(project, capsys):
+    run_stage("report")
+    shown = capsys.readouterr().out
+    assert "| finetuned " in shown
+    assert "## " not in shown
+
+
+def test_seconds_are_those_that_a_stage_noted_here(project):
+    setting.SECONDS.mkdir(parents=True)
+    (setting.SECONDS / "distill").write_text("31.4\n")
+    before = {path: path.read_bytes() for path in Path("metrics").iterdir()}
+    run_stage("report")
+    lines = [line.split() for line in Path("report/report.md").read_text().splitlines()]
+    assert ["|", "distill", "|", "31", "|"] in lines
+    assert ["|", "finetune", "|", "-", "|"] in lines
+    assert before == {path: path.read_bytes() for path in Path("metrics").iterdir()}
+
+
+def test_changed_parameters_are_shown_with_the_default():
+    before = {"distill": {"epochs": 3, "lr": 1e-3}, "old": 1}
+    now = {"distill": {"epochs": 50, "lr": 1e-3}, "new": [2]}
+    assert setting.differences(before, now) == [
+        ("distill.epochs", 3, 50),
+        ("old", 1, "-"),
+        ("new", "-", [2]),
+    ]
+
+
+def test_a_page_without_curves_and_continuations_leaves_them_out():
+    report = Report("<results>", measured(27.7))
+    page, text = as_html(report), as_markdown(report)
+    assert "&lt;results&gt;" in page
+    assert len(re.findall("<img ", page)) == 2
+    assert "Continuations" not in page + text
+    assert "docs/seeds.md" not in page + text
+    seen = replace(report, results=measured(27.7, t2=9000.0))
+    seen.results.scores["base"]["t2_test_ppl"] = 8000.0
+    assert "base 8,000, finetuned 9,000" in as_html(seen)
+
+
+def test_continuations_read_the_memory_that_they_are_named_after():
+    form = InfiniParams(layers="all", segment_length=16, local_context=0)
+    torch.manual_seed(1)
+    documents = torch.randint(5, 30, (3, 64))
+    documents[2, 48:] = documents[0, 48:]
+
+    def continued(ids: torch.Tensor) -> dict[str, list[int]]:
+        model = tiny_model("llama", vocab_size=40)
+        insert_infini(model, form)
+        for name, parameter in model.named_parameters():
+            if "gate_logit" in name:
+                parameter.data.fill_(3.0)  # other memories then have other likeliest tokens
+        found = continue_retrofit(model.eval(), form, Prefix.of(ids, 2, 16))
+        return {name: tokens.tolist() for name, tokens in found.items()}
+
+    first = continued(documents)
+    assert {len(tokens) for tokens in first.values()} == {14}
+    assert first["on"] != first["off"]
+    assert first["on"] != first["swapped"]
+    # The memory of the other document alone: the reader's own makes no difference.
+    other = documents.clone()
+    other[0, :48] = torch.randint(5, 30, (48,))
+    second = continued(other)
+    assert second["swapped"] == first["swapped"]
+    assert second["off"] == first["off"]
+    assert second["on"] != first["on"]
+
+
+def test_the_summary_file_is_what_the_code_makes_of_the_committed_metrics():
+    root = Path(__file__).parent.parent
+    results = read_results(lambda path: (root / path).read_text())
+    assert json.loads((root / "metrics/summary.json").read_text()) == summarize(results)
