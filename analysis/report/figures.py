@@ -48,8 +48,8 @@ Draw = Callable[[Axes, Results], None]
 
 def pictures(results: Results) -> dict[str, str]:
     """Return the SVG of every picture that the results allow, by its heading."""
-    drawn = {"What the memory gains over each rival": _svg(2.3, draw_gains, results)}
-    drawn["Perplexity by protocol"] = _svg(3.9, draw_protocols, results)
+    drawn = {"What the memory gains over each rival": _svg(2.8, draw_gains, results)}
+    drawn["Perplexity by protocol"] = _svg(3.2, draw_protocols, results)
     if results.curves:
         drawn["Training"] = _svg(3.6, draw_curves, results)
     if not results.positions.empty:
@@ -59,14 +59,17 @@ def pictures(results: Results) -> dict[str, str]:
 
 def draw_gains(axes: Axes, results: Results) -> None:
     """Draw each gain with its interval; right of zero the memory is better."""
-    found = list(gains(results).values())
+    of_rivals = gains(results)
+    if "base" in of_rivals:
+        del of_rivals["off"]  # with its memory off the model is the base
+    found = list(of_rivals.values())
     for line, gain in enumerate(found):
         colour = BLUE if gain.nats > 0 else ORANGE
         if gain.low is not None:
             axes.plot([gain.low, gain.high], [line, line], color=colour, linewidth=3, alpha=0.5)
         axes.plot(gain.nats, line, "o", color=colour)
     axes.axvline(0, color="0.3", linewidth=1)
-    axes.set_xlabel("nats a token gained (right of 0: better)")
+    axes.set_xlabel("gain (nats a token; right of 0: better)")
     _name_lines(axes, [gain.rival for gain in found])
 
 

@@ -50,7 +50,7 @@ td:first-child, th:first-child, .words td, .words th {{ text-align: left; }}
 img {{ width: 100%; max-width: 560px; }}
 .note {{ color: #555; font-size: 0.9em; }}
 @media (max-width: 600px) {{ body {{ font-size: 15px; padding: 0.6em; }}
-  th, td {{ padding-right: 0.6em; font-size: 0.85em; }} }}
+  th, td {{ padding-right: 0.5em; font-size: 0.8em; }} th {{ white-space: normal; }} }}
 </style>
 </head>
 <body>

@@ -45,12 +45,11 @@ def gains(results: Results) -> dict[str, Gain]:
     the rivals of equal bytes and of full attention are untrained, too.
     """
     untouched = results.has_memory and results.is_base_untouched
-    control = "a control that trains attention instead" if untouched else "its trained control"
     reference = "base" if untouched else "control"
     kv = ["finetuned"] if untouched else ["finetuned", "control"]
     base = {"base": ("its untouched base", ["base"], "segment")} if untouched else {}
     rivals = base | {
-        "control": (control, ["control"], "segment"),
+        "control": ("its trained control", ["control"], "segment"),
         "off": ("itself with the memory off", ["finetuned"], "segment_off"),
         "kv": ("equal bytes of keys and values", kv, "segment_kv"),
         "full": ("full attention", [reference], "full"),
