@@ -66,5 +66,5 @@ $(INSTALLED_DEV): requirements-dev.txt $(INSTALLED)
 	@python -m pip install --quiet -r requirements-dev.txt
 	@touch $@
 
-$(OFFLINE_PLOTS): infini_retrofit/share/offline_plots.py $(INSTALLED)
-	@python -m infini_retrofit.share.offline_plots
+$(OFFLINE_PLOTS): analysis/offline_plots.py $(INSTALLED)
+	@python -m analysis.offline_plots

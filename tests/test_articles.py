@@ -127,7 +127,7 @@ def test_the_hub_is_read_by_file_name_and_joined_across_files(monkeypatch, tmp_p
 
     def fetch(repo_id, revision, patterns, **options):
         asked.update(repo_id=repo_id, revision=revision, patterns=patterns, **options)
-        return tmp_path
+        return tmp_path, sorted(tmp_path.glob(patterns[0]))
 
     (tmp_path / "raw").mkdir()
     for number, lines in enumerate((WIKITEXT[:6], WIKITEXT[6:])):

@@ -56,9 +56,9 @@ def test_a_licence_goes_by_the_recorded_source_and_not_by_a_name(name, source, b
     [
         ({}, "a compressive memory of fixed size for everything before it."),
         ({"local_context": 2}, "before it, with the keys and values of 2 tokens before it."),
-        ({"memory": "off"}, "no memory: nothing is carried over from before it."),
-        ({"memory": "off", "local_context": 2}, "no memory, only the keys and values of 2 tokens"),
-        ({"layers": [], "local_context": 2}, "no memory: nothing is carried over from before it."),
+        ({"memory": "off"}, "tokens, and nothing from before it."),
+        ({"memory": "off", "local_context": 2}, "tokens, and the keys and values of 2 tokens"),
+        ({"layers": [], "local_context": 2}, "tokens, and nothing from before it."),
     ],
     ids=str,
 )

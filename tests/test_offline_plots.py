@@ -5,7 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from infini_retrofit.share import offline_plots
+from analysis import offline_plots
 
 ROOT = Path(__file__).parent.parent
 CDN = "cdn.jsdelivr.net/npm/vega"

@@ -10,7 +10,7 @@ import vl_convert
 import yaml
 from dvc_render.vega import VegaRenderer
 
-from infini_retrofit.share.offline_plots import VEGA_LITE
+from analysis.offline_plots import VEGA_LITE
 
 ROOT = Path(__file__).parent.parent
 TEMPLATES = ROOT / ".dvc" / "plots"

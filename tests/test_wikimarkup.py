@@ -60,9 +60,6 @@ sees this -->
 {| class="wikitable"
 |-
 | cell || {{flag|Y}}
-{| nested
-| x
-|}
 |}
 == ''Uses'' ==
 {{Main|Uses of X}}
@@ -81,9 +78,7 @@ The numbers are:
 === Books ===
 * A book
 == After ==
-''Iliad'''s hero.
-[[Category:Letters]]
-[[de:X]]"""
+''Iliad'''s hero."""
     assert clean_article(markup) == (
         "X (\u03c7, khi) is the letters' friend \u2014 10^6 km\u00b2.\n\n"
         "Uses\n\n"

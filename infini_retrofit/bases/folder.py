@@ -34,10 +34,7 @@ def read_base(folder: Path, source: str) -> BaseModel:
     config = check_config(folder, source)
     for pattern in (WEIGHTS, "tokenizer.json"):
         if not any(folder.glob(pattern)):
-            raise FileNotFoundError(
-                f"{source} holds no {pattern}: a base needs config.json, {WEIGHTS} and "
-                "tokenizer.json, as save_pretrained of transformers writes them"
-            )
+            raise _missing(folder, source, pattern)
     model, loading = AutoModelForCausalLM.from_pretrained(
         folder,
         dtype=torch.float32,
@@ -54,16 +51,16 @@ def read_base(folder: Path, source: str) -> BaseModel:
 
 def check_config(folder: Path, source: str) -> dict[str, Any]:
     """Read a model's configuration, and refuse it before its weights are read."""
-    config = _read_config(folder)
-    if config is None:
-        raise FileNotFoundError(f"{source} holds no config.json: it is no model")
-    check_family(str(config.get("model_type")), source)
+    config = read_config(folder)
+    if not config:
+        raise _missing(folder, source, "config.json")
+    check_family(config.get("model_type"), source)
     if "quantization_config" in config:
         raise ValueError(f"{source} must have plain weights, got quantized ones")
     return config
 
 
-def check_family(family: str, source: str) -> None:
+def check_family(family: str | None, source: str) -> None:
     """Refuse a family without a retrofit."""
     if family not in FAMILIES:
         raise ValueError(
@@ -71,16 +68,14 @@ def check_family(family: str, source: str) -> None:
         )
 
 
-def num_layers_of(folder: Path) -> int | None:
-    """Read the number of layers from the configuration, if it is there."""
-    return (_read_config(folder) or {}).get("num_hidden_layers")
+def read_config(folder: Path) -> dict[str, Any]:
+    """Read config.json; {} where there is none."""
+    path = folder / "config.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
 def write_base(base: BaseModel, name: str, folder: Path) -> None:
-    """Write weights, tokenizer, base.json (it holds `name`) and the manifest.
-
-    They replace `folder` whole or not at all.
-    """
+    """Replace `folder`, whole or not at all; base.json holds `name`."""
     about = {"name": name, "source": base.source, "note": base.note}
     about["num_parameters"] = base.model.num_parameters()
     with whole_folder(folder) as partial:
@@ -91,6 +86,8 @@ def write_base(base: BaseModel, name: str, folder: Path) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _read_config(folder: Path) -> dict[str, Any] | None:
-    path = folder / "config.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+def _missing(folder: Path, source: str, pattern: str) -> FileNotFoundError:
+    return FileNotFoundError(
+        f"{source} ({folder}) holds no {pattern}: a base is a folder in Hugging Face form, which "
+        "`hf download REPO_ID --local-dir FOLDER` makes"
+    )

@@ -1,7 +1,7 @@
 """A base made here: a small GPT-NeoX as Pythia, with its own tokenizer.
 
-Both train on the train split of the corpus only. Knows no path. Imports that only training needs
-stand inside functions: they take seconds, and other sources need none of them.
+Both train on the train split of the corpus only. Imports that only training needs stand inside
+functions: they take seconds. Knows no path.
 
 Axes:
     B  row of tokens
@@ -11,10 +11,11 @@ Axes:
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from jaxtyping import Int
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from transformers import (
@@ -29,45 +30,30 @@ from infini_retrofit.pipeline.device import start_run
 from infini_retrofit.texts.corpora import CorpusShares
 
 END_OF_TEXT = "<|endoftext|>"
-_HEAD_DIM_UNIT = 8  # a quarter of each head's channels is rotated, in pairs
-# fmt: off
-_LEAST = {
-    "num_layers": 1, "hidden_size": 1, "num_heads": 1, "samples": 1, "batch_size": 1,
-    "tokens_per_sample": 2, "epochs": 0, "seed": 0,
-    "vocab_size": 257,  # every byte, and the end of a text
-}
-# fmt: on
 
 
 @dataclass(frozen=True, kw_only=True)
 class ScratchBase:
     """A GPT-NeoX with its own byte-level tokenizer, pretrained on the corpus."""
 
-    num_layers: int
-    hidden_size: int
-    num_heads: int
-    vocab_size: int
-    tokens_per_sample: int  # in a row of training, and the model's number of positions
-    samples: int  # rows, at most
-    epochs: int  # 0: random weights
-    batch_size: int  # rows per step
-    lr: float  # at its peak
-    seed: int
+    num_layers: PositiveInt
+    hidden_size: PositiveInt
+    num_heads: PositiveInt
+    vocab_size: Annotated[int, Field(ge=257)]  # every byte, and the end of a text
+    tokens_per_sample: Annotated[int, Field(ge=2)]  # in a row, and the model's number of positions
+    samples: PositiveInt  # rows, at most
+    epochs: NonNegativeInt  # 0: random weights
+    batch_size: PositiveInt  # rows per step
+    lr: PositiveFloat  # at its peak
+    seed: Annotated[int, Field(ge=0, lt=2**32)]
 
     def __post_init__(self) -> None:
-        """Refuse impossible sizes before the corpus is read."""
-        for name, least in _LEAST.items():
-            if (value := getattr(self, name)) < least:
-                raise ValueError(f"models.*.{name} must be at least {least}, got {value}")
-        if self.hidden_size % (unit := _HEAD_DIM_UNIT * self.num_heads):
+        """Refuse heads whose channels cannot be rotated: a quarter of each, in pairs."""
+        if self.hidden_size % (unit := 8 * self.num_heads):
             raise ValueError(
-                f"models.*.hidden_size must be a multiple of {unit} ({_HEAD_DIM_UNIT} for each of "
-                f"num_heads, a quarter of which is rotated in pairs), got {self.hidden_size}"
+                f"models.*.hidden_size must be a multiple of {unit} (8 for each of num_heads), "
+                f"got {self.hidden_size}"
             )
-        if self.seed >= 2**32:
-            raise ValueError(f"models.*.seed must be below 2**32, got {self.seed}")
-        if self.lr <= 0:
-            raise ValueError(f"models.*.lr must be greater than 0, got {self.lr}")
 
     def known_depth(self) -> int:
         """Return the number of layers."""

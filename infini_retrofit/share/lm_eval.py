@@ -11,12 +11,10 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
 from lm_eval.__main__ import cli_evaluate
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
-from torch import Tensor
 from tqdm import tqdm
 
 from infini_retrofit.layer.state import State
@@ -88,7 +86,7 @@ class InfiniLM(TemplateLM):
         scores = []
         for request in tqdm(requests, desc="texts", disable=disable_tqdm):
             ids = self.tok_encode(request.args[0])
-            scores.append(sum(map(self._log_likelihood, self._pieces(ids)), 0.0))
+            scores.append(sum(map(self._log_likelihood, self._last_tokens(ids, len(ids) - 1)), 0.0))
             self.cache_hook.add_partial("loglikelihood_rolling", request.args, scores[-1])
         return scores
 
@@ -102,9 +100,9 @@ class InfiniLM(TemplateLM):
         answers = []
         for texts, context, continuation in tqdm(requests, desc="texts", disable=disable_tqdm):
             score, is_greedy = 0.0, True
-            for end in self._ends(context + continuation, len(continuation)):
-                score += self._log_likelihood(end)
-                is_greedy = is_greedy and self._is_greedy(end)
+            for piece in self._last_tokens(context + continuation, len(continuation)):
+                score += self._log_likelihood(piece)
+                is_greedy = is_greedy and self._is_greedy(piece)
             answers.append((score, is_greedy))
             self.cache_hook.add_partial("loglikelihood", texts, answers[-1])
         return answers
@@ -116,37 +114,29 @@ class InfiniLM(TemplateLM):
             "for --model infini, got generate_until: export the retrofit and use --model hf"
         )
 
-    def _ends(self, ids: list[int], num_tokens: int) -> Iterator[StatesAndLabels]:
-        """Yield the last tokens as labels, with the hidden states that predict them."""
-        num_before = len(ids) - 1 - num_tokens
-        for hidden_states, labels in self._pieces(ids):
-            skipped = max(0, min(num_before, len(labels)))
-            num_before -= skipped
-            yield hidden_states[skipped:], labels[skipped:]
-
     @torch.inference_mode()
-    def _pieces(self, ids: list[int]) -> Iterator[StatesAndLabels]:
-        """Yield every token but the first as a label, with the hidden state that predicts it.
+    def _last_tokens(self, ids: list[int], number: int) -> Iterator[StatesAndLabels]:
+        """Yield the last tokens as labels, with the hidden states that predict them.
 
         The last hidden state of a piece predicts the first token of the next.
         """
         state, last = State(), None
-        length = SEGMENTS_PER_PIECE * self.segment_length
-        for begin in range(0, len(ids), length):
-            piece = torch.tensor(ids[begin : begin + length], device=self._device)
-            hidden_states = self._run(piece, begin, state)
+        segment_length, num_before = self.segment_length, len(ids) - 1 - number
+        for begin in range(0, len(ids), SEGMENTS_PER_PIECE * segment_length):
+            end = begin + SEGMENTS_PER_PIECE * segment_length
+            piece = torch.tensor(ids[begin:end], device=self._device)
+            # Padding fills the last segment, after every scored token.
+            padded = F.pad(piece, (0, -len(piece) % segment_length))[None]
+            hidden_states = run_folded(
+                self.model, padded, segment_length, state=state, first_position=begin
+            )[0, : len(piece)]
             if last is not None:
                 hidden_states = torch.cat([last[0], hidden_states])
                 piece = torch.cat([last[1], piece])
             state, last = state.next(), (hidden_states[-1:], piece[-1:])
-            yield next_tokens(piece, hidden_states)
-
-    def _run(self, piece: Int[Tensor, "T"], begin: int, state: State) -> Float[Tensor, "T D"]:
-        """Return hidden states; padding fills the last segment, after every scored token."""
-        length = self.segment_length
-        padded = F.pad(piece, (0, -len(piece) % length))[None]
-        hidden_states = run_folded(self.model, padded, length, state=state, first_position=begin)
-        return hidden_states[0, : len(piece)]
+            hidden_states, labels = next_tokens(piece, hidden_states)
+            skipped = max(0, num_before - max(0, begin - 1))
+            yield hidden_states[skipped:], labels[skipped:]
 
     @torch.inference_mode()
     def _log_likelihood(self, labelled: StatesAndLabels) -> float:

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from infini_retrofit.pipeline.files import sha256
-from infini_retrofit.texts.corpora import CorpusShares, FilesCorpus, GensimCorpus, HubCorpus
+from infini_retrofit.texts.corpora import CorpusShares, GensimCorpus, HubCorpus
 from infini_retrofit.texts.splits import Article, split_articles
 from infini_retrofit.texts.wikimarkup import clean_article
 from infini_retrofit.texts.wikitext import is_wikitext, split_wikitext
@@ -32,10 +32,7 @@ def read_corpus(corpus: CorpusShares) -> list[Article]:
     """Read all articles of a corpus; an error names the file at fault."""
     if isinstance(corpus, GensimCorpus):
         return read_gensim_sample()
-    if isinstance(corpus, HubCorpus):
-        return read_hub(corpus)
-    assert isinstance(corpus, FilesCorpus), corpus
-    return read_files(Path(corpus.path))
+    return read_hub(corpus) if isinstance(corpus, HubCorpus) else read_files(Path(corpus.path))
 
 
 def read_gensim_sample() -> list[Article]:
@@ -63,16 +60,15 @@ def read_dump(path: Path) -> Iterator[Article]:
 
 def read_hub(corpus: HubCorpus) -> list[Article]:
     """Read the parquet files of a data set in the pinned revision."""
-    from infini_retrofit.texts.hub import fetch_snapshot, matching_files
+    from infini_retrofit.texts.hub import fetch_snapshot
 
-    folder = fetch_snapshot(
+    _, paths = fetch_snapshot(
         corpus.repo_id,
         corpus.revision,
         [corpus.files],
         embedded="corpus: wikipedia-sample",
         repo_type="dataset",
     )
-    paths = matching_files(folder, [corpus.files])
     if not paths:
         raise ValueError(
             f"corpora.<preset>.files must match parquet files in {corpus.repo_id}, "
@@ -95,18 +91,16 @@ def read_files(path: Path) -> list[Article]:
         )
     root = path if path.is_dir() else path.parent
     found = sorted(path.rglob("*")) if path.is_dir() else [path]
-    paths = [file for file in found if file.suffix in (".txt", ".parquet") and file.is_file()]
-    if not paths:
-        raise ValueError(f"corpora.<preset>.path must hold *.txt or *.parquet files, got {path}")
     articles: list[Article] = []
-    for file in paths:
-        read = _read_parquet if file.suffix == ".parquet" else _read_text
-        articles += _assemble(read(file, file.relative_to(root).as_posix()), file)
+    for file in filter(Path.is_file, found):
+        if read := {".txt": _read_text, ".parquet": _read_parquet}.get(file.suffix):
+            articles += _assemble(read(file, file.relative_to(root).as_posix()), file)
+    if not articles:
+        raise ValueError(f"corpora.<preset>.path must hold *.txt or *.parquet files, got {path}")
     return articles
 
 
 def _read_text(path: Path, name: str) -> list[Article]:
-    """Read one text file, unchanged."""
     try:
         return [Article(name, path.read_text(encoding="utf-8-sig"))]
     except UnicodeDecodeError as error:
@@ -117,7 +111,6 @@ def _read_text(path: Path, name: str) -> list[Article]:
 
 
 def _read_parquet(path: Path, name: str) -> list[Article]:
-    """Read the rows of one parquet file, unchanged."""
     try:
         names = pq.read_schema(path).names
         title_column = next((column for column in TITLE_COLUMNS if column in names), None)
@@ -131,31 +124,22 @@ def _read_parquet(path: Path, name: str) -> list[Article]:
             f"{path} must have a column text (and may have a column title) of strings, "
             f"got {', '.join(map(str, names))}"
         )
-    texts = [text or "" for text in table["text"].to_pylist()]
-    titles = table[title_column].to_pylist() if title_column else [None] * len(texts)
     return [
-        Article(title or f"{name} row {i}", text)
-        for i, (title, text) in enumerate(zip(titles, texts, strict=True))
+        Article(row.get(title_column) or f"{name} row {i}", row["text"] or "")
+        for i, row in enumerate(table.to_pylist())
     ]
 
 
 def _assemble(rows: list[Article], path: Path) -> list[Article]:
-    """Cut WikiText at its titles, or tidy rows and drop empty ones."""
-    if is_wikitext(_lines(rows)):
-        return list(split_wikitext(_lines(rows)))
-    tidied = [Article(row.title, _tidy_lines(row.text)) for row in rows]
-    articles = [article for article in tidied if article.text]
+    """Cut WikiText at its titles, or drop empty rows, repeated empty lines, spaces at line ends."""
+    lines = [line for row in rows for line in row.text.splitlines()]
+    if is_wikitext(lines):
+        return list(split_wikitext(lines))
+    articles = []
+    for row in rows:
+        text = "\n".join(line.rstrip() for line in row.text.splitlines())
+        if text := re.sub(r"\n{3,}", "\n\n", text).strip():
+            articles.append(Article(row.title, text))
     if not articles:
         raise ValueError(f"{path} must hold text, got an empty file")
     return articles
-
-
-def _lines(rows: list[Article]) -> Iterator[str]:
-    """Yield the lines of all rows."""
-    return (line for row in rows for line in row.text.splitlines())
-
-
-def _tidy_lines(text: str) -> str:
-    """Remove spaces at the ends of lines, and repeated empty lines."""
-    text = "\n".join(line.rstrip() for line in text.splitlines())
-    return re.sub(r"\n{3,}", "\n\n", text).strip()

@@ -23,8 +23,8 @@ def fetch_snapshot(
     *,
     embedded: str,
     repo_type: str = "model",
-) -> Path:
-    """Download the files that the cache lacks, and return their folder.
+) -> tuple[Path, list[Path]]:
+    """Download the files that the cache lacks; return their folder, and the files by name.
 
     A file that differs from the Hub's hash is an error. Messages name `embedded`, a line of
     params.yaml that needs no network.
@@ -41,25 +41,20 @@ def fetch_snapshot(
             f"{repo_id} at {revision} cannot be downloaded: {shown}; check repo_id, revision, "
             f"connection and proxy, or use `{embedded}`, which needs no network"
         ) from error
-    paths = matching_files(folder, patterns)
+    names = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
+    paths = [folder / name for name in filter_repo_objects(names, allow_patterns=patterns)]
     for path in paths:
         _check_hash(path)
     try:
         get_cached_repo_tree(**repository)
     except CachedRepoTreeNotFoundError:  # the cache is a copy or old
-        names = ", ".join(path.name for path in paths) or "none"
+        found = ", ".join(path.name for path in paths) or "none"
         print(
             f"note: the local cache holds no list of the files of {repo_id}, so a missing file "
-            f"cannot be noticed; found of {', '.join(patterns)}: {names}",
+            f"cannot be noticed; found of {', '.join(patterns)}: {found}",
             file=sys.stderr,
         )
-    return folder
-
-
-def matching_files(folder: Path, patterns: list[str]) -> list[Path]:
-    """List the files of a snapshot that match a pattern, sorted by name."""
-    names = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
-    return [folder / name for name in filter_repo_objects(names, allow_patterns=patterns)]
+    return folder, paths
 
 
 def _check_hash(path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Wiki markup -> plain text, for the Wikipedia sample that gensim ships.
+"""Wiki markup -> plain text, for the Wikipedia sample that gensim ships, and for it alone.
 
 The sample is pinned by its hash: markup that it lacks has no rule here. Paragraphs are separated
 by an empty line; headings and list items (`- item`) are plain lines. Knows nothing of files.
@@ -7,36 +7,20 @@ by an empty line; headings and list items (`- item`) are plain lines. Knows noth
 import calendar
 import html
 import re
-from dataclasses import dataclass
 from itertools import count
 
-_COMMENT = re.compile(r"<!--.*?-->", re.S)
-_POEM = re.compile(r"<poem>(.*?)</poem>", re.S)
-_EMPTY_REF = re.compile(r"<ref\b[^<>]*/>")
-_BLOCK = re.compile(r"<(ref|gallery|source)\b[^<>]*>.*?</\1>", re.S)
 _FORMULA = re.compile(r"<math\b[^<>]*>(.*?)</math>", re.S)
-_TABLE = re.compile(r"^[: ]*\{\|(?:(?!^[: ]*\{\|).)*?^\|\}", re.S | re.M)
+_TABLE = re.compile(r"^\{\|.*?^\|\}", re.S | re.M)
 _UNNESTED = r"((?:(?!\{\{|\}\}|\[\[|\]\]).)*)"
 _TEMPLATE = re.compile(r"\{\{" + _UNNESTED + r"\}\}", re.S)
 _LINK = re.compile(r"\[\[" + _UNNESTED + r"\]\]", re.S)
-_URL_LINK = re.compile(r"\[(?:https?|ftp)://[^\s\[\]]+(?: +([^\[\]\n]*))?\]")
-_HIDDEN_LINK = re.compile(r"(?:File|Image|Category|[a-z]{2,3}):")
+_URL_LINK = re.compile(r"\[(?:https?|ftp)://[^\s\[\]]+(?: ([^\[\]]*))?\]")
 _BREAK = "\ue002"  # stands for <br> until a paragraph is put together
-_HEADING = re.compile(r"(=+)(.*?)=+")
-_SOURCES = "(?:references|sources|notes|citations|bibliography|further reading)"
 _DROPPED_SECTION = re.compile(
-    f"(?:selected )?{_SOURCES}(?: and {_SOURCES})*|see also|external links|gallery"
+    "(?:selected )?bibliography|references|sources|further reading|see also|external links|gallery"
 )
 _ANNOUNCEMENT = re.compile(".{,198}:", re.S)  # of a table, which was removed
-
-
-@dataclass
-class _Section:
-    """A heading and its own paragraphs; the lead has level 1."""
-
-    level: int
-    title: str
-    paragraphs: list[str]
+_Section = tuple[int, str, list[str]]  # level of the heading (the lead's is 1), title, paragraphs
 
 
 def clean_article(markup: str) -> str:
@@ -44,14 +28,14 @@ def clean_article(markup: str) -> str:
 
     Tables, pictures, captions, footnotes and sections that only list sources are dropped.
     """
-    text = _COMMENT.sub("", markup)
+    text = re.sub("<!--.*?-->", "", markup, flags=re.S)
     formulas = [_formula(latex) for latex in _FORMULA.findall(text)]
     places = count()
     text = _FORMULA.sub(lambda _: f"\ue000{next(places)}\ue001", text)  # braces are no markup there
-    text = _BLOCK.sub("", _EMPTY_REF.sub("", text))
-    sections = _read_sections(_strip_tags(_resolve_nested(text)))
-    sections = _drop_empty(_drop_by_title(sections))
-    blocks = [block for section in sections for block in (section.title, *section.paragraphs)]
+    text = re.sub(r"<ref\b[^<>]*/>", "", text)
+    text = re.sub(r"<(ref|gallery|source)\b[^<>]*>.*?</\1>", "", text, flags=re.S)
+    sections = _drop_sections(_read_sections(_strip_tags(_resolve_nested(text))))
+    blocks = [block for _, title, paragraphs in sections for block in (title, *paragraphs)]
     text = "\n\n".join(filter(None, blocks))
     return re.sub("\ue000(\\d+)\ue001", lambda match: formulas[int(match[1])], text).strip()
 
@@ -78,14 +62,19 @@ def _resolve_nested(text: str) -> str:
 def _render_link(link: re.Match[str]) -> str:
     """Return the visible text of `[[target|label]]`; pictures have none."""
     target, _, label = link[1].partition("|")
-    return "" if _HIDDEN_LINK.match(target) else label or target
+    return "" if target.startswith(("File:", "Image:")) else label or target
 
 
 def _strip_tags(text: str) -> str:
     """Remove HTML tags, but keep line breaks, superscripts and the text."""
-    text = _POEM.sub(lambda poem: f"\n\n{'<br>'.join(poem[1].strip().splitlines())}\n\n", text)
+    text = re.sub(
+        "<poem>(.*?)</poem>",
+        lambda poem: "\n\n" + _BREAK.join(poem[1].strip().splitlines()) + "\n\n",
+        text,
+        flags=re.S,
+    )
     text = re.sub("<sup>(.*?)</sup>", _superscript, text)
-    text = re.sub(r"<br\s*/?>", _BREAK, text)
+    text = re.sub("<br ?/?>", _BREAK, text)
     text = re.sub(r"</?blockquote\b[^<>]*>", "\n\n", text)
     text = re.sub(r"<li\b[^<>]*>", "\n* ", text)
     return re.sub("</?[a-zA-Z][^<>]*>", "", text)
@@ -96,28 +85,26 @@ def _superscript(match: re.Match[str]) -> str:
     body = match[1]
     if body in ("2", "3"):
         return "\u00b2" if body == "2" else "\u00b3"
-    if not re.search(r"\d|^[a-z]$", body) or re.search("[-+\u2212]$", body):
-        return body
-    return f"^{body}" if re.fullmatch("[-\u2212]?\\w+", body) else f"^({body})"
+    is_power = re.search(r"\d|^[a-z]$", body) and not re.search("[-+\u2212]$", body)
+    return f"^{body}" if is_power else body
 
 
 def _read_sections(text: str) -> list[_Section]:
     """Cut the text at its headings, and each part into paragraphs."""
-    parts: list[tuple[int, str, list[str]]] = [(1, "", [])]
+    parts: list[_Section] = [(1, "", [])]
     for line in text.splitlines():
-        if heading := _HEADING.fullmatch(_remove_emphasis(line.strip())):
+        if heading := re.fullmatch("(=+)(.*?)=+", _remove_emphasis(line.strip())):
             parts.append((len(heading[1]), _tidy(heading[2]), []))
         else:
             parts[-1][2].append(line)
-    return [_Section(level, title, _read_paragraphs(lines)) for level, title, lines in parts]
+    return [(level, title, _read_paragraphs(lines)) for level, title, lines in parts]
 
 
 def _read_paragraphs(lines: list[str]) -> list[str]:
     """Join lines to paragraphs; a list is a paragraph with a line per item."""
     paragraphs: list[str] = []
     previous = ""
-    for line in lines:
-        kind, text = _read_line(line)
+    for kind, text in map(_read_line, lines):
         if not text:
             previous = previous if kind == "item" else ""
             continue
@@ -132,18 +119,16 @@ def _read_paragraphs(lines: list[str]) -> list[str]:
 
 def _read_line(line: str) -> tuple[str, str]:
     """Return the kind of a line (text, item, term, indented) and its text."""
-    indented = line.startswith((" ", ":"))
+    kind = "indented" if line.startswith((" ", ":")) else "text"
     line = line.strip()
     if line.startswith(("|", "__", "Sources:")):
         return "text", ""
-    marks = re.match(r"[*#:;]*", line)[0]
+    marks = re.match("[*#:;]*", line)[0]
     pieces = [_tidy(_remove_emphasis(piece)) for piece in line[len(marks) :].split(_BREAK)]
-    text = "\n".join(piece for piece in pieces if re.search("[^\\W_]|\ue000", piece))
+    text = "\n".join(piece for piece in pieces if re.search(r"[^\W_]", piece))
     if re.search("[*#]", marks):
         return "item", "" if text[:1] in ("", ".") else "- " + text
-    if ";" in marks:
-        return "term", text
-    return "indented" if indented else "text", text
+    return "term" if ";" in marks else kind, text
 
 
 def _remove_emphasis(line: str) -> str:
@@ -153,7 +138,7 @@ def _remove_emphasis(line: str) -> str:
     """
     runs = [len(run) for run in re.findall("'{2,}", line)]
     if sum(run in (3, 5) for run in runs) % 2:
-        line = re.sub(r"(?<=\w)'''", "'", line, count=1)
+        line = re.sub(r"(?<=\w)'''", "'", line)
     return re.sub("'{2,}", "", line)
 
 
@@ -163,32 +148,26 @@ def _tidy(text: str) -> str:
     text = re.sub(r"\([\s,;]*", "(", text)
     text = re.sub(r"[\s,;]*\)", ")", text)
     text = re.sub(r"\((?:e\.g\.)?\)|\[\]", "", text)
-    text = re.sub('\\s+(?=[,;:.!?](?:[\\s")]|$))', "", text)
+    text = re.sub(r'\s+(?=[,;:.!?](?:[\s"]|$))', "", text)
     return " ".join(text.split())
 
 
-def _drop_by_title(sections: list[_Section]) -> list[_Section]:
-    """Drop sections that only list sources or links, with subsections."""
-    kept, dropped_level = [], 99
+def _drop_sections(sections: list[_Section]) -> list[_Section]:
+    """Drop lists of sources or links, announcements of removed tables, and empty sections."""
+    named, dropped_level = [], 99
     for section in sections:
-        if section.level <= dropped_level:
-            is_dropped = _DROPPED_SECTION.fullmatch(section.title.lower())
-            dropped_level = section.level if is_dropped else 99
+        if section[0] <= dropped_level:
+            is_dropped = _DROPPED_SECTION.fullmatch(section[1].lower())
+            dropped_level = section[0] if is_dropped else 99
         if dropped_level == 99:
-            kept.append(section)
-    return kept
-
-
-def _drop_empty(sections: list[_Section]) -> list[_Section]:
-    """Drop headings without text, and lines that announce a removed table."""
+            named.append(section)
     kept: list[_Section] = []
-    for section in reversed(sections):
-        has_children = kept and kept[-1].level > section.level
-        if not has_children:
-            while section.paragraphs and _ANNOUNCEMENT.fullmatch(section.paragraphs[-1]):
-                section.paragraphs.pop()
-        if section.paragraphs or has_children:
-            kept.append(section)
+    for level, title, paragraphs in reversed(named):
+        has_children = kept and kept[-1][0] > level
+        while not has_children and paragraphs and _ANNOUNCEMENT.fullmatch(paragraphs[-1]):
+            paragraphs.pop()
+        if paragraphs or has_children:
+            kept.append((level, title, paragraphs))
     return kept[::-1]
 
 
@@ -216,7 +195,6 @@ _FIRST = re.compile(
     "lang-.+|nowrap|small|smaller|big|large|vr|linktext|nq|ipa|midsize|vanchor|flag|railgauge|script"
 )
 _LAST = re.compile("lang|transl|rtl-lang|script/.+|columns-list")
-_QUOTE = re.compile("b?quote|quotation")
 _RANGE_WORDS = {"-": "\u2013", "\u2013": "\u2013", "to": " to ", "and": " and ", "by": " by "}
 
 
@@ -233,7 +211,7 @@ def render_template(body: str) -> str:
         return positional[0]
     if _LAST.fullmatch(name):
         return positional[-1]
-    if _QUOTE.fullmatch(name):
+    if name in ("quote", "bquote", "quotation"):
         return f"\n\n{positional[0]}\n\n"
     return _RENDERERS[name](positional, named) if name in _RENDERERS else ""
 
@@ -277,11 +255,6 @@ def _value(positional: list[str], named: dict[str, str]) -> str:
     return f"{_group_digits(positional[0])}{power} {named.get('u', '')}".strip()
 
 
-def _fraction(positional: list[str], named: dict[str, str]) -> str:
-    """Render `{{frac|3}}` as 1/3 and `{{frac|3|2}}` as 3/2."""
-    return "/".join(positional if len(positional) > 1 else ["1", *positional])
-
-
 def _as_of(positional: list[str], named: dict[str, str]) -> str:
     """Render `{{as of|2015|6|30}}`."""
     year, month, day = [*positional, "", ""][:3]
@@ -291,25 +264,20 @@ def _as_of(positional: list[str], named: dict[str, str]) -> str:
     return " ".join(filter(None, (words, day, month, year)))
 
 
-def _japanese(positional: list[str], named: dict[str, str]) -> str:
-    """Render `{{nihongo|English|kanji|romaji}}`."""
-    english, *japanese = positional
-    return f"{english} ({', '.join(filter(None, japanese))})"
-
-
 def _coordinates(positional: list[str], named: dict[str, str]) -> str:
     """Render coordinates inside a sentence; those of the title are hidden."""
     if named.get("display") == "title":
         return ""
     parts = " ".join(part for part in positional if re.fullmatch(r"[\d.]+|[NESW]", part))
-    parts = re.sub(r"([\d.]+) ([\d.]+) ([NESW])", "\\1\u00b0\\2'\\3", parts)
-    return re.sub(r"([\d.]+) ([NESW])", "\\1\u00b0\\2", parts)
+    return re.sub(r"([\d.]+) ([\d.]+) ([NESW])", "\\1\u00b0\\2'\\3", parts)
 
 
 # fmt: off
 _RENDERERS = {
-    "convert": _convert, "frac": _fraction, "sfrac": _fraction, "val": _value,
-    "as of": _as_of, "nihongo": _japanese, "coord": _coordinates,
+    "convert": _convert, "val": _value, "as of": _as_of, "coord": _coordinates,
+    "frac": lambda positional, named: "/".join(["1", *positional][-2:]),  # {{frac|3}} is 1/3
+    "sfrac": lambda positional, named: "/".join(positional),
+    "nihongo": lambda positional, named: f"{positional[0]} ({', '.join(positional[1:])})",
     "hlist": lambda positional, named: ", ".join(positional),
     "chem": lambda positional, named: "".join(positional),
     "nuclide2": lambda positional, named: "-".join(positional),
