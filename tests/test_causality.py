@@ -80,9 +80,9 @@ def prefix_by_subtraction(written: MemoryState, before: MemoryState, stop_gradie
     return memories, MemoryState(matrix[:, -1], normalizer[:, -1])
 
 
-def all_keys(num_queries: int, num_keys: int, device: torch.device) -> Tensor:
+def all_keys(num_queries: int, num_keys: int, *_: object) -> Tensor:
     """Let every query see every key."""
-    return torch.ones(num_queries, num_keys, dtype=torch.bool)
+    return torch.ones(1, 1, num_queries, num_keys, dtype=torch.bool)
 
 
 def inclusive_states(memory: CompressiveMemory, *args: object):
@@ -96,7 +96,7 @@ def inclusive_states(memory: CompressiveMemory, *args: object):
 @pytest.mark.parametrize("local", ["softmax", "linear"])
 @pytest.mark.parametrize(
     ("module", "name", "broken"),
-    [(Layout, "split", scrambled_split), (local_attention, "visible_keys", all_keys)],
+    [(Layout, "split", scrambled_split), (local_attention, "_mask", all_keys)],
 )
 def test_heads_split_by_a_view_and_open_masks_are_noticed(module, name, broken, local, monkeypatch):
     monkeypatch.setattr(module, name, broken)

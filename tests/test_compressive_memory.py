@@ -6,8 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from infini_retrofit.layer.compressive_memory import CompressiveMemory
-from infini_retrofit.layer.decay import LONGEST_HALF_LIFE, SHORTEST_HALF_LIFE
+from infini_retrofit.layer.compressive_memory import (
+    LONGEST_HALF_LIFE,
+    SHORTEST_HALF_LIFE,
+    CompressiveMemory,
+)
 from infini_retrofit.layer.feature_maps import elu1
 from infini_retrofit.layer.memory import memory_share, mix
 from tests.reference import SHAPE, infini_params, largest, without_conflicts

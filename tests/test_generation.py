@@ -13,8 +13,7 @@ from infini_retrofit.generation.generation import enable_generation, read
 from infini_retrofit.layer import attention
 from infini_retrofit.layer.compressive_memory import CompressiveMemory
 from infini_retrofit.layer.cut import Cut, Layout
-from infini_retrofit.layer.state import LayerState, State
-from infini_retrofit.layer.streaming import state_after
+from infini_retrofit.layer.state import LayerState, State, state_after
 from infini_retrofit.model.retrofit import infini_modules
 from infini_retrofit.model.running import run_folded, run_in_layer
 from tests.reference import largest

@@ -12,12 +12,12 @@ import torch.nn.functional as F
 from jaxtyping import TypeCheckError
 from torch import Tensor
 
-from infini_retrofit.layer import memory
 from infini_retrofit.layer.feature_maps import FEATURES_PER_CHANNEL, FeatureMaps, elu1
 from infini_retrofit.layer.memory import (
     MemoryState,
     UpdateRule,
     Write,
+    empty_state,
     memory_share,
     mix,
     prefix_states,
@@ -57,14 +57,12 @@ def draw_initial() -> MemoryState:
     return MemoryState(draw(BATCH, HEADS, KEY, VALUE).requires_grad_(), normalizer.requires_grad_())
 
 
+def scan(write: Write, rule: UpdateRule, **about: object) -> tuple[MemoryState, MemoryState]:
+    return scan_states(write, rule, empty_state(write), **about)
+
+
 def numbers(states: tuple[MemoryState, MemoryState]) -> Tensor:
     return torch.cat([x.flatten() for state in states for x in (state.matrix, state.normalizer)])
-
-
-def read_and_mix(local: Tensor, feature: Tensor, state: MemoryState, gate: Tensor) -> Tensor:
-    numerator, denominator = retrieve(feature, state)
-    share = memory_share(denominator, gate[:, None, None])
-    return mix(local, numerator, denominator, share)
 
 
 @every_border
@@ -81,14 +79,11 @@ def test_all_segments_at_once_equal_one_after_another_for_the_linear_rule(every)
         assert largest(a - b) < 1e-12
 
 
-def reach(rule: UpdateRule, every: int | None, at_once: bool) -> list[list[bool]]:
+def reach(rule: UpdateRule, every: int | None) -> list[list[bool]]:
     """Return for each segment whether its memory has a gradient to the values of each before."""
     write = draw_write()
-    if at_once:
-        memories, end = prefix_states(write_segments(write), None, every)
-    else:
-        memories, end = scan_states(write, rule, stop_gradient_every=every)
-        assert torch.equal(numbers((memories, end)), numbers(scan_states(write, rule)))
+    memories, end = scan(write, rule, stop_gradient_every=every)
+    assert torch.equal(numbers((memories, end)), numbers(scan(write, rule)))
     felt = []
     for matrix in (*memories.matrix.unbind(1), end.matrix):
         if not matrix.requires_grad:
@@ -101,14 +96,11 @@ def reach(rule: UpdateRule, every: int | None, at_once: bool) -> list[list[bool]
 
 
 @every_border
-@pytest.mark.parametrize(
-    ("rule", "at_once"),
-    [("linear", True), ("linear", False), ("delta", False), ("delta_gamma", False)],
-)
-def test_gradients_reach_back_to_the_last_border_that_cuts_them(rule, at_once, every):
+@every_rule
+def test_gradients_reach_back_to_the_last_border_that_cuts_them(rule, every):
     step = every or SEGMENTS + 1
     want = [[r // step * step <= w < r for w in range(SEGMENTS)] for r in range(SEGMENTS + 1)]
-    assert reach(rule, every, at_once) == want
+    assert reach(rule, every) == want
 
 
 def read_back(rule: UpdateRule, *values: float, tokens: int = 1) -> float:
@@ -117,7 +109,7 @@ def read_back(rule: UpdateRule, *values: float, tokens: int = 1) -> float:
     feature[..., :tokens, :] = feature[..., :1, :].clone() * 1.7
     value = torch.tensor(values).view(1, -1, 1, 1, 1).repeat(1, 1, 1, tokens + 1, 1)
     value[..., tokens:, :] = -8.0
-    _, end = scan_states(Write(feature, value), rule)
+    _, end = scan(Write(feature, value), rule)
     return recall(feature[:, 0, :, :1], end).item()
 
 
@@ -135,16 +127,10 @@ def test_a_pair_written_twice_reads_back_at_one_half_as_printed_and_whole_as_cor
     assert read_back(rule, 3.0, tokens=3) == pytest.approx(3)
 
 
-def test_a_normalizer_that_grows_by_known_keys_is_noticed(monkeypatch):
-    printed = memory._update
-    monkeypatch.setattr(memory, "_update", lambda s, w, rule, kept: printed(s, w, "delta", kept))
-    assert read_back("delta_gamma", 3.0, 3.0) == pytest.approx(3 / 2)
-
-
 def test_a_key_that_the_corrected_normalizer_lacks_is_written_whole():
     feature = torch.tensor([[10.0, 0.0], [1.0, 1.0], [0.0, 1.0]]).view(1, 3, 1, 1, 2)
     write = Write(feature, torch.tensor([2.0, 3.0, 5.0]).view(1, 3, 1, 1, 1))
-    memories, end = scan_states(write, "delta_gamma")
+    memories, end = scan(write, "delta_gamma")
     assert memories.normalizer[0, 2, 0].tolist() == [10, 0]
     assert memories.matrix[0, 2, 0].tolist() == [[21], [1]]
     assert end.matrix[0, 0].tolist() == [[21], [1 + 5]]
@@ -165,7 +151,7 @@ def test_nothing_over_nothing_is_zero_with_usable_gradients(divide):
 def test_identical_values_are_recalled_exactly_unless_sums_are_divided_by_other_counts(rule):
     write = draw_write()
     write.value.data[:] = write.value.data[:1, :1, :1, :1].clone()
-    written = scan_states(Write(write.feature[:, :1], write.value[:, :1]), rule)[1]
+    written = scan(Write(write.feature[:, :1], write.value[:, :1]), rule)[1]
     query, value = elu1(draw(BATCH, HEADS, 9, KEY)), write.value[0, 0, 0, 0]
     assert largest(recall(query, written) - value) < 1e-12
     averaged = MemoryState(written.matrix / (BATCH * TOKENS), written.normalizer / BATCH)
@@ -178,42 +164,27 @@ def test_heads_and_tokens_swapped_are_refused():
         write_segments(Write(write.feature.transpose(2, 3), write.value))
 
 
-def error_of_a_long_sum(dtype: torch.dtype) -> float:
-    """Write 10,000 segments into a state of one dtype; return the relative error of z."""
-    key = draw(1, MANY_SEGMENTS, 1, 11, 3, dtype=torch.float32)
-    written = write_segments(Write(elu1(key), key))
-    exact = elu1(key.double()).sum(dim=(1, 3))
-    if dtype is torch.float32:
-        normalizer = prefix_states(written)[1].normalizer
-    else:
-        normalizer = torch.zeros(1, 1, 3, dtype=dtype)
-        for segment in written.normalizer.unbind(1):
-            normalizer = normalizer + segment.to(dtype)
-    return largest(normalizer.double() / exact - 1)
-
-
-def test_the_state_still_grows_after_ten_thousand_segments():
-    assert error_of_a_long_sum(torch.float32) < 1e-4
-    assert error_of_a_long_sum(torch.bfloat16) > 0.5
-
-
 @torch.no_grad()
-def error_of_a_long_scan(dtype: torch.dtype, num_segments: int) -> float:
-    """Overwrite for many segments; return how far what is recalled is from float64."""
-    key, value, query = draw(1, num_segments, 1, 11, 3), draw(1, num_segments, 1, 11, 4), draw(9, 3)
-    recalled = []
-    for exact in (dtype, torch.float64):
-        write = Write(elu1(key.to(exact)), value.to(exact))
-        _, end = scan_states(write, "delta_gamma")
-        recalled.append(recall(elu1(query.to(exact))[None, None], end))
-    assert largest(recalled[1]) > 0.1
-    return largest(recalled[0].double() - recalled[1])
+def errors_of_a_long_scan(rule: UpdateRule, kept: torch.dtype) -> tuple[float, float]:
+    """Write 10,000 segments, keeping each state in a number type.
+
+    Returns:
+        The relative error of the normalizer, and how far what is recalled is from float64.
+    """
+    key, value = draw(1, MANY_SEGMENTS, 1, 11, 3), draw(1, MANY_SEGMENTS, 1, 11, 4)
+    feature, query = elu1(key), elu1(draw(1, 1, 9, 3))
+    _, exact = scan(Write(feature, value), rule)
+    _, end = scan(Write(feature.float(), value.float()), rule, state_dtype=kept)
+    error = recall(query.float(), end) - recall(query, exact)
+    return largest(end.normalizer / exact.normalizer - 1), largest(error)
 
 
 @pytest.mark.usefixtures("_shapes_unchecked")
-def test_what_is_overwritten_ten_thousand_times_is_not_lost_to_rounding():
-    assert error_of_a_long_scan(torch.float32, MANY_SEGMENTS) < 1e-5
-    assert error_of_a_long_scan(torch.bfloat16, num_segments=100) > 1e-3
+def test_after_ten_thousand_segments_a_state_of_32_bits_still_grows_and_is_overwritten():
+    assert errors_of_a_long_scan("linear", torch.float32)[0] < 1e-4
+    assert errors_of_a_long_scan("linear", torch.bfloat16)[0] > 0.5
+    assert errors_of_a_long_scan("delta_gamma", torch.float32)[1] < 1e-5
+    assert errors_of_a_long_scan("delta_gamma", torch.bfloat16)[1] > 1e-3
 
 
 @every_rule
@@ -225,28 +196,19 @@ def test_keys_all_very_negative_are_still_recalled(rule, feature_map):
     key = draw(BATCH, 1, HEADS, TOKENS, KEY, dtype=torch.float32) - 20
     value = torch.full((BATCH, 1, HEADS, TOKENS, VALUE), 3.0)
     assert (F.elu(key) + 1).count_nonzero() < key.numel() // 2
-    _, state = scan_states(Write(maps.of_key(key), value), rule)
+    _, state = scan(Write(maps.of_key(key), value), rule)
     assert largest(recall(maps.of_query(query), state) - 3) < 1e-4
 
 
-def test_gradients_stay_finite_down_to_where_a_memory_counts_as_empty():
-    gate, local = torch.full((1,), 5.0), torch.zeros(1, 1, 1, 1)
-    for exponent in range(-60, -20):
-        query = torch.full((1, 1, 1, 1), float(exponent), requires_grad=True)
-        key = torch.zeros(1, 1, 1, 1, requires_grad=True)
-        state = write_segments(Write(elu1(key), torch.ones(1, 1, 1, 1)))
-        out = read_and_mix(local, elu1(query), state, gate)
-        gradients = torch.autograd.grad(out.sum(), [query, key])
-        assert all(x.isfinite().all() for x in gradients), exponent
-
-
 @every_rule
-@pytest.mark.parametrize("exponent", [-45.0, -41.0, -20.0, 60.0])
-def test_gradients_of_keys_of_any_size_stay_finite(rule, exponent):
+def test_gradients_stay_finite_down_to_where_a_memory_counts_as_empty(rule):
     grid = (BATCH, SEGMENTS, HEADS, TOKENS)
     query, key, value = (draw(*grid, n, dtype=torch.float32) for n in (KEY, KEY, VALUE))
-    key = (key + exponent).requires_grad_()
-    memories, _ = scan_states(Write(elu1(key), value), rule)
-    out = read_and_mix(torch.zeros_like(value), elu1(query), memories, torch.zeros(HEADS))
-    (gradient,) = torch.autograd.grad(out.sum(), key)
-    assert gradient.isfinite().all()
+    for of_query, of_key in [(n, 0) for n in range(-60, -20)] + [(0, n) for n in (-45, -41, 60)]:
+        inputs = [(query + of_query).requires_grad_(), (key + of_key).requires_grad_()]
+        memories, _ = scan(Write(elu1(inputs[1]), value), rule)
+        numerator, denominator = retrieve(elu1(inputs[0]), memories)
+        share = memory_share(denominator, torch.full((HEADS, 1, 1), 5.0))
+        out = mix(torch.zeros_like(value), numerator, denominator, share)
+        gradients = torch.autograd.grad(out.sum(), inputs)
+        assert all(x.isfinite().all() for x in gradients), (of_query, of_key)

@@ -95,7 +95,7 @@ def test_the_rival_keeps_a_layers_own_attention_and_weights(form):
     made = make_rival(model, Rival(segment_length=SEGMENT, num_tokens=3))
     modules, shared = infini_modules(made), set(model.parameters())
     after = dict(modules[0].named_parameters())
-    assert modules[0].local == params.local
+    assert modules[0].params.local == params.local
     of_memory = {name for name in before if name.startswith("memory.")}
     assert before.keys() - after.keys() == of_memory | {"gate_logit"}
     assert all(after[name] is before[name] for name in after)

@@ -35,10 +35,16 @@ from infini_retrofit.layer.feature_maps import FeatureMaps
 from infini_retrofit.layer.form import BYTES_PER_STATE_VALUE, AttentionShape, InfiniParams
 from infini_retrofit.layer.local_attention import alibi_slopes, linear_attention, softmax_attention
 from infini_retrofit.layer.local_context import carry_context
-from infini_retrofit.layer.memory import Recalled, memory_share, mix, quotient
+from infini_retrofit.layer.memory import memory_share, mix, quotient
 from infini_retrofit.layer.probe import MemoryReading, Probe
-from infini_retrofit.layer.state import LayerState, Segments, State, Tokens
-from infini_retrofit.layer.streaming import running_segment, state_after
+from infini_retrofit.layer.state import (
+    LayerState,
+    Segments,
+    State,
+    Tokens,
+    running_segment,
+    state_after,
+)
 
 # The gate at the start: small enough to keep the base's output, large enough to have a gradient.
 INITIAL_MEMORY_SHARE = 0.02
@@ -57,14 +63,8 @@ class InfiniAttention(nn.Module):
     def __init__(self, shape: AttentionShape, params: InfiniParams, layer_index: int) -> None:
         super().__init__()
         shape = shape.of_heads(params.heads)
-        self.shape = shape
-        self.layer_index = layer_index
-        self.local = params.local
-        self.uses_rope = params.positions == "rope"
-        self.segment_length = params.segment_length
-        self.local_context = params.local_context
-        self.stop_gradient_every = params.stop_gradient_every
-        self.state_dtype = params.state_dtype
+        self.shape, self.params, self.layer_index = shape, params, layer_index
+        self.segment_length, self.local_context = params.segment_length, params.local_context
         q_size, kv_size = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
         self.q_proj = nn.Linear(shape.hidden_size, q_size, bias=shape.qkv_bias)
         self.k_proj = nn.Linear(shape.hidden_size, kv_size, bias=shape.qkv_bias)
@@ -94,7 +94,7 @@ class InfiniAttention(nn.Module):
         # A matrix and a normalizer for each key/value head.
         num_features = self.shape.num_kv_heads * self.feature_maps.num_features
         num_values = num_features * (self.shape.head_dim + 1)
-        return context + num_values * BYTES_PER_STATE_VALUE[self.state_dtype]
+        return context + num_values * BYTES_PER_STATE_VALUE[self.params.state_dtype]
 
     def memory_parameters(self) -> dict[str, list[nn.Parameter]]:
         """Return the parameters that a base's attention lacks, by learning-rate group."""
@@ -128,7 +128,7 @@ class InfiniAttention(nn.Module):
         cut, probe = cut or Cut(), probe or Probe()
         before = (state or State()).before.get(self.layer_index, LayerState())
         query, key, value = (p(hidden_states) for p in (self.q_proj, self.k_proj, self.v_proj))
-        tables = position_embeddings if self.uses_rope else None
+        tables = position_embeddings if self.params.positions == "rope" else None
         if cut.is_open:
             new = Tokens.of(key, value, tables, cut.is_token)
             out, after = self._stream(query, new, before, cut, probe)
@@ -195,7 +195,7 @@ class InfiniAttention(nn.Module):
         # because there are none before the first segment.
         is_key = context = memories = memory = None
         if self.local_context:
-            carried = (self.local_context, before.context, self.stop_gradient_every)
+            carried = (self.local_context, before.context, self.params.stop_gradient_every)
             keys, context = carry_context(keys, key[:, 0, :, :1], place, *carried)
             is_key = keys.is_key
         if self._reads(probe):
@@ -210,7 +210,14 @@ class InfiniAttention(nn.Module):
         self, query: Float[Tensor, "B S H L K"], segments: Segments, probe: Probe
     ) -> Float[Tensor, "B S H L V"]:
         """Attend inside each segment, and blend with what its memory recalls (eq. 10)."""
-        local = self._attend_locally(segments.place(query), segments)
+        is_key = None if segments.is_key is None else segments.is_key.flatten(0, 1)
+        keys = segments.keys
+        flat = (x.flatten(0, 1) for x in (segments.place(query), keys.key, keys.value))
+        if self.params.local == "linear":
+            local = linear_attention(*flat, is_key, self.feature_maps)
+        else:
+            local = softmax_attention(*flat, is_key, slopes=self.slopes)
+        local = local.unflatten(0, query.shape[:2])
         if segments.memories is None:
             return local
         if probe.memories is not None:
@@ -221,26 +228,7 @@ class InfiniAttention(nn.Module):
         gate = self.gate_logit.to(recalled.denominator.dtype)[:, None, None]
         share = memory_share(recalled.denominator, gate + recalled.logit)
         if probe.readings is not None:
-            probe.readings[self.layer_index] = _reading(share, recalled, local)
+            found = quotient(recalled.numerator, recalled.denominator)
+            noted = (share[..., 0], found.float().norm(dim=-1), local.float().norm(dim=-1))
+            probe.readings[self.layer_index] = MemoryReading(*(x.detach().float() for x in noted))
         return mix(local, recalled.numerator, recalled.denominator, share)
-
-    def _attend_locally(
-        self, query: Float[Tensor, "B S H L K"], segments: Segments
-    ) -> Float[Tensor, "B S H L V"]:
-        """Attend inside each segment, and to the context carried into it."""
-        is_key = None if segments.is_key is None else segments.is_key.flatten(0, 1)
-        flat = (x.flatten(0, 1) for x in (query, segments.keys.key, segments.keys.value))
-        if self.local == "linear":
-            out = linear_attention(*flat, is_key, self.feature_maps)
-        else:
-            out = softmax_attention(*flat, is_key, slopes=self.slopes)
-        return out.unflatten(0, query.shape[:2])
-
-
-def _reading(
-    share: Float[Tensor, "B S H L 1"], recalled: Recalled, local: Float[Tensor, "B S H L V"]
-) -> MemoryReading:
-    """Return shares and norms of one layer, without gradients, in float32."""
-    found = quotient(recalled.numerator, recalled.denominator)
-    norms = (x.detach().float().norm(dim=-1) for x in (found, local))
-    return MemoryReading(share.detach()[..., 0].float(), *norms)

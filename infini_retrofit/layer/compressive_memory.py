@@ -14,13 +14,15 @@ Axes:
     V  value channel
 """
 
+import math
+
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from infini_retrofit.layer.decay import fade, memory_retention, starting_rates, token_retention
 from infini_retrofit.layer.form import AttentionShape, InfiniParams
 from infini_retrofit.layer.memory import (
+    SMALLEST_DENOMINATOR,
     MemoryState,
     Recalled,
     Write,
@@ -30,6 +32,9 @@ from infini_retrofit.layer.memory import (
     scan_states,
     write_segments,
 )
+
+# Half-lives of a head's features at the start, evenly spread on a logarithmic scale.
+SHORTEST_HALF_LIFE, LONGEST_HALF_LIFE = 2.0, 2048.0  # tokens
 
 
 class CompressiveMemory(nn.Module):
@@ -51,8 +56,9 @@ class CompressiveMemory(nn.Module):
         self.state_dtype = torch.bfloat16 if params.state_dtype == "bfloat16" else None
         self.decay_logit = self.query_gate = None
         if params.decay == "feature":
-            rates = starting_rates(num_features).repeat(shape.num_kv_heads, 1)
-            self.decay_logit = nn.Parameter(rates)
+            ends = math.log(SHORTEST_HALF_LIFE), math.log(LONGEST_HALF_LIFE)
+            logit = math.log(math.log(2)) - torch.linspace(*ends, num_features)
+            self.decay_logit = nn.Parameter(logit.repeat(shape.num_kv_heads, 1))
         if params.gate == "query":
             self.query_gate = nn.Parameter(torch.zeros(shape.num_heads, shape.head_dim))
 
@@ -69,17 +75,35 @@ class CompressiveMemory(nn.Module):
         document begins.
         """
         with torch.autocast(feature.device.type, enabled=False):
-            write = Write(feature, value, self._weight(feature, is_token))
+            write, retention = self._write(feature, value, is_token)
             before = self._before(write, before)
-            if self.rule == "linear" and self.decay_logit is None and self.state_dtype is None:
+            if self.rule == "linear" and retention is None and self.state_dtype is None:
                 return prefix_states(write_segments(write), before, self.stop_gradient_every)
-            retention = None
-            if self.decay_logit is not None:
-                num_tokens = _count_tokens(feature, is_token)
-                retention = memory_retention(self._rate(feature.dtype), num_tokens)
             options = (self.stop_gradient_every, self.state_dtype)
             memories, after = scan_states(write, self.rule, before, retention, *options)
             return memories, self._kept(after)
+
+    def _write(
+        self,
+        feature: Float[Tensor, "B S N L F"],
+        value: Float[Tensor, "B S N L V"],
+        is_token: Bool[Tensor, "B S L"] | None,
+    ) -> tuple[Write, Float[Tensor, "B S N F"] | None]:
+        """Return what to write, and the share of each memory that is left after its segment."""
+        weight = None if is_token is None else is_token[:, :, None, :, None].to(feature.dtype)
+        if self.decay_logit is None:
+            return Write(feature, value, weight), None
+        num_tokens = _count_tokens(feature, is_token)[..., None, None]
+        token = torch.arange(feature.shape[3], device=feature.device)[:, None]
+        # No time passes in the padding at a segment's end.
+        steps = (num_tokens[..., None] - 1 - token).clamp_min(0)
+        left = torch.exp(-self._rate(feature.dtype)[:, None] * steps)
+        retention = torch.exp(-self._rate(feature.dtype) * num_tokens)
+        return Write(feature, value, left if weight is None else weight * left), retention
+
+    def _rate(self, dtype: torch.dtype) -> Float[Tensor, "N F"]:
+        """Return the rates of forgetting in 1 / tokens."""
+        return self.decay_logit.to(dtype).exp()
 
     def _kept(self, state: MemoryState) -> MemoryState:
         """Return a rounded state in the number type in which it is kept."""
@@ -124,37 +148,19 @@ class CompressiveMemory(nn.Module):
         """
         memories = memories.to(feature.dtype)
         with torch.autocast(query.device.type, enabled=False):
-            logit = self._logit(query.to(feature.dtype))
+            logit = query.new_zeros(1, 1, 1, dtype=feature.dtype)
+            if self.query_gate is not None:
+                query, direction = query.to(feature.dtype), self.query_gate.to(feature.dtype)
+                logit = torch.einsum("bshlk,hk->bshl", query, direction)[..., None]
+                logit = logit * query.shape[-1] ** -0.5
             if self.decay_logit is not None:
                 rate = self._rate(feature.dtype)
-                feature, faded = fade(rate, feature, memories.normalizer, num_before)
+                feature, faded = _fade(rate, feature, memories.normalizer, num_before)
                 logit = logit + faded
             numerator, denominator = retrieve(feature, memories)
             if self.divisor is not None:
                 numerator = numerator / self.divisor
             return Recalled(numerator, denominator, logit)
-
-    def _weight(
-        self, feature: Float[Tensor, "B S N L F"], is_token: Bool[Tensor, "B S L"] | None
-    ) -> Float[Tensor, "B S #N L #F"] | None:
-        """Return the weight with which each token is written; None: 1 for all."""
-        weight = None if is_token is None else is_token[:, :, None, :, None].to(feature.dtype)
-        if self.decay_logit is None:
-            return weight
-        num_tokens = _count_tokens(feature, is_token)
-        left = token_retention(self._rate(feature.dtype), num_tokens, feature.shape[3])
-        return left if weight is None else weight * left
-
-    def _rate(self, dtype: torch.dtype) -> Float[Tensor, "N F"]:
-        """Return the rates of forgetting in 1 / tokens."""
-        return self.decay_logit.to(dtype).exp()
-
-    def _logit(self, query: Float[Tensor, "B S H L K"]) -> Float[Tensor, "*#B #H #L 1"]:
-        """Return what the queries add to the gate's logit."""
-        if self.query_gate is None:
-            return query.new_zeros(1, 1, 1)
-        moved = torch.einsum("bshlk,hk->bshl", query, self.query_gate.to(query.dtype))
-        return moved[..., None] * query.shape[-1] ** -0.5
 
 
 def _count_tokens(
@@ -163,3 +169,26 @@ def _count_tokens(
     if is_token is None:
         return torch.full(feature.shape[:2], feature.shape[3], device=feature.device)
     return is_token.sum(dim=-1)
+
+
+def _fade(
+    rate: Float[Tensor, "N F"],
+    feature: Float[Tensor, "B S H L F"],
+    normalizer: Float[Tensor, "B S N F"],
+    num_before: Int[Tensor, "B"] | None,
+) -> tuple[Float[Tensor, "B S H L F"], Float[Tensor, "B S H L 1"]]:
+    """Scale queries by the decay of the memory since the segment began.
+
+    The second result is the logarithm of the denominator's share that is left: the gate falls by
+    it.
+    """
+    group = feature.shape[2] // len(rate)
+    rate = rate.repeat_interleave(group, dim=0)
+    steps = torch.arange(feature.shape[3], device=feature.device)[:, None]
+    if num_before is not None:
+        steps = steps + num_before.view(-1, 1, 1, 1, 1)
+    left = feature * torch.exp(-rate[:, None] * steps)
+    normalizer = normalizer.repeat_interleave(group, dim=2)[:, :, :, None]
+    at_border, now = ((x * normalizer).sum(-1, keepdim=True) for x in (feature, left))
+    logs = (x.clamp_min(SMALLEST_DENOMINATOR).log() for x in (now, at_border))
+    return left, torch.sub(*logs)

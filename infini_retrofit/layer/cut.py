@@ -83,12 +83,8 @@ class Layout:
         """Cut projected hidden states into segments and heads."""
         return self._grid(x).unflatten(-1, (num_heads, -1)).transpose(2, 3)
 
-    def split_positions(self, x: Float[Tensor, "#R T P"]) -> Float[Tensor, "#B #S 1 L P"]:
+    def split_positions(self, x: Float[Tensor, "#R T P"]) -> Float[Tensor, "B S 1 L P"]:
         """Cut a table of cosines or sines, which all heads share."""
-        if len(x) == 1 and self.num_rows > 1 and self.order is None and not self.padding:
-            # One table for all rows: a folded row is a segment, an in-layer row a document.
-            num_segments = self.num_tokens // self.grid[2]
-            return x.reshape(1, num_segments, 1, self.grid[2], -1)
         return self._grid(x.expand(self.num_rows, -1, -1))[:, :, None]
 
     def join(self, x: Float[Tensor, "B S H L V"]) -> Float[Tensor, "R T HV"]:
@@ -150,8 +146,8 @@ class Keys:
 
 def rotate(
     x: Float[Tensor, "B S H L K"],
-    cos: Float[Tensor, "#B #S 1 L P"],
-    sin: Float[Tensor, "#B #S 1 L P"],
+    cos: Float[Tensor, "#B S 1 L P"],
+    sin: Float[Tensor, "#B S 1 L P"],
 ) -> Float[Tensor, "B S H L K"]:
     """Apply rotary position encoding to the first P channels, in the halves form.
 

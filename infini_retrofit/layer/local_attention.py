@@ -11,7 +11,6 @@ Axes:
     M  query token of a block
     C  key token; the last L of them are the queries' own tokens, those before are context
     G  query head of those that share a key/value head
-    R  query token and head of the group, as rows of one product
     K  key channel
     V  value channel
 """
@@ -37,18 +36,6 @@ def prefers_products(query: Tensor, key: Tensor, value: Tensor) -> bool:
     needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
     longest = LONGEST_EXPLICIT * (1 if needs_grad else LONGER_WITHOUT_GRADIENTS)
     return query.device.type == "cpu" and max(query.shape[2], key.shape[2]) <= longest
-
-
-def visible_keys(num_queries: int, num_keys: int, device: torch.device) -> Bool[Tensor, "L C"]:
-    """Return True where a query may see a key: all context, and its own past."""
-    rows = torch.ones(num_queries, num_keys, dtype=torch.bool, device=device)
-    return rows.tril(diagonal=num_keys - num_queries)
-
-
-def query_blocks(num_queries: int) -> list[slice]:
-    """Cut queries into blocks, so that a block skips keys that none of it sees."""
-    begins = range(0, num_queries, QUERIES_PER_BLOCK)
-    return [slice(begin, min(begin + QUERIES_PER_BLOCK, num_queries)) for begin in begins]
 
 
 def softmax_attention(
@@ -101,12 +88,19 @@ def alibi_bias(
 def _mask(
     num_queries: int, num_keys: int, is_key: Bool[Tensor, "B C"] | None, device: torch.device
 ) -> Bool[Tensor, "#B 1 L C"]:
-    visible = visible_keys(num_queries, num_keys, device)
+    """Return True where a query may see a key: itself, and those before it that are not hidden."""
+    num_context = num_keys - num_queries
+    past = torch.ones(1, 1, num_queries, num_keys, dtype=torch.bool, device=device)
+    past = past.tril(diagonal=num_context)
     if is_key is None:
-        return visible[None, None]
-    own = torch.eye(num_queries, dtype=torch.bool, device=device)
-    own = F.pad(own, (num_keys - num_queries, 0))
-    return (visible & is_key[:, None, None]) | own
+        return past
+    own = F.pad(torch.eye(num_queries, dtype=torch.bool, device=device), (num_context, 0))
+    return (past & is_key[:, None, None]) | own
+
+
+def _blocks(num_queries: int) -> list[slice]:
+    begins = range(0, num_queries, QUERIES_PER_BLOCK)
+    return [slice(begin, min(begin + QUERIES_PER_BLOCK, num_queries)) for begin in begins]
 
 
 class _ExplicitSoftmaxAttention(torch.autograd.Function):
@@ -129,15 +123,15 @@ class _ExplicitSoftmaxAttention(torch.autograd.Function):
         key, value = key.contiguous() * scaling, value.contiguous()
         out = _empty_groups(query, value.shape[-1])
         weights = []
-        for rows in query_blocks(query.shape[2]):
+        for rows in _blocks(query.shape[2]):
             seen = key.shape[2] - query.shape[2] + rows.stop
-            scores = _products(query, rows, key[:, :, :seen].transpose(2, 3))
+            scores = _products(query[:, :, rows], key[:, :, :seen].transpose(2, 3))
             if slopes is not None:
                 scores.add_(_group(alibi_bias(slopes, scores.shape[2], seen)[None], key.shape[1]))
             _hide_keys(scores, is_key)
             # A row's maximum is finite, because a query always sees its own token.
             weight = scores.softmax(dim=-1)
-            out[:, :, rows] = _products(weight, slice(None), value[:, :, :seen])
+            out[:, :, rows] = _products(weight, value[:, :, :seen])
             if any(ctx.needs_input_grad):
                 weights.append(weight)
         ctx.save_for_backward(query, key, value, *weights)
@@ -151,13 +145,13 @@ class _ExplicitSoftmaxAttention(torch.autograd.Function):
         grad_out = _group(grad_out, key.shape[1])
         grad_query = _empty_groups(query, query.shape[-1])
         grad_key, grad_value = torch.zeros_like(key), torch.zeros_like(value)
-        for rows, weight in zip(query_blocks(query.shape[2]), weights, strict=True):
-            seen = weight.shape[-1]
-            grad_value[:, :, :seen].add_(_rows(weight).transpose(2, 3) @ _rows(grad_out, rows))
-            grad = _products(grad_out, rows, value[:, :, :seen].transpose(2, 3))
+        for rows, weight in zip(_blocks(query.shape[2]), weights, strict=True):
+            seen, own, out = weight.shape[-1], query[:, :, rows], grad_out[:, :, rows]
+            grad_value[:, :, :seen].add_(weight.flatten(2, 3).transpose(2, 3) @ out.flatten(2, 3))
+            grad = _products(out, value[:, :, :seen].transpose(2, 3))
             grad = torch._softmax_backward_data(grad, weight, -1, weight.dtype)
-            grad_query[:, :, rows] = _products(grad, slice(None), key[:, :, :seen])
-            grad_key[:, :, :seen].add_(_rows(grad).transpose(2, 3) @ _rows(query, rows))
+            grad_query[:, :, rows] = _products(grad, key[:, :, :seen])
+            grad_key[:, :, :seen].add_(grad.flatten(2, 3).transpose(2, 3) @ own.flatten(2, 3))
         return _ungroup(grad_query), grad_key * ctx.scaling, grad_value, None, None, None
 
 
@@ -189,15 +183,11 @@ def _ungroup(x: Float[Tensor, "B N L G K"]) -> Float[Tensor, "B H L K"]:
     return x.transpose(1, 2).flatten(2, 3).transpose(1, 2)
 
 
-def _rows(x: Float[Tensor, "B N L G K"], tokens: slice = slice(None)) -> Float[Tensor, "B N R K"]:
-    """Return some tokens, with all heads of their group, as rows of one product."""
-    return x[:, :, tokens].flatten(2, 3)
-
-
 def _products(
-    x: Float[Tensor, "B N L G K"], tokens: slice, matrix: Float[Tensor, "B N K V"]
+    x: Float[Tensor, "B N M G K"], matrix: Float[Tensor, "B N K V"]
 ) -> Float[Tensor, "B N M G V"]:
-    return (_rows(x, tokens) @ matrix).unflatten(2, (-1, x.shape[3]))
+    """Multiply tokens with all heads of their group, as rows of one product."""
+    return (x.flatten(2, 3) @ matrix).unflatten(2, (-1, x.shape[3]))
 
 
 def linear_attention(
@@ -213,24 +203,9 @@ def linear_attention(
     """
     mask = _mask(query.shape[2], key.shape[2], is_key, query.device)
     query, key = feature_maps.of_query(query), feature_maps.of_key(key)
-    numerator, denominator = masked_linear_sums(query, key, value, mask)
-    return quotient(numerator, denominator).to(value.dtype)
-
-
-def masked_linear_sums(
-    query: Float[Tensor, "B H L F"],
-    key: Float[Tensor, "B N C F"],
-    value: Float[Tensor, "B N C V"],
-    mask: Bool[Tensor, "*#B L C"],
-) -> tuple[Float[Tensor, "B H L V"], Float[Tensor, "B H L 1"]]:
-    """Return numerator and denominator of linear attention over the keys in `mask`."""
-    batch, num_heads, num_queries, num_features = query.shape
-    num_kv_heads, num_keys = key.shape[1:3]
-    grouped = query.reshape(batch * num_kv_heads, -1, num_features)
-    key = key.reshape(batch * num_kv_heads, num_keys, num_features)
-    scores = (grouped @ key.transpose(1, 2)).view(batch, num_heads, num_queries, num_keys)
-    scores = scores * mask
-    total = scores.sum(dim=-1, keepdim=True, dtype=computing_dtype(scores.dtype))
-    scores = scores.view(batch * num_kv_heads, -1, num_keys)
-    out = scores @ value.reshape(batch * num_kv_heads, num_keys, -1).to(scores.dtype)
-    return out.view(batch, num_heads, num_queries, -1), total
+    # The query heads that share a key/value head become rows of one product.
+    rows = query.unflatten(1, (key.shape[1], -1)).flatten(2, 3)
+    weights = (rows @ key.transpose(2, 3)).view(*query.shape[:3], -1) * mask
+    total = weights.sum(dim=-1, keepdim=True, dtype=computing_dtype(weights.dtype))
+    out = weights.view(*rows.shape[:3], -1) @ value.to(weights.dtype)
+    return quotient(out.view(*query.shape[:3], -1), total).to(value.dtype)

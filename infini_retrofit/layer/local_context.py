@@ -39,9 +39,7 @@ class LocalContext:
 
     def detach(self) -> "LocalContext":
         """Stop the gradient here."""
-        return LocalContext(
-            self.key.detach(), self.value.detach(), self.is_token, self.sink_key.detach()
-        )
+        return LocalContext(*(x.detach() for x in vars(self).values()))
 
 
 def carry_context(
@@ -54,8 +52,8 @@ def carry_context(
 ) -> tuple[Keys, LocalContext | None]:
     """Put the context of the segment before ahead of each segment's own keys.
 
-    `first_key` is the key of the first token here, without position encoding. The border to
-    `before` stops gradients too, if any border does.
+    `first_key` is that of the first token here, without position encoding. The border to `before`
+    stops gradients too, if any border does.
 
     Returns:
         All that each segment attends to, and the context of the segment after the last; None
@@ -63,7 +61,10 @@ def carry_context(
     """
     first = _empty_context(own, num_carried) if before is None else before
     first = first if stop_gradient_every is None else first.detach()
-    sink_key, sink_value = _sink(own, first_key, first)
+    # Documents that start late in a batch have nothing before them yet.
+    has_begun = first.is_token.any(dim=1)[:, None, None, None]
+    sink_key = torch.where(has_begun, first.sink_key, first_key)
+    sink_value = torch.where(has_begun, first.value[:, :, :1], own.value[:, 0, :, :1])
     num_documents, num_segments, _, length = own.key.shape[:4]
     if length < num_carried:
         return first.as_keys().followed_by(own), None
@@ -80,14 +81,6 @@ def carry_context(
         context = _stop_gradients(context, stop_gradient_every)
     after = LocalContext(left.key[:, -1], left.value[:, -1], left.is_key[:, -1], sink_key)
     return context.followed_by(own), after
-
-
-def _sink(own: Keys, first_key: Tensor, before: LocalContext) -> tuple[Tensor, Tensor]:
-    """Return the key, without position encoding, and value of each document's first token."""
-    # Documents that start late in a batch have nothing before them yet.
-    has_begun = before.is_token.any(dim=1)[:, None, None, None]
-    sink_key = torch.where(has_begun, before.sink_key, first_key)
-    return sink_key, torch.where(has_begun, before.value[:, :, :1], own.value[:, 0, :, :1])
 
 
 def context_at(

@@ -1,7 +1,7 @@
 """Compressive memory of Infini-attention: equations 7 to 10, as pure functions.
 
 Memory is a value: an argument and a result. It is written and read with features of keys and
-queries (module feature_maps). Knows nothing of layers, position encodings and files.
+queries (module feature_maps), outside of autocast. Knows nothing of layers and positions.
 
 Where each equation is: 7 `retrieve`, 8 `write_segments` and `prefix_states`, 9 `_update`, 10 `mix`.
 
@@ -62,18 +62,6 @@ class MemoryState:
         return self.map(lambda x: x.roll(1, dims=0))
 
 
-class _Round(torch.autograd.Function):
-    """Round to a shorter number type and back; the gradient passes unchanged."""
-
-    @staticmethod
-    def forward(ctx: object, x: Tensor, dtype: torch.dtype) -> Tensor:
-        return x.to(dtype).to(x.dtype)
-
-    @staticmethod
-    def backward(ctx: object, gradient: Tensor) -> tuple[Tensor, None]:
-        return gradient, None
-
-
 def quotient(
     numerator: Float[Tensor, "*B V"], denominator: Float[Tensor, "*B 1"]
 ) -> Float[Tensor, "*B V"]:
@@ -111,53 +99,41 @@ class Write:
 
 def write_segments(write: Write) -> MemoryState:
     """Return the memory that each segment alone adds (the sums of eq. 8)."""
-    with torch.autocast(write.feature.device.type, enabled=False):
-        feature = write.weighted
-        matrix = feature.transpose(-1, -2) @ write.value.to(feature.dtype)
-        return MemoryState(matrix, feature.sum(dim=-2))
+    feature = write.weighted
+    matrix = feature.transpose(-1, -2) @ write.value.to(feature.dtype)
+    return MemoryState(matrix, feature.sum(dim=-2))
 
 
 def prefix_states(
-    written: MemoryState, initial: MemoryState | None = None, stop_gradient_every: int | None = None
+    written: MemoryState, initial: MemoryState, stop_gradient_every: int | None = None
 ) -> tuple[MemoryState, MemoryState]:
     """Turn what each segment adds (B, S) into the memory before each, all at once.
 
-    `initial` is the memory (B) before the first segment; None: empty. Gradients stop at each
-    border after `stop_gradient_every` segments; None: at no border.
+    `initial` is the memory (B) before the first segment. Gradients stop at each border after
+    `stop_gradient_every` segments; None: at no border.
 
     Returns:
         The memory before each segment (B, S), and the one after the last (B).
     """
     num_segments = written.normalizer.shape[1]
-    every = num_segments if stop_gradient_every is None else stop_gradient_every
-    parts, first = [], initial
+    every = stop_gradient_every or num_segments
+    parts, state = [], initial
     for begin in range(0, num_segments, every):
-        part, first = _prefix_sums(written, slice(begin, begin + every), first)
-        parts.append(part)
-        if stop_gradient_every is not None and begin + every <= num_segments:
-            first = first.detach()
-    return parts[0].map(lambda *x: torch.cat(x, dim=1), *parts[1:]), first
-
-
-def _prefix_sums(
-    written: MemoryState, segments: slice, initial: MemoryState | None
-) -> tuple[MemoryState, MemoryState]:
-    initial = initial or written.map(lambda x: torch.zeros_like(x[:, 0]))
-
-    def sums(added: Tensor, first: Tensor) -> Tensor:
         # Shifted, not `cumsum - own`: subtracting would leak rounding of the segment's own
         # tokens into what its earlier tokens read.
-        parts = [first.to(added.dtype)[:, None], added[:, segments]]
-        return torch.cat(parts, dim=1).cumsum(dim=1)
-
-    states = written.map(sums, initial)
-    return states.map(lambda x: x[:, :-1]), states.map(lambda x: x[:, -1])
+        added = written.map(lambda x, i=begin: x[:, i : i + every])
+        sums = state.map(lambda first, x: torch.cat([first[:, None], x], dim=1).cumsum(1), added)
+        parts.append(sums.map(lambda x: x[:, :-1]))
+        state = sums.map(lambda x: x[:, -1])
+        if stop_gradient_every is not None and begin + every <= num_segments:
+            state = state.detach()
+    return parts[0].map(lambda *x: torch.cat(x, dim=1), *parts[1:]), state
 
 
 def scan_states(
     write: Write,
     rule: UpdateRule,
-    initial: MemoryState | None = None,
+    initial: MemoryState,
     retention: Float[Tensor, "B S N #F"] | None = None,
     stop_gradient_every: int | None = None,
     state_dtype: torch.dtype | None = None,
@@ -165,21 +141,31 @@ def scan_states(
     """Write (B, S) segment by segment, for rules that need the memory so far.
 
     `retention` is the share of the memory before each segment that is left after it; None: all.
-    Every state is rounded to `state_dtype`. All else is as in `prefix_states`.
+    Every state is rounded to `state_dtype`; the gradient passes unchanged. All else is as in
+    `prefix_states`.
     """
-    state = empty_state(write) if initial is None else initial
-    states = []
+    states, state = [], initial
     for index in range(write.feature.shape[1]):
-        if stop_gradient_every is not None and index and index % stop_gradient_every == 0:
-            state = state.detach()
         states.append(state)
         left = None if retention is None else retention[:, index]
         state = _update(state, write.segment(index), rule, left)
         if state_dtype is not None:
             state = state.map(lambda x: _Round.apply(x, state_dtype))
-    if stop_gradient_every is not None and len(states) % stop_gradient_every == 0:
-        state = state.detach()
+        if stop_gradient_every is not None and (index + 1) % stop_gradient_every == 0:
+            state = state.detach()
     return states[0].map(lambda *x: torch.stack(x, dim=1), *states[1:]), state
+
+
+class _Round(torch.autograd.Function):
+    """Round to a shorter number type and back; the gradient passes unchanged."""
+
+    @staticmethod
+    def forward(ctx: object, x: Tensor, dtype: torch.dtype) -> Tensor:
+        return x.to(dtype).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: object, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient, None
 
 
 def empty_state(write: Write) -> MemoryState:
@@ -199,38 +185,32 @@ def _update(
 
     Source: Rodkin et al. 2024, arXiv:2407.04841, equation 4, for gamma.
     """
-    with torch.autocast(write.feature.device.type, enabled=False):
-        value, new_share = write.value.to(write.feature.dtype), None
-        if rule != "linear":
-            numerator, denominator = retrieve(write.feature, state)
-            # ARMT's z may have nothing in common with a key where M has.
-            holds_something = denominator > SMALLEST_DENOMINATOR
-            value = value - quotient(numerator, denominator) * holds_something
-            if rule == "delta_gamma":
-                square = write.feature.square().sum(-1, keepdim=True)
-                new_share = (1 - quotient(denominator, square)).clamp(0, 1)
-        added = write_segments(replace(write, value=value))
-        gain = added.normalizer
-        if new_share is not None:
-            gain = replace(write, feature=write.feature * new_share).weighted.sum(dim=-2)
-        kept = state
-        if retention is not None:
-            kept = MemoryState(state.matrix * retention[..., None], state.normalizer * retention)
-        return MemoryState(kept.matrix + added.matrix, kept.normalizer + gain)
+    value = write.value.to(write.feature.dtype)
+    if rule != "linear":
+        numerator, denominator = retrieve(write.feature, state)
+        # ARMT's z may have nothing in common with a key where M has.
+        holds_something = denominator > SMALLEST_DENOMINATOR
+        value = value - quotient(numerator, denominator) * holds_something
+    added = write_segments(replace(write, value=value))
+    gain = added.normalizer
+    if rule == "delta_gamma":
+        square = write.feature.square().sum(-1, keepdim=True)
+        new_share = (1 - quotient(denominator, square)).clamp(0, 1)
+        gain = replace(write, feature=write.feature * new_share).weighted.sum(dim=-2)
+    if retention is not None:
+        state = MemoryState(state.matrix * retention[..., None], state.normalizer * retention)
+    return MemoryState(state.matrix + added.matrix, state.normalizer + gain)
 
 
 def retrieve(
     feature: Float[Tensor, "*B H L F"], state: MemoryState
 ) -> tuple[Float[Tensor, "*B H L V"], Float[Tensor, "*B H L 1"]]:
     """Read the memory once for each query (eq. 7), numerator and denominator apart."""
-    num_heads, num_tokens = feature.shape[-3:-1]
-    num_kv_heads = state.normalizer.shape[-2]
-    with torch.autocast(feature.device.type, enabled=False):
-        # The query heads that share a key/value head become rows of one product.
-        feature = feature.unflatten(-3, (num_kv_heads, -1)).flatten(-3, -2)
-        sums = (feature @ state.matrix, feature @ state.normalizer[..., None])
-    group = num_heads // num_kv_heads
-    numerator, denominator = (x.unflatten(-2, (group, num_tokens)).flatten(-4, -3) for x in sums)
+    num_kv_heads, num_tokens = state.normalizer.shape[-2], feature.shape[-2]
+    # The query heads that share a key/value head become rows of one product.
+    feature = feature.unflatten(-3, (num_kv_heads, -1)).flatten(-3, -2)
+    sums = (feature @ state.matrix, feature @ state.normalizer[..., None])
+    numerator, denominator = (x.unflatten(-2, (-1, num_tokens)).flatten(-4, -3) for x in sums)
     return numerator, denominator
 
 

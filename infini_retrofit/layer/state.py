@@ -1,6 +1,6 @@
-"""`State`: the value in which memory crosses calls; `Segments`: what queries find.
+"""`State`: what crosses calls; `Segments`: what queries find; streaming in O(1) a token.
 
-Memory is never an attribute of a module. Knows nothing of attention, and nothing of models.
+Memory is never an attribute of a module. Knows nothing of how queries attend.
 
 Axes:
     B  document
@@ -13,14 +13,14 @@ Axes:
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from infini_retrofit.layer.cut import Keys, Place, like
-from infini_retrofit.layer.local_context import LocalContext
+from infini_retrofit.layer.cut import Cut, Keys, Layout, Place, at_border, like
+from infini_retrofit.layer.local_context import LocalContext, context_at
 from infini_retrofit.layer.memory import MemoryState
 
 
@@ -64,7 +64,7 @@ class Tokens:
 
     def followed_by(self, new: "Tokens") -> "Tokens":
         """Append the columns of a later call."""
-        pairs = zip(self._tensors(), new._tensors(), strict=True)
+        pairs = zip(vars(self).values(), vars(new).values(), strict=True)
         return Tokens(*(torch.cat(pair, dim=1) for pair in pairs))
 
     def after(self, num_tokens: Int[Tensor, "B"]) -> "Tokens":
@@ -72,11 +72,8 @@ class Tokens:
         is_left = self.is_token & (self.is_token.cumsum(dim=1) > num_tokens[:, None])
         width = int(is_left.sum(dim=1).max())
         order = is_left.int().argsort(dim=1, stable=True)[:, len(self) - width :]
-        columns = (*self._tensors()[:-1], is_left)
+        columns = (*list(vars(self).values())[:-1], is_left)
         return Tokens(*(x.take_along_dim(like(order, x), dim=1) for x in columns))
-
-    def _tensors(self) -> list[Tensor]:
-        return [getattr(self, field.name) for field in fields(self)]
 
 
 @dataclass(frozen=True)
@@ -115,3 +112,52 @@ class Segments:
     memories: MemoryState | None = None  # before each segment; None: no memory is read
     memory: MemoryState | None = None  # after the last segment
     num_before: Int[Tensor, "B"] | None = None  # tokens of the segment before its first query
+
+
+def running_segment(
+    tokens: Tokens, before: LayerState, num_kv_heads: int, reads: bool, by_distance: bool
+) -> Segments:
+    """Return what the last token of an unfinished segment can find.
+
+    `reads` means that the memory is read, `by_distance` that scores depend on the distance
+    between keys (ALiBi).
+    """
+    layout = Layout(tokens.key, Cut(num_segments=1, is_token=tokens.is_token), 1)
+    key, value = (layout.split(x, num_kv_heads) for x in (tokens.key, tokens.value))
+    keys = Keys(layout.place_by(tokens.tables)(key), value, layout.is_token)
+    if before.context is not None:
+        keys = before.context.as_keys().followed_by(keys)
+        keys = _padding_first(keys) if by_distance else keys
+    last = Layout(tokens.key[:, -1:], Cut(num_segments=1), 1)
+    return Segments(
+        place=last.place_by(tokens.tables and (tokens.cos[:, -1:], tokens.sin[:, -1:])),
+        keys=keys,
+        is_key=keys.is_key,
+        memories=before.memory.map(lambda x: x[:, None]) if reads else None,
+        num_before=tokens.is_token.sum(dim=1) - 1,
+    )
+
+
+def _padding_first(keys: Keys) -> Keys:
+    """Move padding to the front, so that distances between keys are those of tokens."""
+    order = keys.is_key.int().argsort(dim=-1, stable=True)
+    by_head = order[:, :, None, :, None]
+    key, value = (x.take_along_dim(by_head, dim=3) for x in (keys.key, keys.value))
+    return Keys(key, value, keys.is_key.gather(-1, order))
+
+
+def state_after(
+    segments: Segments, tokens: Tokens, before: LayerState, segment_length: int, num_carried: int
+) -> LayerState:
+    """Return what each row carries over its last border, and the tokens behind that.
+
+    `tokens` are those of the call, and those that were unfinished before it.
+    """
+    border = tokens.is_token.sum(dim=1) // segment_length
+    memory, context = segments.memory, before.context
+    if memory is not None:
+        before_each = segments.memories.map(lambda x, last: at_border(x, last, border), memory)
+        memory = before_each.to(memory.matrix.dtype)
+    if segments.context is not None:
+        context = context_at(segments.keys, segments.context, border, num_carried)
+    return LayerState(memory, context, tokens.after(border * segment_length))

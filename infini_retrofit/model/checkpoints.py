@@ -86,10 +86,7 @@ def load_retrofit(
         FileNotFoundError: if a folder or its manifest is missing, or holds something else.
         ValueError: if a file was changed, or the base or the format is another.
     """
-    _check_retrofit(folder, made_by)
-    verify_manifest(folder, made_by)
-    config = _read_config(folder, made_by)
-    _check_base(config, base_dir, folder)
+    config = _read_config(folder, base_dir, made_by)
     model = load_base(base_dir, dtype)
     insert_infini(model, config.infini)
     result = model.load_state_dict(load_file(folder / WEIGHTS), strict=False)
@@ -106,8 +103,8 @@ def base_identity(base_dir: Path) -> dict[str, str]:
     return {name: sha for name, sha in digests.items() if name.endswith(".safetensors")}
 
 
-def _check_retrofit(folder: Path, made_by: str) -> None:
-    """Refuse a folder that holds no retrofit; name an export as one."""
+def _read_config(folder: Path, base_dir: Path, made_by: str) -> _Config:
+    """Read the form of a retrofit, and refuse another folder, format or base."""
     if (folder / "modeling.py").is_file():
         raise FileNotFoundError(
             f"{folder} must be the folder of a retrofit, got an exported model: name the folder "
@@ -115,27 +112,18 @@ def _check_retrofit(folder: Path, made_by: str) -> None:
             f'"{folder}", trust_remote_code=True)'
         )
     check_folder(folder, CONFIG, "retrofitted model", made_by)
-
-
-def _read_config(folder: Path, made_by: str) -> _Config:
-    """Read the form of a retrofit, and refuse another format."""
+    verify_manifest(folder, made_by)
     path = folder / CONFIG
     if (found := load_json(dict, path, made_by).get("format")) != FORMAT:
         raise ValueError(
             f"the format of {path} must be {FORMAT}, which this version of infini-retrofit reads "
             f"and writes, got {found}: run `{made_by}`, or use the version that wrote it"
         )
-    return load_json(_Config, path, made_by)
-
-
-def _check_base(config: _Config, base_dir: Path, folder: Path) -> None:
-    """Refuse another base than the one a retrofit was made from."""
+    config = load_json(_Config, path, made_by)
     if (found := base_identity(base_dir)) != config.base:
+        want, got = (", ".join(sha[:12] for sha in x.values()) for x in (config.base, found))
         raise ValueError(
-            f"the base of {folder} must be the one that it was made from, of sha256 "
-            f"{_short(config.base)}, got {base_dir} of sha256 {_short(found)}"
+            f"the base of {folder} must be the one that it was made from, of sha256 {want}, got "
+            f"{base_dir} of sha256 {got}"
         )
-
-
-def _short(digests: dict[str, str]) -> str:
-    return ", ".join(digest[:12] for digest in digests.values())
+    return config
