@@ -13,7 +13,7 @@ from infini_retrofit.model.base import load_base
 from infini_retrofit.model.checkpoints import save_retrofit
 from infini_retrofit.pipeline.device import start_run
 from infini_retrofit.pipeline.files import write_metrics
-from infini_retrofit.pipeline.guard import run_stage, stage_code, training_run
+from infini_retrofit.pipeline.guard import is_first_process, run_stage, stage_code, training_run
 from infini_retrofit.pipeline.params import load_section
 from infini_retrofit.pipeline.tokens import read_samples
 from infini_retrofit.training.distillation import Distillation, DistillParams
@@ -32,11 +32,11 @@ def main() -> str:
     train_samples = read_samples(TEXT / "train.parquet", length, params.samples)
     val_samples = read_samples(TEXT / "val.parquet", length, params.val_samples)
     device, dtype = start_run()
-    with training_run("distill", [BASE, TEXT], sections, stage_code("distill")) as run:
+    with training_run("distill", [BASE, TEXT], sections, stage_code("distill")) as folder:
         model = load_base(BASE, torch.float32).to(device)
         task = Distillation(model, infini, params, dtype)
-        metrics = train(task, train_samples, val_samples, params, run.path, HISTORY, MEMORY)
-        if run.is_first:
+        metrics = train(task, train_samples, val_samples, params, folder, HISTORY, MEMORY)
+        if is_first_process():
             save_retrofit(model, infini, BASE, DISTILLED)
             write_metrics(METRICS, metrics)
     return f"distill: {outcome(metrics)}"

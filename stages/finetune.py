@@ -12,7 +12,7 @@ from infini_retrofit.model.base import load_base
 from infini_retrofit.model.checkpoints import load_retrofit, save_retrofit
 from infini_retrofit.pipeline.device import start_run
 from infini_retrofit.pipeline.files import write_metrics
-from infini_retrofit.pipeline.guard import run_stage, stage_code, training_run
+from infini_retrofit.pipeline.guard import is_first_process, run_stage, stage_code, training_run
 from infini_retrofit.pipeline.params import load_section
 from infini_retrofit.pipeline.tokens import read_documents
 from infini_retrofit.training.finetuning import FinetuneParams, Finetuning
@@ -31,12 +31,12 @@ def main() -> str:
     val_documents = read_documents(DOCUMENTS / "val.parquet", params.val_documents)
     device, dtype = start_run()
     inputs, code = [BASE, DISTILLED, DOCUMENTS], stage_code("finetune")
-    with training_run("finetune", inputs, {"finetune": params}, code) as run:
+    with training_run("finetune", inputs, {"finetune": params}, code) as folder:
         model, infini = load_retrofit(BASE, DISTILLED, torch.float32, "dvc repro distill")
         base = load_base(BASE, dtype).to(device) if params.kl_weight else None
         task = Finetuning(model.to(device), infini, params, dtype, base)
-        metrics = train(task, train_documents, val_documents, params, run.path, HISTORY, MEMORY)
-        if run.is_first:
+        metrics = train(task, train_documents, val_documents, params, folder, HISTORY, MEMORY)
+        if is_first_process():
             save_retrofit(model, infini, BASE, FINETUNED)
             write_metrics(METRICS, metrics)
     return f"finetune: {outcome(metrics)}"

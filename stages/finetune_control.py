@@ -12,7 +12,7 @@ from infini_retrofit.model.base import load_base
 from infini_retrofit.model.checkpoints import save_retrofit
 from infini_retrofit.pipeline.device import start_run
 from infini_retrofit.pipeline.files import write_metrics
-from infini_retrofit.pipeline.guard import run_stage, stage_code, training_run
+from infini_retrofit.pipeline.guard import is_first_process, run_stage, stage_code, training_run
 from infini_retrofit.pipeline.params import load_json
 from infini_retrofit.pipeline.tokens import read_documents
 from infini_retrofit.training.control import Control, make_control
@@ -32,13 +32,13 @@ def main() -> str:
     val_documents = read_documents(DOCUMENTS / "val.parquet", params.val_documents)
     device, dtype = start_run()
     inputs, code = [BASE, DOCUMENTS], stage_code("finetune_control")
-    with training_run("finetune_control", inputs, {}, [*code, PLAN]) as run:
+    with training_run("finetune_control", inputs, {}, [*code, PLAN]) as folder:
         model = load_base(BASE, torch.float32).to(device)
         base = load_base(BASE, dtype).to(device) if params.kl_weight else None
         control = make_control(model, infini)
         task = Finetuning(model, infini, params, dtype, base)
-        metrics = train(task, train_documents, val_documents, params, run.path, HISTORY)
-        if run.is_first:
+        metrics = train(task, train_documents, val_documents, params, folder, HISTORY)
+        if is_first_process():
             save_retrofit(model, control, BASE, CONTROL)
             write_metrics(METRICS, metrics)
     return f"finetune_control: {outcome(metrics)}"

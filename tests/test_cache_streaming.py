@@ -89,6 +89,7 @@ def test_resident_memory_is_that_of_now():
     during = resident_bytes(cpu)
     assert during - before > 0.9 * held.numel() * 4
     del held
+    runtime.return_freed_memory()  # glibc keeps it if an earlier test called `start_run`
     assert resident_bytes(cpu) < during
 
 

@@ -5,7 +5,6 @@ import re
 import signal
 import sys
 from argparse import Namespace
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +12,7 @@ import torch
 
 from infini_retrofit.generation import chat, conversation
 from infini_retrofit.generation.cache import InfiniCache
-from infini_retrofit.generation.conversation import Reader, converse
+from infini_retrofit.generation.conversation import Reader
 from infini_retrofit.generation.generation import enable_generation
 from infini_retrofit.model.base import load_base, load_tokenizer
 from infini_retrofit.model.checkpoints import load_retrofit, save_retrofit
@@ -40,17 +39,15 @@ def folders(tmp_path_factory) -> tuple[Path, Path]:
     return base, top / "retrofit"
 
 
-def options_of(**over: object) -> Namespace:
-    """Return options of the command."""
-    defaults = {"max_new_tokens": 6, "temperature": 0.0, "template": False, "goes_on": False}
-    return Namespace(**(defaults | over))
-
-
 @pytest.fixture
 def reader(folders) -> Reader:
     model, params = load_retrofit(*folders, torch.float32)
     enable_generation(model, params)
-    return Reader(model, load_tokenizer(folders[0]), options_of())
+    return Reader(
+        model,
+        load_tokenizer(folders[0]),
+        Namespace(max_new_tokens=3, temperature=0.7, template=True),
+    )
 
 
 @pytest.fixture
@@ -67,13 +64,6 @@ def run_chat(monkeypatch, folders, lines: str, *options: object) -> None:
     chat.main([str(word) for word in words])
 
 
-def answers(reader: Reader, prompts: list[str], goes_on: bool, capsys) -> list[str]:
-    cache = reader.read(TEXT)
-    capsys.readouterr()
-    converse(replace(reader, options=options_of(goes_on=goes_on)), cache, prompts)
-    return capsys.readouterr().out.rstrip("\n").split("\n")
-
-
 def expected(reader: Reader, *parts: str) -> str:
     """Answer after some parts of a text without a cache, and after answers to all but the last."""
     options = {"max_new_tokens": 6, "use_cache": False, "pad_token_id": 0}
@@ -84,11 +74,17 @@ def expected(reader: Reader, *parts: str) -> str:
     return reader.tokenizer.decode(ids[len(before) :], skip_special_tokens=True)
 
 
-def test_each_prompt_starts_from_the_document_unless_told_to_go_on(reader, capsys):
-    apart = answers(reader, ["The dog", "and then"], False, capsys)
+def test_each_prompt_starts_from_the_document_unless_told_to_go_on(
+    monkeypatch, folders, document, reader, capsys
+):
+    answers = {}
+    for options in ((), ("--continue",)):
+        options = ("--document", document, *options)
+        run_chat(monkeypatch, folders, "The dog\n\nand then\n", *options)
+        answers[len(options)] = capsys.readouterr().out.rstrip("\n").split("\n")
+    apart, together = answers.values()
     assert apart == [expected(reader, TEXT, "The dog"), expected(reader, TEXT, "and then")]
     assert apart[0] != expected(reader, "", "The dog")
-    together = answers(reader, ["The dog", "and then"], True, capsys)
     assert together == [apart[0], expected(reader, TEXT, "The dog", "and then")]
     assert together[1] != apart[1]
 
@@ -100,19 +96,6 @@ def test_reading_shows_how_fast_and_how_much_is_kept(reader, capfd):
     assert f"{cache.num_bytes / 2**10:,.0f} KiB" in shown
 
 
-def test_what_was_read_can_be_kept_and_asked_again(
-    monkeypatch, folders, document, tmp_path, capsys
-):
-    kept = tmp_path / "book.cache"
-    run_chat(monkeypatch, folders, "The dog\n\n", "--document", document, "--cache", kept)
-    first = capsys.readouterr().out
-    run_chat(monkeypatch, folders, "The dog\n", "--cache", kept)
-    assert capsys.readouterr().out == first
-    assert len(first.rstrip("\n").split("\n")) == 1
-    with pytest.raises(FileExistsError, match="leave --document out"):
-        run_chat(monkeypatch, folders, "", "--document", document, "--cache", kept)
-
-
 def test_sampling_and_templates_reach_the_model(reader, monkeypatch):
     seen = {}
     generate = reader.model.generate
@@ -120,15 +103,16 @@ def test_sampling_and_templates_reach_the_model(reader, monkeypatch):
         reader.model, "generate", lambda ids, **k: seen.update(k, ids=ids) or generate(ids, **k)
     )
     reader.tokenizer.chat_template = "[{{ messages[0]['content'] }}]"
-    warm = options_of(max_new_tokens=3, temperature=0.7, template=True)
-    replace(reader, options=warm).answer("The dog", InfiniCache(reader.model), [])
+    reader.answer("The dog", InfiniCache(reader.model), [])
     assert (seen["do_sample"], seen["temperature"], seen["max_new_tokens"]) == (True, 0.7, 3)
     assert reader.tokenizer.decode(seen["ids"][0]) == "[The dog]"
 
 
-def test_the_example_of_the_readme_runs(folders, document, monkeypatch, capsys):
-    section = (ROOT / "docs" / "generation.md").read_text()
-    example = section.split("```python\n")[1].split("```")[0]
+def test_the_page_s_example_and_commands_follow_each_other_with_one_cache(
+    folders, document, monkeypatch, capsys
+):
+    page = (ROOT / "docs" / "generation.md").read_text()
+    example = page.split("```python\n")[1].split("```")[0]
     monkeypatch.chdir(document.parent)
     Path("models").mkdir()
     for name, folder in zip(("base", "finetuned"), folders, strict=True):
@@ -136,6 +120,14 @@ def test_the_example_of_the_readme_runs(folders, document, monkeypatch, capsys):
     exec(compile(example, "generation.md", "exec"), {})
     first, second = capsys.readouterr().out.split("In short,")[1:]
     assert first == second
+    kept = ("--cache", "book.cache")
+    document.write_text("Another text. " + TEXT)
+    answers = []
+    for options in (kept, ("--document", document, *kept), kept):
+        run_chat(monkeypatch, folders, "In short,\n", *options)
+        answers.append(capsys.readouterr().out.rstrip("\n"))
+    assert first.startswith(answers[0])
+    assert answers[0] != answers[1] == answers[2]
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs signals")
@@ -176,43 +168,43 @@ def refused(monkeypatch, *options: object) -> str:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (None, "is missing: --document must name a text file"),
-        ("folder", "is a folder: --document must name a text file"),
-        (b"", "must hold text, got 0 characters of white space"),
-        (b" \n\n", "must hold text, got 3 characters of white space"),
-        (b"caf\xe9 au lait", "must be text in UTF-8, got byte 0xe9 at position 3"),
+        (None, r"\[Errno 2\] No such file or directory: '{}'"),
+        (b" \n\n", "{} must hold text, got 3 characters of white space"),
+        (b"caf\xe9 au lait", "{} must be text in UTF-8: .* byte 0xe9 in position 3"),
     ],
     ids=str,
 )
 def test_documents_that_cannot_be_read_are_refused(monkeypatch, tmp_path, content, message):
     path = write(tmp_path / "x.txt", content)
-    assert refused(monkeypatch, "--document", path) == f"error: {path} {message}"
+    assert re.match("error: " + message.format(path), refused(monkeypatch, "--document", path))
 
 
-def write(path: Path, content: bytes | str | None) -> Path:
-    """Write a file, make a folder, or leave nothing; return the path."""
-    if content == "folder":
-        path.mkdir()
-    elif content is not None:
+def write(path: Path, content: bytes | None) -> Path:
+    """Write a file or leave nothing; return the path."""
+    if content is not None:
         path.write_bytes(content)
     return path
 
 
-@pytest.mark.parametrize("content", [None, b"text"], ids=str)
-def test_what_is_no_cache_is_refused_before_a_model_is_loaded(monkeypatch, tmp_path, content):
-    path, message = write(tmp_path / "x.cache", content), r"must be a cache that .* wrote, got some"
-    if content is None:
-        message = r"is missing: InfiniCache\.save writes .*\.chat with --document"
-    assert re.match(f"error: {path} {message}", refused(monkeypatch, "--cache", path))
-
-
-@pytest.mark.parametrize("folder", ["book.txt", "book.txt/below"])
-def test_a_place_where_no_cache_can_be_written_is_refused_before_reading(
-    monkeypatch, document, folder
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(None, "is missing: InfiniCache"), (b"text", "must be a cache, got something else")],
+    ids=str,
+)
+def test_what_is_no_cache_is_neither_loaded_nor_replaced(
+    monkeypatch, document, tmp_path, content, message
 ):
-    place = document.parent / folder / "x.cache"
-    said = refused(monkeypatch, "--document", document, "--cache", place)
-    assert said.startswith(f"error: cannot write to {place}: ")
+    path = write(tmp_path / "x.cache", content)
+    assert re.match(f"error: {path} {message}", refused(monkeypatch, "--cache", path))
+    if content is not None:
+        said = refused(monkeypatch, "--document", document, "--cache", path)
+        assert re.match(f"error: {path} {message}", said)
+        assert path.read_bytes() == content
+
+
+def test_a_place_where_no_cache_can_be_written_is_refused_before_reading(monkeypatch, document):
+    said = refused(monkeypatch, "--document", document, "--cache", document / "x.cache")
+    assert said.startswith(f"error: cannot write to {document}: ")
 
 
 @pytest.mark.parametrize(
@@ -220,7 +212,6 @@ def test_a_place_where_no_cache_can_be_written_is_refused_before_reading(
     [
         ((), "--document or --cache must be given"),
         (("--cache", "x", "--max-new-tokens", 0), "--max-new-tokens must be at least 1, got 0"),
-        (("--cache", "x", "--temperature", -1), "--temperature must be at least 0, got -1.0"),
         (("--cache", "x", "--temperature", "nan"), "--temperature must be at least 0, got nan"),
     ],
     ids=str,

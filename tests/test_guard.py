@@ -29,8 +29,8 @@ from infini_retrofit.pipeline.guard import run_stage, training_run
 def main():
     code = [Path("code.py")]
     with training_run("train", [Path("data")], {"epochs": 3}, code, free_bytes=0) as run:
-        (run.path / "epoch").write_text("1")
-        Path("starting").write_text(str(run.path))
+        (run / "epoch").write_text("1")
+        Path("starting").write_text(str(run))
         Path("starting").rename("started")  # written whole, because the test waits for it
         Path("exclusive").open("x").close()  # fails if another run is inside
         limit = time.monotonic() + 60
@@ -99,7 +99,7 @@ def guarded(**changes: object) -> str:
     """Return the name of a run's folder."""
     arguments = {"inputs": [Path("data")], "params": {"epochs": 3}, "code": [Path("code.py")]}
     with training_run("train", **(arguments | changes), free_bytes=0) as run:
-        return run.path.name
+        return run.name
 
 
 @pytest.mark.parametrize(
@@ -132,18 +132,18 @@ def test_a_stage_s_code_is_its_module_and_its_rooms():
 
 def test_the_folder_goes_when_the_run_ends_well_and_stays_when_it_fails(project):
     with contextlib.suppress(FloatingPointError), training_run("train", [], {}, [], 0) as run:
-        (run.path / "epoch").write_text("1")
+        (run / "epoch").write_text("1")
         raise FloatingPointError
     with training_run("train", [], {}, [], 0) as again:
-        assert (again.path / "epoch").read_text() == "1"
-    assert not again.path.exists()
+        assert (again / "epoch").read_text() == "1"
+    assert not again.exists()
 
 
 def test_the_folder_lies_in_dvc_s_main_root(project, monkeypatch):
     monkeypatch.setenv("DVC_ROOT", str(project / "main"))
     with training_run("train", [], {}, [], 0) as run:
-        assert run.path.parent == project / "main" / "checkpoints"
-        assert run.path.is_dir()
+        assert run.parent == project / "main" / "checkpoints"
+        assert run.is_dir()
 
 
 def test_the_folder_s_name_depends_on_all_that_the_result_depends_on(project):
@@ -202,11 +202,11 @@ def test_code_that_changed_is_refused_and_the_checkpoints_stay(project, change):
         training_run("train", [], {}, code, 0) as run,
     ):
         change(code[0])
-    assert run.path.is_dir()
+    assert run.is_dir()
 
 
 def test_a_full_disk_is_refused_at_the_start(project):
-    with pytest.raises(OSError, match=r"must have 1048576\.0 GiB free .* got \d+\.\d GiB"):
+    with pytest.raises(OSError, match=r"must have 1048576\.0 GiB free, got \d+\.\d GiB"):
         training_run("train", [], {}, [], free_bytes=1 << 50).__enter__()
 
 
@@ -221,14 +221,13 @@ def test_only_the_first_of_several_processes_locks_and_removes(project, monkeypa
     with training_run("train", [], {}, [], 0) as first:
         monkeypatch.setenv("RANK", "1")
         with training_run("train", [], {}, [], 0) as second:
-            assert second.path == first.path
-            assert (first.is_first, second.is_first) == (True, False)
-        assert first.path.is_dir()
+            assert second == first
+        assert first.is_dir()
         monkeypatch.setenv("RANK", "0")
-        message = f"^the same training is under way in another process, which holds {first.path}"
+        message = f"^the same training is under way in another process, which holds {first}"
         with pytest.raises(BlockingIOError, match=message + r"\.lock: wait for it or end it$"):
             training_run("train", [], {}, [], 0).__enter__()
-    assert list(first.path.parent.iterdir()) == []
+    assert list(first.parent.iterdir()) == []
 
 
 def test_equal_runs_wait_and_train_one_after_another_each_in_a_new_folder(project):

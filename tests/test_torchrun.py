@@ -172,8 +172,8 @@ def test_a_run_of_other_processes_has_checkpoints_of_its_own(tmp_path, monkeypat
     names = []
     for number in ("1", "2", "2"):
         monkeypatch.setenv("WORLD_SIZE", number)
-        with training_run("train", [], {}, [], free_bytes=0) as run:
-            names.append(run.path.name)
+        with training_run("train", [], {}, [], free_bytes=0) as folder:
+            names.append(folder.name)
     assert names[0] != names[1] == names[2]
 
 

@@ -10,29 +10,39 @@ Axes:
     T  token of a prompt
 """
 
+import hashlib
+import json
 from collections.abc import Callable
-from dataclasses import is_dataclass
+from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Int
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DummyLayer, DynamicLayer
 
-from infini_retrofit.generation.cache_file import check_file, check_model, describe
 from infini_retrofit.layer.attention import InfiniAttention
 from infini_retrofit.layer.cut import Cut
+from infini_retrofit.layer.form import InfiniParams
 from infini_retrofit.layer.local_context import LocalContext
 from infini_retrofit.layer.memory import MemoryState
 from infini_retrofit.layer.state import LayerState, State, Tokens
-from infini_retrofit.model.retrofit import attention_modules
+from infini_retrofit.model.families import decoder_layers
+from infini_retrofit.model.retrofit import attention_modules, resolve_layers
 
 # The method of transformers' GenerationMixin that `enable_generation` replaces.
 PREPARE = "_prepare_cache_for_generation"
 _KINDS = {"memory": MemoryState, "context": LocalContext, "unfinished": Tokens}
+# Of a saved file. 1 did not say where there was padding, 2 not how the memory is kept, 3 had other
+# forms.
+FORMAT = "4"
+_VALUES_AT_ONCE = 2**22  # of a parameter, for its digest
+# These choices say where the weights came from. They change nothing that is computed.
+_OF_TRAINING = ("init", "bptt_segments")
 
 
 class InfiniCache(Cache):
@@ -49,13 +59,15 @@ class InfiniCache(Cache):
     # By index; a confined layer beside a parallel branch has an index of its own.
     layer_states: dict[int, LayerState]
 
+    is_compileable = False  # a segment grows until it ends
+    is_croppable = False  # see `crop`
+
     def __init__(self, model: PreTrainedModel) -> None:
         is_infini = [isinstance(m, InfiniAttention) for m in attention_modules(model)]
         super().__init__(
             layers=[DummyLayer() if bounded else DynamicLayer() for bounded in is_infini]
         )
-        self.layer_states, self.num_seen = {}, 0
-        self.num_tokens = self.is_token = None
+        self.reset()
 
     @property
     def is_bounded(self) -> bool:
@@ -66,16 +78,6 @@ class InfiniCache(Cache):
     def num_bytes(self) -> int:
         """Bytes of all tensors in the cache."""
         return sum(x.numel() * x.element_size() for x in self._tensors().values())
-
-    @property
-    def is_compileable(self) -> bool:
-        """Never, because a segment grows until it ends."""
-        return False
-
-    @property
-    def is_croppable(self) -> bool:
-        """Never, see `crop`."""
-        return False
 
     @property
     def batch_size(self) -> int:
@@ -92,8 +94,9 @@ class InfiniCache(Cache):
 
     def keep(self, state: State, cut: Cut, num_rows: int, num_columns: int) -> None:
         """Store the state after a forward pass, without gradients."""
-        whole = torch.ones(num_rows, num_columns, dtype=torch.bool)
-        new = whole if cut.is_token is None else cut.is_token.cpu()
+        new = torch.ones(num_rows, num_columns, dtype=torch.bool)
+        if cut.is_token is not None:
+            new = cut.is_token.cpu()
         added = new.sum(dim=1)
         self.num_tokens = added if self.num_tokens is None else self.num_tokens + added
         if not self.is_bounded:
@@ -136,11 +139,10 @@ class InfiniCache(Cache):
 
     def crop(self, tokens_to_remove: int) -> None:
         """Refuse to remove tokens."""
-        if tokens_to_remove:
-            raise ValueError(
-                "tokens_to_remove must be 0, because a memory cannot remove what was written to "
-                f"it, got {tokens_to_remove}: keep a copy (copy.deepcopy) to return to"
-            )
+        raise ValueError(
+            "a memory cannot remove what was written to it, got tokens_to_remove="
+            f"{tokens_to_remove}: keep a copy (copy.deepcopy) to return to"
+        )
 
     def reorder_cache(self, beam_idx: Int[Tensor, "_"]) -> None:
         """Replace row i by row beam_idx[i]."""
@@ -199,16 +201,16 @@ class InfiniCache(Cache):
         """
         check_enabled(model)
         about = check_file(path)
-        check_model(path, about, model)
-        cache = cls(model)
-        cache._fill(load_file(path), model)
+        for name, expected in describe(model).items():
+            if (found := about.get(name)) != expected:
+                raise ValueError(
+                    f"{name} of {path} must be {expected}, as this model and this version of "
+                    f"infini-retrofit write it, got {found}: read the text again"
+                )
+        cache, tensors = cls(model), load_file(path)
         cache.num_seen = int(about["num_seen"])
-        return cache
-
-    def _fill(self, tensors: dict[str, Tensor], model: PreTrainedModel) -> None:
-        """Fill the cache with loaded tensors."""
-        self.num_tokens = tensors.pop("num_tokens", None)
-        self.is_token = tensors.pop("is_token", None)
+        cache.num_tokens = tensors.pop("num_tokens", None)
+        cache.is_token = tensors.pop("is_token", None)
         layers: dict[tuple[str, str], dict[str, dict[str, Tensor]]] = {}
         for name, x in tensors.items():
             kind, key, part, field = name.split(".")
@@ -217,19 +219,17 @@ class InfiniCache(Cache):
             layers.setdefault((kind, key), {}).setdefault(part, {})[field] = x.to(model.device)
         for (kind, key), parts in layers.items():
             if kind == "full":
-                self.layers[int(key)].update(**parts["update"])
+                cache.layers[int(key)].update(**parts["update"])
             else:
                 values = {part: _KINDS[part](**named) for part, named in parts.items()}
-                self.layer_states[int(key)] = LayerState(**values)
+                cache.layer_states[int(key)] = LayerState(**values)
+        return cache
 
 
 def check_enabled(model: PreTrainedModel) -> None:
     """Refuse a model for which `enable_generation` was not called."""
     if PREPARE not in vars(model):
-        raise ValueError(
-            "model must be one that generates with an InfiniCache, got one that does not: call "
-            "enable_generation(model, params) first"
-        )
+        raise ValueError("model has no InfiniCache: call enable_generation(model, params) first")
 
 
 def _map(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
@@ -237,3 +237,43 @@ def _map(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
     if is_dataclass(value):
         return type(value)(**{name: _map(x, change) for name, x in vars(value).items()})
     return change(value) if isinstance(value, Tensor) else value
+
+
+def check_file(path: Path) -> dict[str, str]:
+    """Refuse a file that is no saved cache; return what it says."""
+    made_by = "InfiniCache.save and infini_retrofit.generation.chat write one"
+    if not path.exists():
+        raise FileNotFoundError(f"{path.absolute()} is missing: {made_by}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            about = file.metadata() or {}
+    except (SafetensorError, OSError):
+        about = {}
+    if "num_seen" not in about:
+        raise ValueError(f"{path} must be a cache, got something else: {made_by}")
+    return about
+
+
+def describe(model: PreTrainedModel) -> dict[str, str]:
+    """Return the format, and all that must be equal for a model to continue from a cache.
+
+    That is every choice of form and every weight, rounded to bfloat16. So models loaded in float32
+    and in bfloat16 are equal. Weights that differ by less than a rounding are taken for equal.
+    """
+    form = asdict(InfiniParams(**model.config.infini))
+    form["layers"] = resolve_layers(form["layers"], len(decoder_layers(model)))
+    choices = {f"infini.{name}": x for name, x in form.items() if name not in _OF_TRAINING}
+    choices["rope_parameters"] = getattr(model.config, "rope_parameters", None)
+    about = {"format": FORMAT, "other_layers": model.config.other_layers}
+    about |= {name: json.dumps(x, sort_keys=True) for name, x in choices.items()}
+    return about | {"model": _digest(model)}
+
+
+def _digest(model: PreTrainedModel) -> str:
+    """Hash the name, shape and bfloat16 values of every parameter."""
+    digest = hashlib.sha256()
+    for name, parameter in sorted(model.named_parameters()):
+        digest.update(f"{name} {list(parameter.shape)}".encode())
+        for part in parameter.detach().flatten().split(_VALUES_AT_ONCE):
+            digest.update(part.to(torch.bfloat16).view(torch.int16).cpu().numpy())
+    return digest.hexdigest()

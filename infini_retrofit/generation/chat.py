@@ -25,16 +25,10 @@ def main(arguments: list[str] | None = None) -> None:
 
 def read_text(path: Path) -> str:
     """Read a document, and refuse one without text or in another encoding than UTF-8."""
-    if not path.is_file():
-        fault = "is a folder" if path.is_dir() else "is missing"
-        raise FileNotFoundError(f"{path} {fault}: --document must name a text file")
     try:
         text = path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        byte = error.object[error.start]
-        raise ValueError(
-            f"{path} must be text in UTF-8, got byte 0x{byte:02x} at position {error.start}"
-        ) from error
+        raise ValueError(f"{path} must be text in UTF-8: {error}") from error
     if not text.strip():
         raise ValueError(f"{path} must hold text, got {len(text)} characters of white space")
     return text
@@ -45,8 +39,7 @@ def _prompts() -> Iterable[str]:
     while True:
         if sys.stdin.isatty():
             print("> ", end="", file=sys.stderr, flush=True)
-        line = sys.stdin.readline()
-        if not line:
+        if not (line := sys.stdin.readline()):
             return
         if line.strip():
             yield line.rstrip("\n")
@@ -62,7 +55,7 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     add("model", type=Path, help="folder of a retrofitted model, like models/finetuned")
     add("--base", type=Path, default=Path("models/base"), help=f"folder of its base {default}")
     add("--document", type=Path, help="the text to read, in UTF-8")
-    add("--cache", type=Path, help="where to save what was read, or to load it from")
+    add("--cache", type=Path, help="where to save what is read, or to load it from")
     add("--continue", dest="goes_on", action="store_true", help="prompts follow the last answer")
     add("--template", action="store_true", help="put prompts into the tokenizer's chat template")
     add("--other-layers", choices=["segment", "full"], help="default: as the model says")
@@ -78,5 +71,10 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     return options
 
 
-if __name__ == "__main__":
+def command() -> None:
+    """Run the command `infini-chat`."""
     run_stage(main)
+
+
+if __name__ == "__main__":
+    command()

@@ -13,12 +13,12 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
-from infini_retrofit.generation.cache import InfiniCache
-from infini_retrofit.generation.cache_file import check_file, check_place
+from infini_retrofit.generation.cache import InfiniCache, check_file
 from infini_retrofit.generation.generation import enable_generation, read
 from infini_retrofit.model.base import load_tokenizer
 from infini_retrofit.model.checkpoints import load_retrofit
 from infini_retrofit.pipeline.device import start_run
+from infini_retrofit.pipeline.files import check_writable
 
 
 def chat(options: Namespace, text: str | None, prompts: Iterable[str]) -> None:
@@ -26,7 +26,11 @@ def chat(options: Namespace, text: str | None, prompts: Iterable[str]) -> None:
 
     Without a `text`, the file `options.cache` holds what was read.
     """
-    _check_cache(options, text)
+    # Before a model is loaded. What is no cache is neither loaded nor replaced.
+    if text is None or (options.cache is not None and options.cache.exists()):
+        check_file(options.cache)
+    if text is not None and options.cache is not None:
+        check_writable(options.cache.parent)
     device, dtype = start_run()
     model, params = load_retrofit(options.base, options.model, dtype)
     enable_generation(model.to(device), params, options.other_layers)
@@ -35,19 +39,12 @@ def chat(options: Namespace, text: str | None, prompts: Iterable[str]) -> None:
     if text is not None and options.cache is not None:
         cache.save(options.cache, model)
     print(f"{cache.num_seen:,} tokens read, {size_of(cache)} kept", file=sys.stderr)
-    converse(reader, cache, prompts)
-
-
-def _check_cache(options: Namespace, text: str | None) -> None:
-    """Refuse a cache that can be neither loaded nor saved, before a model is loaded."""
-    if text is None:
-        check_file(options.cache)
-    elif options.cache is not None:
-        if options.cache.exists():
-            raise FileExistsError(
-                f"{options.cache} exists: leave --document out to go on from it, or remove it"
-            )
-        check_place(options.cache)
+    last: list[int] = []
+    for prompt in prompts:
+        if options.goes_on:
+            last = reader.answer(prompt, cache, last)
+        else:
+            reader.answer(prompt, copy.deepcopy(cache), [])
 
 
 @dataclass(frozen=True)
@@ -79,33 +76,22 @@ class Reader:
                 [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
             )
         ids = torch.tensor([last + self.encode(prompt)], device=self.model.device)
-        temperature = self.options.temperature  # 0: the likeliest token
-        sampling = {"temperature": temperature} if temperature else {}
+        temperature = self.options.temperature
         found = self.model.generate(
             ids,
             attention_mask=cache.mask_for(ids),
             past_key_values=cache,
             max_new_tokens=self.options.max_new_tokens,
-            do_sample=bool(sampling),
+            do_sample=temperature > 0,
+            temperature=temperature or None,  # without sampling transformers warns of a value
             pad_token_id=self.tokenizer.eos_token_id,
             streamer=TextStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True),
-            **sampling,
         )
         return found[0, -1:].tolist()
 
     def encode(self, text: str) -> list[int]:
         """Return the tokens of a text, without special tokens."""
         return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-
-
-def converse(reader: Reader, cache: InfiniCache, prompts: Iterable[str]) -> None:
-    """Answer prompts, each from the document alone or from all that was said before."""
-    last: list[int] = []
-    for prompt in prompts:
-        if reader.options.goes_on:
-            last = reader.answer(prompt, cache, last)
-        else:
-            reader.answer(prompt, copy.deepcopy(cache), [])
 
 
 def size_of(cache: InfiniCache) -> str:

@@ -3,8 +3,7 @@
 Call `enable_generation` once, after the weights are loaded (a model class calls it at the end of
 its constructor). Then `generate` and forward passes with `use_cache=True` work as with any model
 of `transformers`, and padding (a 2-D `attention_mask`) reaches the memory with or without a cache.
-A forward pass that is given a `cut` stays as it is. Read long prompts with `prefill_chunk_size`, a
-multiple of the segment length, or with `read`. For beams, or several answers to one prompt,
+A forward pass that is given a `cut` stays as it is. For beams, or several answers to one prompt,
 `generate` repeats the rows of a filled cache in place.
 
 Axes:
@@ -63,19 +62,15 @@ def enable_generation(
     if other_layers not in ("segment", "full"):
         raise ValueError(f"other_layers must be full or segment, got {other_layers!r}")
     is_enabled = PREPARE in vars(model)
-    if is_enabled and (other_layers, model.config.other_layers) == ("full", "segment"):
+    is_confined = is_enabled and model.config.other_layers == "segment"
+    if other_layers == "full" and (is_confined or not infini_modules(model)):
         raise ValueError(
-            "other_layers must be segment for a model whose layers are confined already, got "
-            "'full': load the model again"
-        )
-    if other_layers == "full" and not infini_modules(model):
-        raise ValueError(
-            "other_layers must be segment for a model without Infini layers, got 'full': that is "
-            "the base as it was"
+            "other_layers must be segment for a model whose layers are confined already (load it "
+            "again) or that has no Infini layers (use the base), got 'full'"
         )
     model.config.other_layers, model.config.infini = other_layers, asdict(params)
     if other_layers == "segment":
-        confine_others(model, params)
+        _confine_others(model, params)
     if not is_enabled:
         model.generation_config.use_cache = True
         setattr(model, PREPARE, MethodType(_prepare_cache, model))
@@ -101,10 +96,8 @@ def read(
 
 
 def segment_length(model: PreTrainedModel) -> int:
-    """Return the segment length of a retrofitted model."""
-    for module in infini_modules(model).values():
-        return module.segment_length
-    raise ValueError("model must have Infini layers, got none: insert_infini puts them in")
+    """Return the segment length of a model that generates with an `InfiniCache`."""
+    return next(iter(infini_modules(model).values())).segment_length
 
 
 def _open(body: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
@@ -121,7 +114,7 @@ def _open(body: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, 
         cache = InfiniCache(body)
     state, num_seen = None, 0
     if cache is not None:
-        _require_infini(cache)
+        _check_kind(cache)
         cache.check_rows(num_rows)
         state, num_seen = State(before=cache.layer_states), cache.num_seen
     cut = Cut(is_open=cache is not None, is_token=_padding(mask, num_seen, num_columns))
@@ -152,7 +145,7 @@ def _padding(mask: Tensor | None, num_seen: int, num_columns: int) -> Tensor | N
     return None if is_token.all() else is_token
 
 
-def _require_infini(cache: Any) -> None:
+def _check_kind(cache: Any) -> None:
     """Refuse a cache of another kind."""
     if not isinstance(cache, InfiniCache):
         raise ValueError(
@@ -170,18 +163,33 @@ def _prepare_cache(
     *args: Any,
 ) -> None:
     """Give `generate` an `InfiniCache`, or the caller's with a row for each beam."""
-    _check_generation(generation_config, generation_mode, segment_length(model))
-    cache = model_kwargs.get("past_key_values")
+    config, cache = generation_config, model_kwargs.get("past_key_values")
+    chunk, length = config.prefill_chunk_size, segment_length(model)
+    if chunk is not None and chunk % length:
+        raise ValueError(
+            f"prefill_chunk_size must be a multiple of segment_length={length} tokens, got {chunk}"
+        )
+    if generation_mode == GenerationMode.ASSISTED_GENERATION:
+        raise ValueError(
+            "generate must run without an assistant: a memory cannot take back the tokens that "
+            "an assistant guessed wrong, got assisted generation"
+        )
     if cache is not None:
-        _require_infini(cache)
-        _check_continuation(cache, generation_config, model_kwargs)
-        num_copies = max(generation_config.num_beams, generation_config.num_return_sequences)
+        _check_kind(cache)
+        mask = model_kwargs.get("attention_mask")
+        num_columns = config._mask_length if mask is None else mask.shape[1]
+        if num_columns <= cache.num_seen:  # transformers would skip the whole prompt
+            raise ValueError(
+                f"attention_mask must cover the {cache.num_seen} tokens that the cache has seen "
+                f"and the prompt, got {num_columns}: pass cache.mask_for(input_ids)"
+            )
+        num_copies = max(config.num_beams, config.num_return_sequences)
         if num_copies > 1 and cache.batch_size == batch_size:
             cache.batch_repeat_interleave(num_copies)
-    elif generation_config.use_cache:
+    elif config.use_cache:
         model_kwargs["past_key_values"] = InfiniCache(model)
     prepare = getattr(type(model), PREPARE)
-    prepare(model, generation_config, model_kwargs, generation_mode, batch_size, *args)
+    prepare(model, config, model_kwargs, generation_mode, batch_size, *args)
 
 
 def _make_mask(
@@ -202,39 +210,7 @@ def _make_mask(
     return make(model, inputs_tensor, generation_config, model_kwargs)
 
 
-def _check_generation(config: GenerationConfig, mode: GenerationMode, length: int) -> None:
-    """Refuse modes of generation that an `InfiniCache` excludes."""
-    if config.cache_implementation is not None:
-        raise ValueError(
-            "cache_implementation must be None for a model with Infini layers, which have an "
-            f"InfiniCache, got {config.cache_implementation}"
-        )
-    if config.prefill_chunk_size is not None and config.prefill_chunk_size % length:
-        raise ValueError(
-            f"prefill_chunk_size must be a multiple of segment_length={length} tokens, "
-            f"got {config.prefill_chunk_size}"
-        )
-    if mode == GenerationMode.ASSISTED_GENERATION:
-        raise ValueError(
-            "generate must run without an assistant: a memory cannot take back the tokens that "
-            "an assistant guessed wrong, got assisted generation"
-        )
-
-
-def _check_continuation(
-    cache: InfiniCache, config: GenerationConfig, model_kwargs: dict[str, Any]
-) -> None:
-    """Refuse a mask that is too short: `transformers` would skip the whole prompt."""
-    mask = model_kwargs.get("attention_mask")
-    num_columns = config._mask_length if mask is None else mask.shape[1]
-    if num_columns <= cache.get_seq_length():
-        raise ValueError(
-            f"attention_mask must cover the {cache.get_seq_length()} tokens that the cache has "
-            f"seen and the prompt, got {num_columns}: pass cache.mask_for(input_ids)"
-        )
-
-
-def confine_others(model: PreTrainedModel, params: InfiniParams) -> None:
+def _confine_others(model: PreTrainedModel, params: InfiniParams) -> None:
     """Confine the base's own attention to its segment, in place.
 
     It becomes an `InfiniAttention` of the same weights, without memory and context. Beside a

@@ -63,7 +63,6 @@ class InfiniGPTNeoXConfig(_InfiniConfig, GPTNeoXConfig):
 
     model_type = "infini_gpt_neox"
 
-    # The constructor that `transformers` generates would hide its arguments from type checkers.
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
 

@@ -10,9 +10,7 @@ from collections.abc import Callable
 
 import torch
 
-# Of glibc's malloc.h.
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
-_LARGEST_MMAP_THRESHOLD, _LARGEST_INT = 1 << 30, (1 << 31) - 1
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 
 
 def pick_device() -> torch.device:
@@ -40,11 +38,8 @@ def start_run() -> tuple[torch.device, torch.dtype]:
     if device.type == "cpu":
         _keep_freed_memory()
         if dtype is torch.float32:
-            print(
-                "this processor has no bfloat16 products: expect about five times the time "
-                "that the README names",
-                file=sys.stderr,
-            )
+            note = "no bfloat16 products: expect about five times the time that the README names"
+            print(f"this processor has {note}", file=sys.stderr)
     return device, dtype
 
 
@@ -61,8 +56,8 @@ def _keep_freed_memory() -> None:
     longer than some operations.
     """
     if mallopt := _of_glibc("mallopt"):
-        mallopt(_M_MMAP_THRESHOLD, _LARGEST_MMAP_THRESHOLD)
-        mallopt(_M_TRIM_THRESHOLD, _LARGEST_INT)
+        mallopt(_M_MMAP_THRESHOLD, 1 << 30)
+        mallopt(_M_TRIM_THRESHOLD, (1 << 31) - 1)
 
 
 def _of_glibc(name: str) -> Callable[..., int] | None:

@@ -9,6 +9,7 @@ import hashlib
 import io
 import json
 import math
+import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -30,10 +31,7 @@ def write_metrics(path: Path, metrics: Mapping[str, Any]) -> None:
 def write_rows(
     path: Path, rows: Sequence[Mapping[str, Any]], columns: Sequence[str] | None = None
 ) -> None:
-    """Write rows of equal keys and finite values, tab-separated, below their column names.
-
-    The columns of the first row are the default: without rows, `columns` must be given.
-    """
+    """Write rows of equal keys and finite values as TSV; the first has the default columns."""
     columns = list(columns or rows[0])
     assert all(set(row) == set(columns) for row in rows), path
     for row in rows:
@@ -77,10 +75,7 @@ def write_manifest(folder: Path) -> None:
 
 
 def verify_manifest(folder: Path, made_by: str = "dvc repro") -> None:
-    """Compare a folder with its manifest: DVC misses a flipped byte in its cache.
-
-    Messages name `made_by`, the command that makes the folder.
-    """
+    """Compare a folder with its manifest: DVC misses a flipped byte in its cache."""
     check_made(folder / MANIFEST, made_by)
     digests = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     advice = f"delete {folder} and run `{made_by}`"
@@ -99,20 +94,15 @@ def check_made(path: Path, made_by: str) -> None:
 
 
 def check_folder(folder: Path, file: str, kind: str, made_by: str) -> None:
-    """Refuse a folder without `file`, which every folder of its kind holds.
-
-    The error names `made_by`, the command that makes one, and such folders beside it.
-    """
+    """Refuse a folder without `file`; the error names such folders beside it."""
     if (folder / file).is_file():
         return
-    fault = f"holds no {file}: it is no {kind}" if folder.is_dir() else "is missing"
-    separator = ";" if folder.is_dir() else ":"
+    fault = f"holds no {file}: it is no {kind};" if folder.is_dir() else "is missing:"
     beside = sorted(str(path.parent) for path in folder.parent.glob(f"*/{file}"))
-    here = f" in the project's folder (this one is {Path.cwd()})"
-    way_out = f"; found beside it: {', '.join(beside)}" if beside else here
-    raise FileNotFoundError(
-        f"{folder} {fault}{separator} run `{made_by}` to make a {kind}{way_out}"
-    )
+    way_out = f" in the project's folder (this one is {Path.cwd()})"
+    if beside:
+        way_out = f"; found beside it: {', '.join(beside)}"
+    raise FileNotFoundError(f"{folder} {fault} run `{made_by}` to make a {kind}{way_out}")
 
 
 def sha256(path: Path) -> str:
@@ -127,6 +117,18 @@ def _file_names(folder: Path) -> list[str]:
     return sorted(name for name in names if name != MANIFEST)
 
 
+def check_writable(folder: Path, free_bytes: int = 0) -> None:
+    """Make a folder; refuse a full or read-only disk now rather than after hours."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise OSError(f"cannot write to {folder}: {error.strerror}") from error
+    if (free := shutil.disk_usage(folder).free) < free_bytes:
+        wanted, found = free_bytes / 2**30, free / 2**30
+        raise OSError(f"{folder} must have {wanted:.1f} GiB free, got {found:.1f} GiB")
+
+
 def _refuse_non_finite(value: Any, name: str) -> None:
     """Refuse the first of nested values that is NaN or infinite."""
     if isinstance(value, Mapping):
@@ -138,11 +140,7 @@ def _refuse_non_finite(value: Any, name: str) -> None:
 
 def read_token_rows(path: Path) -> list[TokenIds]:
     """Read the tokens of each article or document of a file, as writable arrays."""
-    rows: list[np.ndarray] = []
-    for chunk in read_table(path, ["input_ids"])["input_ids"].chunks:
-        ends = np.cumsum(np.diff(chunk.offsets.to_numpy()))
-        rows += np.split(np.array(chunk.flatten().to_numpy()), ends[:-1])
-    return rows
+    return [np.array(row) for row in read_table(path, ["input_ids"])["input_ids"].to_numpy()]
 
 
 def read_table(path: Path, columns: list[str]) -> Any:

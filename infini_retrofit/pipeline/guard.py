@@ -14,16 +14,15 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, is_dataclass
+from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any
 
 from filelock import AcquireReturnProxy, FileLock, Timeout
 
-from infini_retrofit.pipeline.files import MANIFEST, check_made, sha256, write_text
+from infini_retrofit.pipeline.files import MANIFEST, check_made, check_writable, sha256, write_text
 from infini_retrofit.pipeline.params import PARAMS_PATH, load_section
 
-FREE_BYTES = 4 << 30  # a checkpoint with its optimizer state, the model, its copy in the cache
 SECONDS = Path(".dvc/tmp/seconds")  # how long each stage took; no output, for it always differs
 _ROOT = Path(__file__).resolve().parents[2]  # holds the library, the stages and dvc.yaml
 _TORCHRUN_SECONDS = 3  # in which torchrun ends the processes beside a failed one
@@ -36,14 +35,6 @@ class ChangedWhileRunningError(RuntimeError):
 
 # Errors that a user can mend.
 _MISTAKES = (ValueError, OSError, FloatingPointError, ChangedWhileRunningError)
-
-
-@dataclass(frozen=True)
-class TrainingFolder:
-    """Where a run keeps its checkpoints."""
-
-    path: Path
-    is_first: bool  # of several processes (torchrun): this one writes the results
 
 
 def is_first_process() -> bool:
@@ -68,14 +59,20 @@ def run_stage(main: Callable[[], str | None]) -> None:
         _die_with_parent()
     try:
         begin = time.monotonic()
-        with _rank_0_speaks_first():
-            made = main()
+        made = main()
         if made and is_first_process():
             print(f"{made}, {time.monotonic() - begin:.1f} s", flush=True)
         if "DVC_STAGE" in os.environ and is_first_process():
             _note_seconds(os.environ["DVC_STAGE"])
-    except _MISTAKES as error:
-        sys.exit("error: " + " ".join(str(error).split()))
+    except Exception as error:
+        is_mistake = isinstance(error, _MISTAKES)
+        # torchrun ends the others when one has failed: rank 0 reports a mistake first. Another
+        # error waits in rank 0 as well, for another rank's report.
+        if num_processes() > 1 and not (is_first_process() and is_mistake):
+            time.sleep(_TORCHRUN_SECONDS if is_first_process() else 2 * _TORCHRUN_SECONDS)
+        if is_mistake:
+            sys.exit("error: " + " ".join(str(error).split()))
+        raise
     except KeyboardInterrupt:
         sys.exit(130)
 
@@ -95,8 +92,8 @@ def training_run(
     inputs: Sequence[Path],
     params: Mapping[str, Any],
     code: Sequence[Path],
-    free_bytes: int = FREE_BYTES,
-) -> Iterator[TrainingFolder]:
+    free_bytes: int = 4 << 30,
+) -> Iterator[Path]:
     """Guard a training run and lend it a checkpoint folder.
 
     The folder's name is a hash of everything that the result depends on: a restarted run finds
@@ -105,16 +102,18 @@ def training_run(
 
     A manifest stands for its folder among the `inputs`. The `params` have their names in
     params.yaml. Like the `code`, they must not change before the end. If an equal run is under
-    way, a single process waits, and one of several is refused.
+    way, a single process waits, and one of several is refused. `free_bytes`: for a checkpoint
+    with its optimizer state, the model, and its copy in the cache.
     """
     root = Path(os.environ.get("DVC_ROOT", "."))
     folder = root / "checkpoints" / f"{stage}-{_fingerprint(inputs, params, code)}"
     lock, is_first = FileLock(f"{folder}.lock"), is_first_process()
-    _check_writable(folder, free_bytes)
+    for place in (folder, Path.cwd()):
+        check_writable(place, free_bytes)
     with _end_on_sigterm(), _acquire(lock) if is_first else contextlib.nullcontext():
         folder.mkdir(exist_ok=True)  # an equal run may have removed it
         with unchanged(stage, params, code):
-            yield TrainingFolder(folder, is_first)
+            yield folder
         if is_first:
             shutil.rmtree(folder)
             Path(lock.lock_file).unlink()  # a process that waits for it makes a new one
@@ -136,20 +135,6 @@ def unchanged(stage: str, params: Mapping[str, Any], code: Sequence[Path]) -> It
     check()
     yield
     check()
-
-
-@contextlib.contextmanager
-def _rank_0_speaks_first() -> Iterator[None]:
-    """Hold an error back while rank 0 may report the same one; torchrun ends the others then.
-
-    An error that is no user's mistake waits in rank 0 as well, for another rank's report.
-    """
-    try:
-        yield
-    except Exception as error:
-        if num_processes() > 1 and not (is_first_process() and isinstance(error, _MISTAKES)):
-            time.sleep(_TORCHRUN_SECONDS if is_first_process() else 2 * _TORCHRUN_SECONDS)
-        raise
 
 
 def _acquire(lock: FileLock) -> AcquireReturnProxy:
@@ -190,23 +175,6 @@ def _is_still(name: str, value: Any) -> bool:
         return load_section(type(value), name) == value
     except (ValueError, FileNotFoundError):
         return False
-
-
-def _check_writable(folder: Path, free_bytes: int) -> None:
-    """Make the folder; refuse a full or read-only disk now rather than after training."""
-    for place in (folder, Path.cwd()):
-        try:
-            place.mkdir(parents=True, exist_ok=True)
-            probe = place / f".writable-{os.getpid()}"
-            probe.write_bytes(b"")
-            probe.unlink(missing_ok=True)  # on another node a process may have the same number
-        except OSError as error:
-            raise OSError(f"cannot write to {error.filename}: {error.strerror}") from error
-        if (free := shutil.disk_usage(place).free) < free_bytes:
-            raise OSError(
-                f"{place} must have {free_bytes / 2**30:.1f} GiB free for checkpoints and the "
-                f"model, got {free / 2**30:.1f} GiB"
-            )
 
 
 @contextlib.contextmanager
