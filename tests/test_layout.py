@@ -3,6 +3,8 @@
 import ast
 import re
 import subprocess
+import sys
+import tomllib
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -11,6 +13,7 @@ import yaml
 
 ROOT = Path(__file__).parent.parent
 STAGES = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 TOP_LEVEL = {
     *(".ci", ".dvc", ".dvcignore", ".gitignore", "CONTRIBUTING.md", "LICENSE", "LOG.md"),
     *("Makefile", "README.md", "analysis", "benchmarks", "data", "docs", "dvc.lock", "dvc.yaml"),
@@ -159,6 +162,30 @@ def test_the_top_level_holds_what_was_agreed():
     if files.returncode:
         pytest.skip("not a git checkout")
     assert {line.split("/")[0] for line in files.stdout.splitlines()} <= TOP_LEVEL
+
+
+@pytest.mark.parametrize("name", PROJECT["scripts"])
+def test_every_console_command_shows_its_help(name):
+    module, function = PROJECT["scripts"][name].split(":")
+    for call in (["-c", f"import {module} as m; m.{function}()"], ["-m", module]):
+        done = run_python(*call, "--help")
+        assert done.returncode == 0, done.stderr
+        assert "usage: " in done.stdout
+        assert "RuntimeWarning" not in done.stderr
+    pages = [page.read_text() for page in (ROOT / "docs").glob("*.md")]
+    assert any(f"`{name}`" in page for page in pages)
+
+
+def test_without_the_harness_its_command_names_what_installs_it():
+    program = "import sys; sys.modules['lm_eval'] = None; import infini_retrofit.share.lm_eval"
+    done = run_python("-c", program)
+    said = f"is missing: run `pip install {PROJECT['optional-dependencies']['eval'][0]}`\n"
+    assert (done.returncode, done.stdout) == (1, "")
+    assert re.fullmatch(r"error: lm_eval\S* " + re.escape(said), done.stderr)
+
+
+def run_python(*words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True)
 
 
 def test_make_installs_the_wheel_that_the_parameters_name():

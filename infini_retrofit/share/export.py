@@ -98,5 +98,10 @@ def _without_folders(value: Any) -> Any:
     return Path(value).name if is_path else value
 
 
-if __name__ == "__main__":
+def command() -> None:
+    """Run the command `infini-export`."""
     run_stage(main)
+
+
+if __name__ == "__main__":
+    command()

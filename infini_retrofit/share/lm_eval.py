@@ -11,10 +11,6 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from lm_eval.__main__ import cli_evaluate
-from lm_eval.api.instance import Instance
-from lm_eval.api.model import TemplateLM
-from lm_eval.api.registry import register_model
 from tqdm import tqdm
 
 from infini_retrofit.layer.state import State
@@ -25,6 +21,14 @@ from infini_retrofit.pipeline.device import pick_device, pick_dtype
 from infini_retrofit.pipeline.guard import run_stage
 from infini_retrofit.scoring.losses import token_nlls
 from infini_retrofit.scoring.score import StatesAndLabels, next_tokens
+
+try:
+    from lm_eval.__main__ import cli_evaluate
+    from lm_eval.api.instance import Instance
+    from lm_eval.api.model import TemplateLM
+    from lm_eval.api.registry import register_model
+except ModuleNotFoundError as error:  # nothing here is of use without the harness
+    sys.exit(f"error: {error.name} is missing: run `pip install lm-eval==0.4.13`")
 
 SEGMENTS_PER_PIECE = 16  # that go through the model at once: more take more memory
 _ABOUT = """\
@@ -158,5 +162,10 @@ def main() -> None:
     cli_evaluate()
 
 
-if __name__ == "__main__":
+def command() -> None:
+    """Run the command `infini-eval`."""
     run_stage(main)
+
+
+if __name__ == "__main__":
+    command()
