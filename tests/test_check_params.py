@@ -57,7 +57,7 @@ def test_the_project_s_own_parameters_pass_and_the_output_is_constant(earlier):
         ({"infini__memory": True}, r"infini\.memory must be 'on' or 'off', got True"),
         ({"infini__local_context": 257}, r"infini\.local_context must be .* got 257"),
         ({"distill__lr": "fast"}, r"distill\.lr must be a valid number, got 'fast'"),
-        ({"finetune_control__lr": -1}, r"finetune_control\.lr must be same or above 0, got -1"),
+        ({"finetune_control__lr": -1}, r"control\.lr must be greater than 0 or 'same', got -1"),
         (
             {"finetune_control__trainable": "nothing"},
             r"finetune_control\.trainable must be .*same.* got 'nothing'",

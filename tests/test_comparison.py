@@ -105,17 +105,6 @@ def test_a_planned_control_trains_as_one_of_the_retrofit_s_own_form(family, over
     assert found[1] == pytest.approx(found[0], rel=1e-6)
 
 
-def test_which_layers_are_a_control_s_shows_in_a_sliding_window():
-    scores = []
-    for layers in ([], [0], "all"):
-        model = tiny_model("llama")
-        infini = make_control(model, infini_params(layers=layers, segment_length=SEGMENT))
-        setting = Setting(EVAL, TEXT, rival_of(model, infini))
-        scores.append(evaluate("control", model, setting).metrics)
-    assert len({score["sliding_test_ppl"] for score in scores}) == 3
-    assert scores[0]["segment_test_nll"] == pytest.approx(scores[2]["segment_test_nll"], rel=1e-5)
-
-
 @pytest.mark.parametrize("over", [{}, {"layers": [0]}, {"local_context": 3, "memory": "off"}])
 def test_rivals_of_a_base_are_counted_without_its_weights(over, tmp_path):
     base, infini = tiny_model("llama"), infini_params(**over)
@@ -128,19 +117,14 @@ def test_rivals_of_a_base_are_counted_without_its_weights(over, tmp_path):
     assert want.num_tokens > 0
 
 
-def test_plans_come_back_from_their_files_and_an_unknown_value_is_named(tmp_path):
+def test_plans_come_back_from_their_files(tmp_path):
     path, rival = tmp_path / "plan.json", Rival(segment_length=8, num_tokens=2)
     for plan in (planned(), planned({"layers": [0]}), rival):
         write(path, plan)
         assert load_json(type(plan), path, "dvc repro") == plan
-    text = path.read_text()
-    for broken, message in (
-        (text.replace("2", '"two"'), r"plan\.json\.num_tokens must be a valid integer, got 'two'"),
-        (text[:-3], r"plan\.json is not valid JSON .* run `dvc repro` to make it again"),
-    ):
-        path.write_text(broken)
-        with pytest.raises(ValueError, match=message):
-            load_json(Rival, path, "dvc repro")
+    path.write_text(path.read_text()[:-3])
+    with pytest.raises(ValueError, match=r"plan\.json is not valid JSON .* run `dvc repro`"):
+        load_json(Rival, path, "dvc repro")
 
 
 def test_another_memory_leaves_the_files_as_they_are_and_another_layer_does_not(project):

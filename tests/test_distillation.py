@@ -44,15 +44,6 @@ def test_calls_are_what_hooks_in_a_full_forward_pass_record(family, objective):
 
 
 @both_families
-def test_layers_above_the_last_of_interest_are_not_run(family):
-    model, ran = tiny_model(family), []
-    for index, layer in enumerate(decoder_layers(model)):
-        layer.register_forward_hook(lambda *_, i=index: ran.append(i))
-    Teacher(model, [1], "layer_output")(ids_for(family))
-    assert set(ran) == {0, 1}
-
-
-@both_families
 def test_targets_are_causal_under_eager_attention_too(family):
     sdpa, eager, ids = tiny_model(family), tiny_model(family), ids_for(family)
     eager.set_attn_implementation("eager")
@@ -139,26 +130,6 @@ def test_a_branch_beside_the_base_is_asked_for_what_a_segment_alone_misses(famil
     loss.backward()
     for module in infini_modules(branch.model).values():
         assert loss > 1e-3 < module.alpha.grad.abs() * 1e3
-
-
-@both_objectives
-def test_without_epochs_the_layers_are_inserted_and_nothing_is_fitted(objective, tmp_path, capsys):
-    base_dir, over = tiny_base_folder(tmp_path / "base", vocab_size=67), {"objective": objective}
-    base = load_base(base_dir, torch.float32)
-    task = Distillation(base, INFINI, distill_params(**over), torch.float32)
-    want = task.run_validation(random_ids(67, 3, TOKENS, seed=1))
-    metrics = run(task, tmp_path, epochs=0, **over)
-    said = capsys.readouterr().out.strip().splitlines()[-1]
-    assert said == "nothing is trained, because its epochs are 0"
-    assert want.items() <= metrics.items()
-    assert metrics["val_loss"] > 1e-3
-    counts = ("best_epoch", "epochs_run", "num_trained_tokens")
-    assert [metrics[name] for name in counts] == [0, 0, 0]
-    assert "memory_share_mean\t" in (tmp_path / "memory.tsv").read_text()
-    save_retrofit(task.model, INFINI, base_dir, tmp_path / "out")
-    loaded, infini = load_retrofit(base_dir, tmp_path / "out", torch.float32)
-    assert infini == INFINI
-    assert list(infini_modules(loaded)) == [0]
 
 
 @both_objectives

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-import torch.nn.functional as F
 from transformers import PreTrainedModel
 
 from infini_retrofit.evaluation.evaluation import (
@@ -10,7 +9,6 @@ from infini_retrofit.evaluation.evaluation import (
     evaluate,
     position_rows,
     score_positions,
-    warn_of_length,
 )
 from infini_retrofit.evaluation.gains import gains
 from infini_retrofit.evaluation.protocols import (
@@ -28,14 +26,13 @@ from infini_retrofit.pipeline import tokens
 from infini_retrofit.pipeline.params import load_section
 from infini_retrofit.scoring.score import (
     Score,
-    next_token_nlls,
     score_segments,
     segment_runs,
     t2_nlls,
     total,
 )
 from tests.reference import both_families, infini_params
-from tests.tiny import random_ids, tiny_llama, tiny_model
+from tests.tiny import random_ids, tiny_model
 from tests.tiny_project import write_params
 
 SEGMENT, DOCUMENT, STREAM = 5, 15, 47
@@ -115,14 +112,6 @@ def test_a_model_runs_once_for_all_that_share_a_run_and_stays_as_it_is(name, ins
     assert evaluate(name, model, setting) == report
 
 
-def test_the_distilled_is_scored_alike_under_fewer_protocols():
-    model, setting = make()
-    few, every = (evaluate(name, model, setting).metrics for name in ("distilled", "finetuned"))
-    assert few.items() < every.items()
-    left_out = {f"{name}_test_ppl" for name in OTHERS - {"segment_off"}}
-    assert every.keys() - few.keys() == left_out
-
-
 @pytest.mark.parametrize("over", [{"layers": []}, {"memory": "off"}])
 @pytest.mark.parametrize("inserted", [True, False])
 def test_a_form_that_carries_nothing_has_no_rival_and_nothing_to_gain(over, inserted):
@@ -159,28 +148,6 @@ def test_positions_are_those_of_the_token_that_predicts_and_lose_no_token(length
         columns = [t for t in range(DOCUMENT - 1) if begin <= t % length < end]
         assert found[begin].num_scored == 2 * len(columns)
         assert found[begin].nll == pytest.approx(nlls[:, columns].double().mean().item())
-
-
-def test_only_tokens_that_begin_a_segment_predict_as_if_nothing_came_before():
-    base = tiny_llama()
-    documents = random_ids(base.config.vocab_size, 2, DOCUMENT)
-    pairs = documents.unfold(1, 2, 1).flatten(0, 1)
-    with torch.no_grad():
-        logits = base(input_ids=pairs[:, :1], use_cache=False).logits[:, 0]
-    alone = F.cross_entropy(logits, pairs[:, 1], reduction="none").view(2, -1)
-    runs = segment_runs(base, documents, SEGMENT)
-    found = torch.stack([next_token_nlls(base, *run) for run in runs])
-    cold, warm = score_positions(alone, SEGMENT), score_positions(found, SEGMENT)
-    for begin, score in warm.items():
-        assert (score.nll == pytest.approx(cold[begin].nll, rel=1e-4)) == (begin == 0)
-
-
-@pytest.mark.parametrize("num_positions", [DOCUMENT, DOCUMENT - 1])
-def test_documents_beyond_the_base_s_positions_are_warned_of(num_positions, capsys):
-    model = tiny_model("llama", max_position_embeddings=num_positions)
-    warn_of_length(model, make()[1].text)
-    warned = capsys.readouterr().err.startswith("warning: documents of 15 tokens exceed the 14")
-    assert warned == (num_positions < DOCUMENT)
 
 
 @pytest.mark.parametrize(

@@ -142,11 +142,3 @@ def test_the_histogram_counts_each_layer_s_shares_from_0_to_1():
     filled = {place: share for place, share in filled.items() if share}
     assert filled == {(2, 0.0): 0.4, (2, 0.1): 0.2, (2, 0.95): 0.4, (5, 0.5): 1.0}
     assert len(share_histogram({0: reading_of(0.5)}, num_bins=4)) == 4
-
-
-def test_the_histogram_of_a_model_shows_its_gates():
-    model = retrofitted(layers=[1], share=0.32)
-    infini_modules(model)[1].gate_logit.data[:1] = torch.logit(torch.tensor(0.87))
-    rows = share_histogram(run_and_read(model, ids_for(model), SEGMENT)[1])
-    filled = {row["memory_share"]: row["share_of_pairs"] for row in rows if row["share_of_pairs"]}
-    assert filled == {0.3: 0.75, 0.85: 0.25}

@@ -1,24 +1,21 @@
 """Runs and scores: which token is scored where, how often, and with what context."""
 
 import math
-from itertools import chain
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import LlamaForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from infini_retrofit.evaluation import protocols
 from infini_retrofit.evaluation.protocols import (
-    full_runs,
     score_full,
     score_sliding,
     score_unigram,
     sliding_runs,
     sliding_windows,
 )
-from infini_retrofit.evaluation.rival import Rival, make_rival
 from infini_retrofit.layer.probe import Probe
 from infini_retrofit.layer.state import State
 from infini_retrofit.model.running import run_in_layer
@@ -32,7 +29,7 @@ from infini_retrofit.scoring.score import (
     total,
 )
 from tests.reference import both_families, make_model, segment_loop
-from tests.tiny import random_ids, tiny_llama, tiny_model
+from tests.tiny import random_ids, tiny_model
 
 SEGMENT, DOCUMENT, STREAM = 5, 15, 47
 
@@ -91,15 +88,6 @@ def test_sliding_equals_a_loop_over_windows_divided_once(family, window, stride)
     assert score.ppl == pytest.approx(math.exp(score.nll))
     mean_of_windows = sum(means) / len(means)
     assert len(means) == 1 or mean_of_windows != pytest.approx(score.nll, rel=1e-3)
-
-
-@both_families
-def test_an_infini_model_slid_in_windows_within_a_segment_is_the_base(family):
-    base, model = tiny_model(family), retrofitted(family, segment_length=16)
-    ids = ids_for(base, STREAM)
-    for window, is_base in ((11, True), (16, True), (23, False)):
-        got, want = (score_sliding(m, ids, window, 4).nll for m in (model, base))
-        assert (got == pytest.approx(want, rel=1e-5)) == is_base
 
 
 def future_changed(model: PreTrainedModel, num_tokens: int) -> tuple[Tensor, Tensor]:
@@ -200,48 +188,9 @@ def test_one_segment_equals_no_segments_equals_the_plain_forward(family):
     assert score_rows(model, documents)[0].nll_sum == pytest.approx(want, rel=1e-5)
 
 
-def test_scoring_records_no_gradient_and_leaves_the_mode_as_it_was():
-    model = retrofitted()
-    documents = ids_for(model, 3, DOCUMENT)
-    runs = (segment_runs(model, documents, SEGMENT), full_runs(model, documents))
-    for run in chain(*runs, sliding_runs(model, documents[0], 11, 4)):
-        assert torch.is_grad_enabled()
-        assert not torch.is_inference_mode_enabled()
-        assert not next_token_nlls(model, *run).requires_grad
-
-
 def test_unigram_scores_are_counts_plus_one():
     train, test = torch.tensor([0, 0, 2]), torch.tensor([1, 0, 2, 1])
     want = -(math.log(3 / 6) + math.log(2 / 6) + math.log(1 / 6))
     score = score_unigram(train, test, vocab_size=3)
     assert score.num_scored == 3
     assert score.nll_sum == pytest.approx(want)
-
-
-def rote_model(vocab_size: int = 23) -> LlamaForCausalLM:
-    """Make a base that knows one thing: after token i comes token i + 7."""
-    model = tiny_llama(vocab_size=vocab_size, tie_word_embeddings=False)
-    for name, parameter in model.named_parameters():
-        if name.endswith(("o_proj.weight", "down_proj.weight")):
-            parameter.data.zero_()
-    one_hot = 9 * torch.eye(vocab_size, model.config.hidden_size)
-    model.get_input_embeddings().weight.data.copy_(one_hot)
-    model.get_output_embeddings().weight.data.copy_(one_hot.roll(7, dims=0))
-    return model
-
-
-def test_a_base_that_knows_its_text_is_below_the_unigram_on_every_path_but_the_doubly_shifted():
-    base = rote_model()
-    documents = torch.stack([(torch.arange(DOCUMENT) * 7 + i) % 23 for i in range(3)])
-    unigram = score_unigram(documents.flatten(), documents.flatten(), 23).nll
-    rival = make_rival(base, Rival(segment_length=SEGMENT, num_tokens=2))
-    reads = ("own", "recent", "off", "swapped")
-    scores = [total(score_segments(base, documents, SEGMENT, read)) for read in reads]
-    scores += [total(score_segments(rival, documents, SEGMENT))]
-    scores += [total(score_full(base, documents)), total(score_rows(base, documents))]
-    scores += [score_sliding(base, documents[0], 11, 4)]
-    assert all(score.nll < 0.01 * unigram for score in scores)
-    runs = segment_runs(base, documents, SEGMENT)
-    assert total(Score.of(t2_nlls(base, *run, SEGMENT)) for run in runs).nll > unigram
-    doubly_shifted = torch.cat([plain_nlls(base, ids, shift=2) for ids in documents])
-    assert doubly_shifted.mean() > unigram

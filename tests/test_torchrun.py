@@ -47,14 +47,9 @@ run_stage(main)
 
 @dataclass(frozen=True)
 class Runs:
-    """What the processes left.
+    """What the processes left."""
 
-    Attributes:
-        folder: of the projects `one`, `two` and others, and of what the processes returned.
-        end: how they ended.
-    """
-
-    folder: Path
+    folder: Path  # of the projects `one`, `two` and others, and of what the processes returned
     end: subprocess.CompletedProcess[str]
 
     def returned(self, task: str, rank: int) -> object:

@@ -71,12 +71,7 @@ STAGES = [
 
 
 def write_params(folder: Path, changes: dict[str, object]) -> None:
-    """Write the project's own parameters with some changed, or removed if the value is None.
-
-    Args:
-        folder: the folder of the params.yaml.
-        changes: values by dotted name.
-    """
+    """Write the project's own parameters; change some by dotted name, or remove them by None."""
     params = YAML(typ="safe").load(ROOT / "params.yaml")
     for name, value in changes.items():
         *sections, key = name.split(".")

@@ -62,20 +62,9 @@ def finetuning(
     dtype: torch.dtype = torch.float32,
     **over: object,
 ) -> Finetuning:
-    """Make a tiny retrofit that is to be fine-tuned.
-
-    Args:
-        family: of the base.
-        form: changes to the retrofit's form.
-        is_control: whether to make the retrofit's control instead.
-        dtype: of the matrix products.
-        over: changes to section `finetune`.
-    """
-    model, infini, params = (
-        tiny_model(family),
-        replace(INFINI, **form or {}),
-        finetune_params(**over),
-    )
+    """Make a tiny retrofit, or its control, with changes to its form and section `finetune`."""
+    model, infini = tiny_model(family), replace(INFINI, **form or {})
+    params = finetune_params(**over)
     (make_control if is_control else insert_infini)(model, infini)
     base = tiny_model(family) if params.kl_weight else None
     return Finetuning(model, infini, params, dtype, base)
@@ -90,13 +79,7 @@ def distillation(
 
 
 def run(task: TrainingTask, folder: Path, **over: object) -> dict:
-    """Train on random documents; the folder gets the run and its tables.
-
-    Args:
-        task: what to train.
-        folder: of the run.
-        over: changes to the task's section.
-    """
+    """Train on random documents with changes to the section; the folder gets run and tables."""
     vocab_size = task.model.config.vocab_size
     params = finetune_params if isinstance(task, Finetuning) else distill_params
     return train(

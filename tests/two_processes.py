@@ -6,8 +6,7 @@
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 
@@ -69,7 +68,15 @@ def kill(folder: Path) -> list[str]:
 
 def resume(folder: Path) -> int:
     """Go on where `kill` ended and return how many steps that took."""
-    with counted(Finetuning) as steps:
+    steps, forward = [], Finetuning.forward
+
+    def count(task: Finetuning, input_ids: Tensor) -> dict[str, Tensor]:
+        if task.training:
+            steps.append(1)
+        return forward(task, input_ids)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Finetuning, "forward", count)
         run_in_float32(folder / "killed", "finetune")
     return len(steps)
 
@@ -141,21 +148,6 @@ def take_steps(task: TrainingTask, rank: int | None = None) -> Tensor:
         loss.backward()
         optimizer.step()
     return loss
-
-
-@contextmanager
-def counted(cls: type[TrainingTask]) -> Iterator[list[int]]:
-    """Yield a list that grows with each training step."""
-    steps, forward = [], cls.forward
-
-    def count(task: TrainingTask, input_ids: Tensor) -> dict[str, Tensor]:
-        if task.training:
-            steps.append(1)
-        return forward(task, input_ids)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cls, "forward", count)
-        yield steps
 
 
 def written_by_second(folder: Path) -> list[str]:

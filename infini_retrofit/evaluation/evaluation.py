@@ -9,7 +9,6 @@ Axes:
 
 import csv
 import json
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +24,6 @@ from infini_retrofit.evaluation.protocols import PROTOCOLS, Setting, score_proto
 from infini_retrofit.layer.probe import MemoryReading
 from infini_retrofit.model.retrofit import state_bytes
 from infini_retrofit.pipeline.files import check_made, write_metrics, write_rows
-from infini_retrofit.pipeline.tokens import TestText
 from infini_retrofit.scoring.score import Score, total
 
 # The mean NLL of each document in nats a token, by protocol.
@@ -102,17 +100,6 @@ def evaluate(name: str, model: PreTrainedModel, setting: Setting) -> Report:
     return Report(metrics, document_rows(name, documents, text.titles), positions)
 
 
-def warn_of_length(model: PreTrainedModel, text: TestText) -> None:
-    """Warn of documents beyond the positions that a base was trained on."""
-    num_positions, num_tokens = model.config.max_position_embeddings, text.documents.shape[1]
-    if num_tokens > num_positions:
-        print(
-            f"warning: documents of {num_tokens} tokens exceed the {num_positions} positions that "
-            "the base was trained on: full_test_ppl and gap_recovered extrapolate",
-            file=sys.stderr,
-        )
-
-
 def document_rows(
     name: str, nlls: Mapping[str, Float[Tensor, "B _"]], titles: Sequence[str]
 ) -> list[Row]:
@@ -141,14 +128,8 @@ def position_rows(
 def score_positions(nlls: Float[Tensor, "B Scored"], segment_length: int) -> dict[int, Score]:
     """Score documents by the position in its segment of the token that predicts.
 
-    The token at position 0 has seen no other token of its segment.
-
-    Args:
-        nlls: of every token but each document's first.
-        segment_length: tokens.
-
-    Returns:
-        The score of each range of positions, by its first: 0, 1, 2 to 3, 4 to 7, and so on.
+    The token at position 0 has seen no other token of its segment. The result has the score of
+    each range of positions, by its first: 0, 1, 2 to 3, 4 to 7, and so on.
     """
     positions = (column % segment_length for column in range(nlls.shape[1]))
     begins = torch.tensor([1 << (p.bit_length() - 1) if p else 0 for p in positions])
@@ -158,9 +139,8 @@ def score_positions(nlls: Float[Tensor, "B Scored"], segment_length: int) -> dic
 def share_histogram(readings: dict[int, MemoryReading], num_bins: int = 20) -> list[Row]:
     """Count the pairs of a query and a head by the memory's share in their output.
 
-    Returns:
-        Rows of a plot: layer, memory_share (where the bin begins; the last bin holds 1 too),
-        share_of_pairs (of the layer's pairs).
+    A row has its layer, where its bin begins (the last one holds 1 too), and the share of the
+    layer's pairs in it.
     """
     return [
         {

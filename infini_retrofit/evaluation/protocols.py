@@ -12,6 +12,8 @@ Axes:
 
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
+from functools import partial
+from itertools import chain
 from typing import Annotated
 
 import torch
@@ -102,17 +104,12 @@ class Protocol:
     gain_models: tuple[str, ...] = ("model",)
 
 
-def _other_memory(read: MemoryRead, models: tuple[str, ...] = NOT_DISTILLED) -> Protocol:
-    """Return the protocol under which segments do not read their own memory."""
-    return Protocol(
-        run=read,
-        applies=lambda model, _: has_memory(model),
-        models=models,
-        by_position=("finetuned",),
-        gain=read,
-    )
-
-
+_OtherMemory = partial(
+    Protocol,
+    applies=lambda model, _: has_memory(model),
+    models=NOT_DISTILLED,
+    by_position=("finetuned",),
+)
 PROTOCOLS: dict[str, Protocol] = {
     "sliding": Protocol(
         run=lambda model, setting: sliding_runs(
@@ -126,9 +123,9 @@ PROTOCOLS: dict[str, Protocol] = {
     ),
     "t2": Protocol(shifts_twice=True),
     "segment": Protocol(by_position=NOT_DISTILLED, gain="control", gain_models=("control",)),
-    "segment_off": _other_memory("off", MODELS),
-    "segment_recent": _other_memory("recent"),
-    "segment_swapped": _other_memory("swapped"),
+    "segment_off": _OtherMemory(run="off", gain="off", models=MODELS),
+    "segment_recent": _OtherMemory(run="recent", gain="recent"),
+    "segment_swapped": _OtherMemory(run="swapped", gain="swapped"),
     "segment_kv": Protocol(
         run=lambda model, setting: segment_runs(
             make_rival(model, setting.rival), setting.text.documents, setting.rival.segment_length
@@ -155,25 +152,16 @@ def score_protocols(
         if not protocol.applies(model, setting.rival):
             used[name] = PROTOCOLS["segment"]
     nlls: dict[Protocol, list[Tensor]] = {protocol: [] for protocol in used.values()}
-    segment_length = setting.rival.segment_length
-    for runs in _run(model, setting, dict.fromkeys(protocol.run for protocol in nlls)):
+    ways, length = dict.fromkeys(p.run for p in nlls), setting.rival.segment_length
+    reads = [way for way in ways if not callable(way)]
+    others = ({way: run} for way in ways if callable(way) for run in way(model, setting))
+    for runs in chain(memory_runs(model, setting.text.documents, length, reads), others):
         for protocol, found in nlls.items():
             if run := runs.get(protocol.run):
                 t2 = protocol.shifts_twice
-                nll = t2_nlls(model, *run, segment_length) if t2 else next_token_nlls(model, *run)
+                nll = t2_nlls(model, *run, length) if t2 else next_token_nlls(model, *run)
                 found.append(nll.cpu())
     return {name: nlls[protocol] for name, protocol in used.items()}
-
-
-def _run(
-    model: PreTrainedModel, setting: Setting, ways: Collection[MemoryRead | Runs]
-) -> Iterator[dict[MemoryRead | Runs, Run]]:
-    """Run the text in every way; yield each run under its way."""
-    reads = [way for way in ways if isinstance(way, str)]
-    yield from memory_runs(model, setting.text.documents, setting.rival.segment_length, reads)
-    for way in ways:
-        if not isinstance(way, str):
-            yield from ({way: run} for run in way(model, setting))
 
 
 def full_runs(model: PreTrainedModel, documents: Int[Tensor, "B T"]) -> Iterator[Run]:
@@ -192,11 +180,7 @@ def score_full(model: PreTrainedModel, documents: Int[Tensor, "B T"]) -> list[Sc
 def sliding_windows(num_tokens: int, window: int, stride: int) -> list[tuple[int, int, int]]:
     """Cut a stream into overlapping windows that score each token but the first once.
 
-    Args:
-        num_tokens: of the stream, at least 2.
-        window: most tokens the model sees at once.
-        stride: tokens between the starts of two windows, fewer than `window`, so that every
-            scored token has context.
+    Windows of `window` tokens begin every `stride` tokens.
 
     Returns:
         Each window's first token, the first token that it scores, and the token after its last.
@@ -212,8 +196,7 @@ def sliding_runs(
 ) -> Iterator[Run]:
     """Run a stream in overlapping windows, the memory empty at the start of each (in-layer).
 
-    Yields:
-        For each window the tokens that it scores, and the one before them.
+    A run holds the tokens that its window scores, and the one before them.
     """
     *windows, last = sliding_windows(len(tokens), window, stride)
     starts = range(0, len(windows), WINDOWS_PER_BATCH)

@@ -31,11 +31,7 @@ class Rival:
 def rival_of(model: PreTrainedModel, infini: InfiniParams) -> Rival:
     """Return the rival that takes the bytes of a retrofit, rounded up to whole tokens.
 
-    It carries at most a segment.
-
-    Args:
-        model: a base or retrofitted model.
-        infini: the form of the retrofit.
+    It carries at most a segment. The model is a base or a retrofit of the form `infini`.
     """
     modules = attention_modules(model)
     base_shape = attention_shape(model.config)

@@ -15,7 +15,7 @@ from infini_retrofit.pipeline.files import check_made
 
 T = TypeVar("T")
 PARAMS_PATH = Path("params.yaml")
-_TYPE_OF_UNION = re.compile(r"int|float|str|\w+\[.*\]")  # pydantic names it like a key
+_TYPE_OF_UNION = re.compile(r"(constrained-)?(int|float|str)|\w+\[.*\]")  # named like a key
 _ABOUT_KEYS = {"missing": "is missing", "unexpected_keyword_argument": "is unknown"}
 
 

@@ -58,13 +58,8 @@ def memory_use(
 ) -> dict[str, float]:
     """Sum up the readings of all layers, and score the documents without the memory.
 
-    `own` is the score of the runs of `run_and_read`, which noted the readings.
-
-    Returns:
-        `memory_share_mean`, `_p05`, `_p50` and `_p95` over pairs of a query and a head,
-        `recalled_over_local`, the mean norm of what is recalled over that of local attention,
-        `segment_val_ppl`, and `segment_off_val_ppl` without the memory. Nothing if there are
-        no readings.
+    `own` is the score of the runs of `run_and_read`, which noted the readings. Shares are over
+    pairs of a query and a head, norms are means. The result is empty without readings.
     """
     if not readings:
         return {}

@@ -151,10 +151,7 @@ def memory_runs(
 ) -> Iterator[dict[MemoryRead, Run]]:
     """Run documents as `segment_runs` does, once for each memory to read.
 
-    The memories to swap come from the run that reads its own.
-
-    Raises:
-        ValueError: if memories are to be swapped and there is only one document.
+    The memories to swap, of at least 2 documents, come from the run that reads its own.
     """
     if "swapped" in reads and len(documents) < 2:
         raise ValueError("swapped memories need at least 2 documents, got 1")
@@ -177,9 +174,5 @@ def document_batches(
     model: PreTrainedModel, documents: Int[Tensor, "B T"]
 ) -> list[Int[Tensor, "_ T"]]:
     """Batch documents on the model's device; none is alone, so that memories can be swapped."""
-    documents = documents.to(model.device)
-    sizes = [DOCUMENTS_PER_BATCH] * (len(documents) // DOCUMENTS_PER_BATCH)
-    if not sizes:
-        return [documents]
-    sizes[-1] += len(documents) % DOCUMENTS_PER_BATCH
-    return list(documents.split(sizes))
+    begins = range(DOCUMENTS_PER_BATCH, len(documents) - 1, DOCUMENTS_PER_BATCH)
+    return list(documents.to(model.device).tensor_split(list(begins)))

@@ -6,6 +6,7 @@ Knows nothing of files and stages.
 from dataclasses import asdict, dataclass, replace
 from typing import Literal
 
+from pydantic import PositiveFloat
 from transformers import PreTrainedModel
 
 from infini_retrofit.layer.form import InfiniParams
@@ -18,12 +19,7 @@ class ControlParams:
     """Section `finetune_control` of params.yaml: where the control trains differently."""
 
     trainable: Trainable | Literal["same"]  # same: as `finetune` says
-    lr: float | Literal["same"]
-
-    def __post_init__(self) -> None:
-        """Refuse a learning rate that would not train."""
-        if self.lr != "same" and self.lr <= 0:
-            raise ValueError(f"finetune_control.lr must be same or above 0, got {self.lr}")
+    lr: PositiveFloat | Literal["same"]
 
     def applied_to(self, params: FinetuneParams) -> FinetuneParams:
         """Return section `finetune` as it holds for the control."""
@@ -57,13 +53,9 @@ def plan_control(
 
 
 def make_control(model: PreTrainedModel, infini: InfiniParams) -> InfiniParams:
-    """Confine a base to segments in the layers of a retrofit, without a memory, in place.
+    """Confine a base to segments in a retrofit's layers, in place, and return the control's form.
 
-    Its attention keeps the base's form and weights. Fine-tuned alike, it shows what the retrofit
-    gains from training on these texts alone.
-
-    Returns:
-        The control's form.
+    Its attention keeps the base's form and weights.
     """
     control = without_memory(infini, infini.local_context)
     insert_infini(model, control)

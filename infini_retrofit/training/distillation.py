@@ -5,12 +5,11 @@ Knows nothing of files and stages.
 Axes:
     B  sample
     T  token
-    D  model width
 """
 
 import copy
-from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated, Literal
 
 import torch
@@ -64,13 +63,9 @@ class Distillation(TrainingTask):
         params: DistillParams,
         dtype: torch.dtype,
     ) -> None:
-        """Insert the Infini layers into a base model, whose own layers become the teacher.
+        """Insert the Infini layers into a base in float32, whose own layers become the teacher.
 
-        Args:
-            model: a base model in float32.
-            infini: the form of the retrofit.
-            params: section `distill`.
-            dtype: of the matrix products, and of what does not train.
+        `dtype` is that of the matrix products, and of what does not train.
         """
         layers = resolve_layers(infini.layers, len(decoder_layers(model)))
         teacher = Teacher(model, layers, params.objective)
@@ -145,8 +140,7 @@ class Call:
             return x.expand(num_rows, *x.shape[1:]).reshape(-1, segment_length, *x.shape[2:])
 
         kwargs = {name: fold(value) for name, value in self.kwargs.items()}
-        num_segments = num_tokens // segment_length
-        return Call(fold(self.args), kwargs, fold(self.output), num_segments)
+        return Call(fold(self.args), kwargs, fold(self.output), num_tokens // segment_length)
 
 
 class Teacher:
@@ -163,13 +157,10 @@ class Teacher:
         self._calls: dict[int, Call] = {}
         for index in layers:
             module = modules_of(self.decoder, objective)[index]
-            module.register_forward_hook(self._hook(index), with_kwargs=True)
+            module.register_forward_hook(partial(self._note, index), with_kwargs=True)
 
-    def _hook(self, index: int) -> Callable:
-        def hook(_: nn.Module, args: tuple, kwargs: dict, output: Tensor | tuple) -> None:
-            self._calls[index] = Call(args, kwargs, tensor_of(output))
-
-        return hook
+    def _note(self, index: int, _: nn.Module, args: tuple, kwargs: dict, output: object) -> None:
+        self._calls[index] = Call(args, kwargs, tensor_of(output))
 
     @torch.no_grad()
     def __call__(self, input_ids: Tensor) -> dict[int, Call]:

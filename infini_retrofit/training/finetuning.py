@@ -5,7 +5,6 @@ Knows nothing of files and stages.
 Axes:
     B  document
     T  token of a document
-    D  model width
 """
 
 from dataclasses import asdict, dataclass
@@ -78,14 +77,10 @@ class Finetuning(TrainingTask):
         dtype: torch.dtype,
         base: PreTrainedModel | None = None,
     ) -> None:
-        """Choose what trains.
+        """Choose what trains of a retrofit of the form `infini`, or of its control, in float32.
 
-        Args:
-            model: a retrofitted model, or a control, in float32.
-            infini: the form of the retrofit, of which the control is a control.
-            params: section `finetune`.
-            dtype: of the matrix products, and of what does not train.
-            base: the untouched base, if `params.kl_weight` is not 0; it is frozen.
+        `dtype` is that of the matrix products, and of what does not train. The untouched base is
+        there where `params.kl_weight` is not 0; it is frozen.
         """
         if params.trainable == "lora":
             tuner, groups = add_lora(model, params.lora, params.seed, dtype)

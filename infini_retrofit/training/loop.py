@@ -114,7 +114,6 @@ def _arguments(schedule: Schedule, checkpoints: Path, dtype: torch.dtype) -> Tra
         output_dir=str(checkpoints),
         per_device_train_batch_size=schedule.batch_size,
         num_train_epochs=schedule.epochs,
-        max_grad_norm=1.0,
         bf16=dtype is torch.bfloat16,
         use_cpu=not on_gpu,
         seed=schedule.seed,
@@ -125,7 +124,6 @@ def _arguments(schedule: Schedule, checkpoints: Path, dtype: torch.dtype) -> Tra
         save_total_limit=2,
         load_best_model_at_end=True,
         metric_for_best_model="val_loss",
-        greater_is_better=False,
         restore_callback_states_from_checkpoint=True,
         remove_unused_columns=False,
         dataloader_pin_memory=on_gpu,
@@ -171,16 +169,10 @@ class _Trainer(Trainer):
         which must not count.
         """
         num_rows, batch_size = len(self.train_dataset), self.args.per_device_train_batch_size
-        step, processes = self.state.global_step, num_processes()
-        num_own, num_all = share_rows(
-            num_rows,
-            batch_size,
-            step % steps_per_epoch(num_rows, batch_size),
-            self.args.process_index,
-            processes,
-        )
+        step, process = self.state.global_step, self.args.process_index
+        num_own, num_all = share_rows(num_rows, batch_size, step, process)
         rows = inputs["input_ids"][: max(num_own, 1)]
-        loss = model(rows)["loss"] * (num_own * processes / num_all)
+        loss = model(rows)["loss"] * (num_own * num_processes() / num_all)
         mean = self.accelerator.reduce(loss.detach(), "mean").item()
         _require_finite(mean, f"in epoch {int(self.state.epoch) + 1}, step {step + 1}", "training")
         return loss
@@ -219,14 +211,13 @@ def steps_per_epoch(num_rows: int, batch_size: int) -> int:
     return math.ceil(num_rows / (batch_size * num_processes()))
 
 
-def share_rows(
-    num_rows: int, batch_size: int, step: int, process: int, processes: int
-) -> tuple[int, int]:
+def share_rows(num_rows: int, batch_size: int, step: int, process: int) -> tuple[int, int]:
     """Return how many rows of a step belong to one process, and how many the step has.
 
-    The last step of an epoch may have fewer than `batch_size`, or none for some processes. Steps
-    of the epoch and processes count from 0.
+    The last step of an epoch may have fewer than `batch_size`, or none for some processes.
     """
+    processes = num_processes()
+    step %= steps_per_epoch(num_rows, batch_size)
     num_left = num_rows - step * batch_size * processes
     num_own = min(max(num_left - process * batch_size, 0), batch_size)
     return num_own, min(num_left, batch_size * processes)

@@ -80,12 +80,8 @@ def add_lora(
 ) -> tuple["LoraModel", dict[str, list[nn.Parameter]]]:
     """Put adapters that start as zero on all attention projections, in place.
 
-    Args:
-        model: a retrofitted model, a control or a base, in float32.
-        params: the adapters' size.
-        seed: of the half of each adapter that starts at random.
-        frozen_dtype: of what neither trains nor is adapted; None: as it is. What is adapted stays
-            unrounded, because it is saved with the adapters merged.
+    The arguments are those of `set_trainable`. What is adapted stays unrounded, because it is
+    saved with the adapters merged. The seed is that of the half of each that starts at random.
 
     Returns:
         What merges the adapters into the weights, and all that trains, in the groups of

@@ -25,13 +25,7 @@ LOSSES = {"loss", "val_loss", "val_ppl"}
 
 
 class Report(TrainerCallback):
-    """Writes the tables again of a run, prints a line for each epoch and shows its steps.
-
-    Args:
-        task: what trains.
-        history_path: gets loss and perplexity by epoch and split (TSV).
-        memory_path: gets the use of the memory by epoch (TSV); None: no file.
-    """
+    """Writes the tables of a run, prints a line for each epoch and shows its steps."""
 
     def __init__(self, task: TrainingTask, history_path: Path, memory_path: Path | None) -> None:
         self.task = task
@@ -140,10 +134,7 @@ def memory_history(log: Log) -> list[Row]:
 
 
 def results(log: Log, num_tokens: int) -> Row:
-    """Return the validation of the best epoch, and how much was trained.
-
-    An epoch has `num_tokens`.
-    """
+    """Return the validation of the best epoch, and how much was trained at `num_tokens` each."""
     epochs = by_epoch(log)
     epochs_run, best = max(epochs), best_epoch(epochs)
     return {name: value for name, value in epochs[best].items() if name != "loss"} | {
