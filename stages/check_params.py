@@ -96,6 +96,11 @@ def check_objective(infini: InfiniParams, distill: DistillParams) -> None:
             "distill.objective must be layer_output when infini.init is random_layer, "
             f"whose MLP would stay random, got {distill.objective}"
         )
+    if infini.insertion == "adapter" and distill.objective == "attention_output" and distill.epochs:
+        raise ValueError(
+            "distill.objective must be layer_output when infini.insertion is adapter, which "
+            f"leaves the base's attention as it is, got {distill.objective}"
+        )
 
 
 def check_base(params: Params, depth: int | None) -> None:

@@ -19,7 +19,7 @@ from infini_retrofit.layer.naive import NaiveLayer
 from infini_retrofit.layer.probe import Probe
 from infini_retrofit.layer.state import State
 from infini_retrofit.model.families import decoder_layers, family_of
-from infini_retrofit.model.retrofit import infini_modules, insert_infini
+from infini_retrofit.model.retrofit import alphas, infini_modules, insert_infini
 from infini_retrofit.model.running import run_folded
 from tests.tiny import FAMILIES, Family, tiny_model
 
@@ -34,7 +34,6 @@ CHOICES = {
     "num_features": ("base", 6),
     "local": ("softmax", "linear"),
     "positions": ("rope", "alibi", "none"),
-    "insertion": ("replace", "parallel"),
     "heads": ("base", "single"),
     "gate": ("head", "query"),
     "decay": ("none", "feature"),
@@ -87,6 +86,7 @@ MODEL_FORMS = (
     {"layers": [1], "local_context": 3, "bptt_segments": 2, "gate": "query"},
     {"layers": [0, -1], "insertion": "parallel", "update_rule": "delta", "state_dtype": "bfloat16"},
     {"feature_map": "hedgehog", "num_features": 4, "decay": "feature", "state_dtype": "bfloat16"},
+    {"layers": [0], "insertion": "adapter", "init": "random_layer", "local_context": 2},
     {
         "positions": "alibi",
         "init": "random_attention",
@@ -120,7 +120,7 @@ def make_layer(form: dict, dtype: torch.dtype = torch.float64) -> InfiniAttentio
     with torch.no_grad():
         for name, parameter in layer.named_parameters():
             if "proj" not in name:
-                parameter.add_(torch.randn_like(parameter) * 0.3 + (name == "alpha"))
+                parameter.add_(torch.randn_like(parameter) * 0.3)
     return layer
 
 
@@ -132,7 +132,9 @@ def make_model(family: Family, form: dict, dtype: torch.dtype = torch.float64) -
         for module in infini_modules(model).values():
             for name, parameter in module.named_parameters():
                 if "proj" not in name:
-                    parameter.add_(torch.randn_like(parameter) * 0.3 + (name == "alpha"))
+                    parameter.add_(torch.randn_like(parameter) * 0.3)
+        for alpha in alphas(model):
+            alpha.fill_(0.7)
     return model.double() if dtype is torch.float64 else model
 
 

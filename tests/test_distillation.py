@@ -11,7 +11,7 @@ from torch import Tensor
 from infini_retrofit.model.base import load_base
 from infini_retrofit.model.checkpoints import WEIGHTS, load_retrofit, save_retrofit
 from infini_retrofit.model.families import decoder_layers
-from infini_retrofit.model.retrofit import attention_modules, infini_modules, insert_infini
+from infini_retrofit.model.retrofit import alphas, attention_modules, insert_infini
 from infini_retrofit.scoring.score import score_rows, total
 from infini_retrofit.training.distillation import Distillation, Teacher, modules_of, tensor_of
 from tests.reference import both_families, infini_params, largest, record_layers
@@ -120,16 +120,18 @@ def test_validation_weighs_samples_alike_and_scores_the_whole_model():
 
 
 @both_families
-@both_objectives
-def test_a_branch_beside_the_base_is_asked_for_what_a_segment_alone_misses(family, objective):
+@pytest.mark.parametrize(
+    ("insertion", "objective"),
+    [("parallel", "attention_output"), ("parallel", "layer_output"), ("adapter", "layer_output")],
+)
+def test_a_branch_is_asked_for_what_a_segment_alone_misses(family, insertion, objective):
     form = {"layers": "all", "local": "softmax", "positions": "rope", "init": "base"}
-    branch = distillation(family, form | {"insertion": "parallel"}, objective=objective)
+    branch = distillation(family, form | {"insertion": insertion}, objective=objective)
     confined = distillation(family, form | {"memory": "off"}, objective=objective)
     loss = branch(ids_for(family))["loss"]
     assert loss.item() == pytest.approx(confined(ids_for(family))["loss"].item(), rel=1e-4)
     loss.backward()
-    for module in infini_modules(branch.model).values():
-        assert loss > 1e-3 < module.alpha.grad.abs() * 1e3
+    assert all(loss > 1e-3 < alpha.grad.abs() * 1e3 for alpha in alphas(branch.model))
 
 
 @both_objectives

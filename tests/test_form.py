@@ -51,7 +51,7 @@ SHAPE = AttentionShape(
 FIELDS = {
     4: {
         "layers": "list | all",
-        "insertion": "replace | parallel",
+        "insertion": "replace | parallel | adapter",
         "init": "base | random_attention | random_layer",
         "local": "softmax | linear",
         "positions": "rope | alibi | none",

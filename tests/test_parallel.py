@@ -1,4 +1,4 @@
-"""A branch beside the base's attention: it costs nothing at the start, and the base stays whole."""
+"""A branch beside an attention or a layer costs nothing at the start; the base stays whole."""
 
 from copy import deepcopy
 
@@ -11,13 +11,19 @@ from transformers import PreTrainedModel
 from infini_retrofit.layer.cut import Cut
 from infini_retrofit.model import retrofit
 from infini_retrofit.model.families import decoder_layers
-from infini_retrofit.model.retrofit import attention_modules, infini_modules, insert_infini
+from infini_retrofit.model.retrofit import (
+    alphas,
+    attention_modules,
+    infini_modules,
+    insert_infini,
+)
 from infini_retrofit.model.running import run_folded, run_in_layer
 from tests.reference import MODEL_FORMS, both_families, infini_params, largest, name_of, set_share
 from tests.tiny import random_ids, tiny_model
 
 SEGMENT, DOCUMENT = 5, 20
 PARALLEL = {"insertion": "parallel"}
+every_branch = pytest.mark.parametrize("insertion", ["parallel", "adapter"])
 # Forms that keep the base's weights.
 ON_THE_BASE = [form for form in MODEL_FORMS if "init" not in form]
 
@@ -33,15 +39,17 @@ def ids_for(model: PreTrainedModel) -> Tensor:
 
 
 def open_branches(model: PreTrainedModel, alpha: float = 0.7) -> None:
-    for module in infini_modules(model).values():
-        module.alpha.data[:] = alpha
+    for parameter in alphas(model):
+        parameter.data[:] = alpha
 
 
 @both_families
-@pytest.mark.parametrize("form", MODEL_FORMS[:-1], ids=name_of)
+@pytest.mark.parametrize("form", MODEL_FORMS, ids=name_of)
 @torch.no_grad()
 def test_before_training_a_branch_changes_nothing_and_then_it_does(family, form):
-    base, model = tiny_model(family).double(), retrofitted(family, **form | PARALLEL)
+    insertion = "adapter" if form.get("init") == "random_layer" else "parallel"
+    base = tiny_model(family).double()
+    model = retrofitted(family, **form | {"insertion": insertion})
     ids = ids_for(base)
     for run in (run_folded, run_in_layer):
         assert torch.equal(run(model, ids, SEGMENT), run(base, ids, SEGMENT))
@@ -73,8 +81,29 @@ def test_the_output_is_the_bases_and_alpha_times_that_of_a_replacing_layer(famil
 
 @both_families
 @torch.no_grad()
-def test_the_names_and_values_of_the_bases_weights_stay(family):
-    base, model = tiny_model(family), retrofitted(family, layers=[0, 2], **PARALLEL).float()
+def test_an_adapter_adds_alpha_times_a_whole_replacing_layer(family):
+    base, adapted, replacing = (
+        tiny_model(family).double(),
+        retrofitted(family, layers=[1], insertion="adapter"),
+        retrofitted(family, layers=[1]),
+    )
+    open_branches(adapted, -2.5)
+    x = torch.randn(8, SEGMENT, base.config.hidden_size, dtype=torch.float64)
+    about = {
+        "position_embeddings": base.base_model.rotary_emb(x, torch.arange(SEGMENT)[None]),
+        "cut": Cut(num_segments=4),
+    }
+    plain, beside, alone = (decoder_layers(m)[1](x, **about) for m in (base, adapted, replacing))
+    assert largest(beside - (plain - 2.5 * alone)) < 1e-12
+    assert largest(alone - plain) > 0.001
+
+
+@every_branch
+@both_families
+@torch.no_grad()
+def test_the_names_and_values_of_the_bases_weights_stay(family, insertion):
+    base = tiny_model(family)
+    model = retrofitted(family, layers=[0, 2], insertion=insertion).float()
     old, new = base.state_dict(), model.state_dict()
     assert all(torch.equal(new[name], old[name]) for name in old)
     assert sorted(infini_modules(model)) == [0, 2]
@@ -83,10 +112,11 @@ def test_the_names_and_values_of_the_bases_weights_stay(family):
     assert all(f".{retrofit.BRANCH}." in name for name in added)
 
 
+@every_branch
 @both_families
 @torch.no_grad()
-def test_a_copy_has_branches_of_its_own(family):
-    model = retrofitted(family, **PARALLEL)
+def test_a_copy_has_branches_of_its_own(family, insertion):
+    model = retrofitted(family, insertion=insertion)
     open_branches(model)
     ids, copied = ids_for(model), deepcopy(model)
     want = run_folded(model, ids, SEGMENT)
@@ -94,15 +124,16 @@ def test_a_copy_has_branches_of_its_own(family):
     open_branches(copied, alpha=9.0)
     assert torch.equal(run_folded(model, ids, SEGMENT), want)
     assert largest(run_folded(copied, ids, SEGMENT) - want) > 0.01
-    hooks = [len(m._forward_hooks) for m in attention_modules(copied)]
-    assert hooks == [1] * len(decoder_layers(model))
+    owners = attention_modules(copied) if insertion == "parallel" else decoder_layers(copied)
+    assert [len(m._forward_hooks) for m in owners] == [1] * len(decoder_layers(model))
 
 
 def add_hook_of_the_original(base: torch.nn.Module, branch: torch.nn.Module) -> None:
     """Add a hook that remembers its branch, as a closure would."""
+    branch.alpha = torch.nn.Parameter(torch.zeros(1))
     base.add_module(retrofit.BRANCH, branch)
     base.register_forward_hook(
-        lambda _, args, kwargs, out: (out[0] + branch(*args, **kwargs)[0], *out[1:]),
+        lambda _, args, kwargs, out: (out[0] + branch.alpha * branch(*args, **kwargs)[0], None),
         with_kwargs=True,
     )
 

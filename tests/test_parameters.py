@@ -8,7 +8,12 @@ from transformers import PreTrainedModel
 from infini_retrofit.model.base import load_base
 from infini_retrofit.model.checkpoints import load_retrofit, save_retrofit
 from infini_retrofit.model.families import decoder_layers
-from infini_retrofit.model.retrofit import attention_modules, infini_modules, insert_infini
+from infini_retrofit.model.retrofit import (
+    BRANCH,
+    attention_modules,
+    infini_modules,
+    insert_infini,
+)
 from infini_retrofit.model.running import run_folded
 from infini_retrofit.training.parameters import (
     GROUPS,
@@ -23,6 +28,7 @@ from tests.tiny_training import SEGMENT, TOKENS
 FORMS = {
     "published": {},
     "parallel": {"insertion": "parallel", "feature_map": "hedgehog", "decay": "feature"},
+    "adapter": {"insertion": "adapter"},
     "query gates": {"feature_map": "hedgehog", "gate": "query"},
     "no memory": {"memory": "off", "feature_map": "hedgehog"},
 }
@@ -48,6 +54,12 @@ def group_of(name: str) -> str:
     return GROUP_OF.get(name.rpartition(".")[2], "infini")
 
 
+def owners(model: PreTrainedModel) -> list[nn.Module]:
+    """Return the Infini attentions, or the adapters that hold them."""
+    layers = decoder_layers(model)
+    return [getattr(layers[i], BRANCH, module) for i, module in infini_modules(model).items()]
+
+
 def ids_of(modules: list[nn.Module]) -> set[int]:
     return {id(p) for module in modules for p in module.parameters()}
 
@@ -59,8 +71,9 @@ def test_what_trains_is_float32_and_in_one_group_and_the_rest_is_frozen(family, 
     model = retrofitted(family, form, torch.bfloat16)
     groups = set_trainable(model, part)
     assert tuple(groups) == GROUPS == ("gate", "alpha", "memory", "infini", "rest")
-    infini = list(infini_modules(model).values())
-    want = ids_of({"attention": attention_modules(model), "all": [model]}.get(part, infini))
+    infini = owners(model)
+    chosen = {"attention": attention_modules(model) + infini, "all": [model]}.get(part, infini)
+    want = ids_of(chosen)
     names = {id(p): group_of(n) for m in infini for n, p in m.named_parameters()}
     if part == "memory":
         want = {key for key, name in names.items() if name != "infini"}
@@ -141,7 +154,7 @@ def test_adapters_of_every_projection_and_what_a_memory_has_of_its_own_train(fam
     _, groups = add_lora(model, LORA, seed=0)
     for index, attention in enumerate(attention_modules(model)):
         adapted = {name for name, m in attention.named_children() if hasattr(m, "lora_A")}
-        is_base = index == 1 or form == "parallel"
+        is_base = index == 1 or form in ("parallel", "adapter")
         assert adapted == (PROJECTIONS[family] if is_base else OWN)
     grouped = {id(p): name for name, group in groups.items() for p in group}
     move(groups)

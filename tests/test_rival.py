@@ -60,6 +60,7 @@ RIVALS = [
     ({}, {"llama": SEGMENT, "gpt_neox": SEGMENT}),
     ({"layers": [0], "memory": "off", "local_context": 3}, {"llama": 1, "gpt_neox": 1}),
     (BRANCH | {"layers": [0]}, {"llama": 3, "gpt_neox": 4}),
+    ({"insertion": "adapter", "layers": [0]}, {"llama": 3, "gpt_neox": 4}),
 ]
 
 

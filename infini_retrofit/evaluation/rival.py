@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from infini_retrofit.layer.attention import InfiniAttention
 from infini_retrofit.layer.form import InfiniParams
+from infini_retrofit.model.families import decoder_layers
 from infini_retrofit.model.retrofit import (
     BRANCH,
     attention_modules,
@@ -44,14 +45,14 @@ def rival_of(model: PreTrainedModel, infini: InfiniParams) -> Rival:
 def make_rival(model: PreTrainedModel, rival: Rival) -> PreTrainedModel:
     """Return a model's rival; the base or retrofitted model itself stays as it is.
 
-    The rival has no memory and no parallel branch. Every layer carries keys and values into the
+    The rival has no memory and no branch. Every layer carries keys and values into the
     next segment; its attention stays what it is. The two models share their weights, but the
     base's own attention is copied.
     """
     weights = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     made = copy.deepcopy(model, weights)
     modules = attention_modules(made)
-    for module in modules:
+    for module in (*modules, *decoder_layers(made)):
         if hasattr(module, BRANCH):
             delattr(module, BRANCH)
     others = [i for i, m in enumerate(modules) if not isinstance(m, InfiniAttention)]

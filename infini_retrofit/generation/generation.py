@@ -214,7 +214,7 @@ def _confine_others(model: PreTrainedModel, params: InfiniParams) -> None:
     """Confine the base's own attention to its segment, in place.
 
     It becomes an `InfiniAttention` of the same weights, without memory and context. Beside a
-    parallel branch, which has the layer's index, its index is that plus the number of layers.
+    branch, which has the layer's index, its index is that plus the number of layers.
     """
     family, shape = family_of(model.config), attention_shape(model.config)
     confined, layers = without_memory(params), decoder_layers(model)
@@ -222,8 +222,9 @@ def _confine_others(model: PreTrainedModel, params: InfiniParams) -> None:
         if isinstance(base, InfiniAttention):
             continue
         branch, parameter = getattr(base, BRANCH, None), next(base.parameters())
+        is_beside = branch is not None or hasattr(layers[index], BRANCH)
         with torch.random.fork_rng(devices=[]):
-            own = InfiniAttention(shape, confined, index + (branch is not None) * len(layers))
+            own = InfiniAttention(shape, confined, index + is_beside * len(layers))
         own.load_state_dict(family.split(base))
         own.to(device=parameter.device, dtype=parameter.dtype)
         if branch is not None:

@@ -57,7 +57,6 @@ class InfiniAttention(nn.Module):
         memory: None: neither read nor written.
         gate_logit: one for each query head, float32; `sigmoid(gate_logit)` is the share of the
             memory, before queries and decay move it. None: there is no memory.
-        alpha: factor on the output of a parallel branch, which starts at zero; None: no branch.
     """
 
     def __init__(self, shape: AttentionShape, params: InfiniParams, layer_index: int) -> None:
@@ -77,13 +76,11 @@ class InfiniAttention(nn.Module):
             self.feature_maps = FeatureMaps(params.feature_map, *sizes)
         slopes = alibi_slopes(shape.num_heads) if params.positions == "alibi" else None
         self.register_buffer("slopes", slopes, persistent=False)
-        self.memory = self.gate_logit = self.alpha = None
+        self.memory = self.gate_logit = None
         if params.memory == "on":
             self.memory = CompressiveMemory(shape, params, num_features)
             logit = math.log(INITIAL_MEMORY_SHARE / (1 - INITIAL_MEMORY_SHARE))
             self.gate_logit = nn.Parameter(torch.full((shape.num_heads,), logit))
-        if params.insertion == "parallel":
-            self.alpha = nn.Parameter(torch.zeros(1))
 
     @property
     def state_bytes(self) -> int:
@@ -103,7 +100,7 @@ class InfiniAttention(nn.Module):
         if self.memory is not None:
             gates.insert(0, self.memory.decay_logit)  # a logit, and needs a gate's rate
             others.insert(0, self.memory.query_gate)
-        groups = {"gate": gates, "alpha": [self.alpha], "memory": others}
+        groups = {"gate": gates, "memory": others}
         return {name: [p for p in group if p is not None] for name, group in groups.items()}
 
     def drop_memory(self) -> None:
@@ -140,8 +137,7 @@ class InfiniAttention(nn.Module):
             after = LayerState(segments.memory, segments.context)
         if state is not None:
             state.after[self.layer_index] = after
-        out = self.o_proj(out.to(hidden_states.dtype))
-        return out if self.alpha is None else self.alpha.to(out.dtype) * out, None
+        return self.o_proj(out.to(hidden_states.dtype)), None
 
     def _stream(
         self,

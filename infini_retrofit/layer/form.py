@@ -23,7 +23,8 @@ class InfiniParams:
     """
 
     layers: list[int] | Literal["all"] = "all"  # decoder layers, negative from the end; []: none
-    insertion: Literal["replace", "parallel"] = "replace"  # parallel: the base's attention stays
+    # replace the base's attention; or add alpha * an attention, alpha * a whole decoder layer
+    insertion: Literal["replace", "parallel", "adapter"] = "replace"
     init: Literal["base", "random_attention", "random_layer"] = "base"  # what starts at random
     local: Literal["softmax", "linear"] = "softmax"  # attention inside a segment
     positions: Literal["rope", "alibi", "none"] = "rope"  # encoding of the local attention
@@ -76,7 +77,7 @@ class InfiniParams:
         if self.insertion == "parallel" and self.init == "random_layer":
             raise ValueError(
                 "infini.init must be base or random_attention when infini.insertion is parallel, "
-                "where the base's layer stays, got random_layer"
+                "which adds an attention and no layer, got random_layer"
             )
         if self.num_features != "base" and self.feature_map != "hedgehog":
             raise ValueError(
@@ -113,8 +114,8 @@ class InfiniParams:
 
     @property
     def whole_layers(self) -> bool:
-        """Whether MLP and norms of the Infini layers start at random, and must train too."""
-        return self.init == "random_layer"
+        """Whether the base's own MLP and norms start at random, and must train too."""
+        return self.init == "random_layer" and self.insertion == "replace"
 
     @property
     def stop_gradient_every(self) -> int | None:

@@ -70,8 +70,7 @@ class NaiveLayer:
             memories = self.write(owner, h // self.group) if self.memory is not None else {}
             tokens = range(len(hidden_states))
             rows.append(torch.stack([self.attend(heads, tables, memories, h, t) for t in tokens]))
-        out = self.layer.o_proj(torch.cat(rows, dim=-1))
-        return out if self.layer.alpha is None else self.layer.alpha * out
+        return self.layer.o_proj(torch.cat(rows, dim=-1))
 
     def attend(
         self, heads: Heads, tables: Tables | None, memories: dict[int, list[Entry]], h: int, t: int

@@ -26,7 +26,7 @@ Read = Literal["own", "recent", "off"]
 class MemoryReading:
     """How much one layer made of its memory.
 
-    The share is that of the memory in each query's output, before `alpha` of a parallel branch.
+    The share is that of the memory in each query's output, before `alpha` of a branch.
     """
 
     share: Float[Tensor, "B S H L"]

@@ -6,15 +6,17 @@ Knows nothing of training, files, texts or protocols.
 import copy
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from infini_retrofit.layer.attention import InfiniAttention
 from infini_retrofit.layer.form import AttentionShape, InfiniParams
 from infini_retrofit.model.families import PROJECTIONS, decoder_layers, family_of
 
-# The attribute of the base's attention that holds a parallel branch.
+# What holds a branch: an attention beside the base's, or an adapter beside its decoder layer.
 BRANCH = "infini"
+# Of a decoder layer or of an attention, which returns weights or None as well.
+Output = Tensor | tuple
 
 
 def attention_modules(model: PreTrainedModel) -> list[nn.Module]:
@@ -24,13 +26,19 @@ def attention_modules(model: PreTrainedModel) -> list[nn.Module]:
 
 
 def infini_modules(model: PreTrainedModel) -> dict[int, InfiniAttention]:
-    """Return the Infini attention modules by layer index, branches included."""
-    found = {}
-    for index, module in enumerate(attention_modules(model)):
+    """Return the Infini attention modules by layer index, those of branches included."""
+    name, found = family_of(model.config).attention, {}
+    for index, layer in enumerate(decoder_layers(model)):
+        module = getattr(getattr(layer, BRANCH, layer), name)
         module = getattr(module, BRANCH, module)
         if isinstance(module, InfiniAttention):
             found[index] = module
     return found
+
+
+def alphas(model: PreTrainedModel) -> list[nn.Parameter]:
+    """Return the factor of each branch."""
+    return [p for name, p in model.named_parameters() if name.endswith(f".{BRANCH}.alpha")]
 
 
 def has_memory(model: PreTrainedModel) -> bool:
@@ -86,7 +94,7 @@ def state_bytes(model: PreTrainedModel, params: InfiniParams | None = None) -> i
 
 
 def insert_infini(model: PreTrainedModel, params: InfiniParams, seed: int = 0) -> None:
-    """Replace the attention of chosen layers by `InfiniAttention`, or add it beside.
+    """Replace the attention of chosen layers by `InfiniAttention`, or add a branch beside.
 
     `model.generate` recomputes the prompt at each step until `enable_generation` adds a cache.
     The seed is that of weights that start at random.
@@ -99,12 +107,13 @@ def insert_infini(model: PreTrainedModel, params: InfiniParams, seed: int = 0) -
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         for index in resolve_layers(params.layers, len(layers)):
-            layer = layers[index]
+            own = layers[index]
+            layer = copy.deepcopy(own) if params.insertion == "adapter" else own
             base = getattr(layer, family.attention)
             infini = InfiniAttention(shape, params, index)
             if params.init == "base":
                 infini.load_state_dict(family.split(base), strict=False)
-            if params.whole_layers:
+            if params.init == "random_layer":
                 layer.apply(_randomise)
             parameter = next(base.parameters())
             infini.to(device=parameter.device)
@@ -114,23 +123,34 @@ def insert_infini(model: PreTrainedModel, params: InfiniParams, seed: int = 0) -
                 put_beside(base, infini)
             else:
                 setattr(layer, family.attention, infini)
-            layer.train(model.training)
+            if layer is not own:
+                put_beside(own, layer)
+            own.train(model.training)
     # The caches of `transformers` hold no memory; `enable_generation` adds one that does.
     model.generation_config.use_cache = False
 
 
-def put_beside(base: nn.Module, branch: InfiniAttention) -> None:
-    """Add a parallel branch to an attention module, in place."""
+def put_beside(base: nn.Module, branch: nn.Module) -> None:
+    """Add alpha * branch to the output of an attention or a decoder layer, in place.
+
+    A branch that has no alpha yet gets one in float32, from zero.
+    """
+    if not hasattr(branch, "alpha"):
+        branch.alpha = nn.Parameter(torch.zeros(1, device=next(branch.parameters()).device))
     base.add_module(BRANCH, branch)
     base.register_forward_hook(_add_branch, with_kwargs=True)
 
 
-def _add_branch(base: nn.Module, args: tuple, kwargs: dict, output: tuple) -> tuple:
-    """Add the output of the branch to that of the base's attention."""
+def _add_branch(base: nn.Module, args: tuple, kwargs: dict, output: Output) -> Output:
+    """Add the output of the branch, if it is still there."""
     branch = getattr(base, BRANCH, None)
     if branch is None:
         return output
-    return (output[0] + branch(*args, **kwargs)[0].to(output[0].dtype), *output[1:])
+    added = branch(*args, **kwargs)
+    if isinstance(output, Tensor):
+        return output + (branch.alpha.to(added.dtype) * added).to(output.dtype)
+    added = branch.alpha.to(added[0].dtype) * added[0]
+    return (output[0] + added.to(output[0].dtype), *output[1:])
 
 
 def _randomise(module: nn.Module) -> None:

@@ -75,9 +75,9 @@ class Distillation(TrainingTask):
         self.teacher = teacher
         self.objective = params.objective
         self.segment_length = infini.segment_length
-        # Beside a branch the base's attention stays. Uncut, it would see what the teacher sees,
+        # Beside a branch the base's own stays. Uncut, it would see what the teacher sees,
         # and leave the branch nothing to learn; so it is given one segment at a time.
-        self.is_confined = infini.insertion == "parallel"
+        self.is_confined = infini.insertion != "replace"
 
     def forward(self, input_ids: Int[Tensor, "B T"]) -> dict[str, Tensor]:
         """Return the loss, a mean over layers."""

@@ -13,7 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from infini_retrofit.model.families import PROJECTIONS, decoder_layers
-from infini_retrofit.model.retrofit import attention_modules, infini_modules
+from infini_retrofit.model.retrofit import BRANCH, alphas, attention_modules, infini_modules
 
 if TYPE_CHECKING:
     from peft.tuners.lora import LoraModel
@@ -39,20 +39,22 @@ def set_trainable(
     Args:
         model: a retrofitted model, a control or a base.
         part: `memory`: what an Infini attention has and a base's has not; `infini`: the whole
-            Infini attention; `attention`: the attention of every layer; `all`.
-        whole_layers: whether `infini` includes the MLP and norms of the Infini layers.
+            Infini attention or adapter; `attention`: that of every layer too; `all`.
+        whole_layers: whether `infini` includes the MLP and norms of the base's Infini layers.
         frozen_dtype: of what does not train; None: as it is.
 
     Returns:
-        The trainable parameters in groups: `gate` (gates and decay rates), `alpha` (of parallel
+        The trainable parameters in groups: `gate` (gates and decay rates), `alpha` (of
         branches), `memory` (what else a base has no counterpart of), `infini` and `rest`.
     """
     infini = infini_modules(model)
-    owners = [decoder_layers(model)[i] if whole_layers else infini[i] for i in infini]
+    layers = decoder_layers(model)
+    owners = [getattr(layers[i], BRANCH, layers[i] if whole_layers else infini[i]) for i in infini]
     group_of = {id(p): "infini" for owner in owners for p in owner.parameters()}
     for module in infini.values():
         for name, of_memory in module.memory_parameters().items():
             group_of |= {id(p): name for p in of_memory}
+    group_of |= {id(p): "alpha" for p in alphas(model)}
     chosen = {"attention": attention_modules(model) + owners, "all": [model]}.get(part, owners)
     groups: dict[str, list[nn.Parameter]] = {name: [] for name in GROUPS}
     model.requires_grad_(False)
@@ -91,7 +93,8 @@ def add_lora(
     from peft.tuners.lora import LoraModel
 
     groups = set_trainable(model, "memory")
-    inside = {id(m) for attention in attention_modules(model) for m in attention.modules()}
+    attentions = [*attention_modules(model), *infini_modules(model).values()]
+    inside = {id(m) for attention in attentions for m in attention.modules()}
     projections = {
         name: module
         for name, module in model.named_modules()
