@@ -175,20 +175,10 @@ def test_a_task_that_generates_is_refused_in_one_sentence(lm, tmp_path, monkeypa
 
 
 @its_own_warnings
-@pytest.mark.parametrize(
-    ("task", "message"),
-    [
-        (
-            "article_perplexity",
-            "nowhere is missing: run `dvc repro` to make a retrofitted model in the",
-        ),
-        ("no_such_task", ".*no_such_task"),
-    ],
-)
-def test_a_mistake_on_the_command_line_ends_in_one_sentence(task, message, monkeypatch):
-    options = f"--model infini --model_args retrofit=nowhere --include_path {TASKS} --tasks {task}"
-    monkeypatch.setattr(sys, "argv", ["harness", *options.split()])
-    with pytest.raises(SystemExit, match=rf"^error: {message}[^\n]*$"):
+def test_a_missing_model_is_named_in_one_sentence(monkeypatch):
+    options = f"--model infini --model_args retrofit=nowhere --include_path {TASKS}"
+    monkeypatch.setattr(sys, "argv", ["harness", *options.split(), "--tasks", "article_perplexity"])
+    with pytest.raises(SystemExit, match=r"^error: nowhere is missing: run `dvc repro` [^\n]*$"):
         run_stage(harness.main)
 
 

@@ -51,13 +51,9 @@ def write_tokenizer() -> None:
     tokenizer.save("models/base/tokenizer.json")
 
 
-def write_params(
-    corpus: str = "same",
-    documents: int | str = "all",
-    tokens_per_document: int = TOKENS_PER_DOCUMENT,
-) -> None:
-    names = {"corpus": corpus, "documents": documents, "tokens_per_document": tokens_per_document}
-    Path("params.yaml").write_text(PARAMS.format(**names))
+def write_params(**longdocs: object) -> None:
+    defaults = {"corpus": "same", "documents": "all", "tokens_per_document": TOKENS_PER_DOCUMENT}
+    Path("params.yaml").write_text(PARAMS.format(**defaults | longdocs))
 
 
 def rows_of(name: str) -> dict[str, list[dict]]:
@@ -127,25 +123,6 @@ def test_two_runs_give_equal_bytes_and_a_changed_text_changes_its_split_only():
     assert [name for name in before if before[name] != after[name]] == ["wikitext/val.parquet"]
 
 
-def test_too_few_articles_leave_earlier_results_untouched():
-    before = contents(Path("data"))
-    for path in sorted(Path("texts").iterdir())[3:]:
-        path.unlink()
-    with pytest.raises(ValueError, match="at least 2 articles"):
-        prepare_wikitext.main()
-    assert contents(Path("data")) == before
-
-
-def test_a_missing_file_names_the_stage_that_makes_it():
-    Path("models/base/tokenizer.json").unlink()
-    with pytest.raises(FileNotFoundError, match="run `dvc repro prepare_base`"):
-        prepare_wikitext.main()
-    write_tokenizer()
-    Path("data/wikitext/val.parquet").unlink()
-    with pytest.raises(FileNotFoundError, match="run `dvc repro prepare_wikitext`"):
-        prepare_longdocs.main()
-
-
 def test_the_stages_import_neither_torch_nor_transformers():
     names = {"torch", "transformers", "gensim", "tokenizers"}
     code = "import sys, stages.prepare_wikitext, stages.prepare_longdocs; "
@@ -154,13 +131,11 @@ def test_the_stages_import_neither_torch_nor_transformers():
     assert run.stdout == "tokenizers\n"
 
 
-def test_the_same_corpus_by_its_name_gives_the_same_documents():
-    assert documents_of(corpus="texts") == documents_of(corpus="same")
-
-
 def test_documents_come_from_the_other_corpus_only():
+    same = documents_of(corpus="same")
+    assert documents_of(corpus="texts") == same  # the same corpus by its name
     documents = documents_of(corpus="books")
-    assert documents != documents_of(corpus="same")
+    assert documents != same
     tokenizer = tiny_tokenizer()
     firsts = [row for split in SPLITS for row in documents[split] if row["part"] == 0]
     assert len(firsts) > NUM_TEXTS / 4
@@ -181,15 +156,7 @@ def test_a_title_of_both_corpora_never_stands_in_two_splits(monkeypatch):
     assert leaked <= in_both
 
 
-@pytest.mark.parametrize("corpus", ["same", "books"])
-@pytest.mark.parametrize("most", [2, 7])
-def test_fewer_documents_are_the_first_of_all(corpus, most):
-    of_all = documents_of(corpus=corpus)
-    fewer = documents_of(corpus=corpus, documents=most)
-    assert fewer == {split: of_all[split][:most] for split in SPLITS}
-
-
-def test_only_the_wanted_documents_are_tokenised(monkeypatch):
+def test_only_the_wanted_documents_are_tokenised_and_they_are_the_first(monkeypatch):
     taken = []
 
     def counting(tokenizer, articles):
@@ -198,9 +165,9 @@ def test_only_the_wanted_documents_are_tokenised(monkeypatch):
             yield article
 
     monkeypatch.setattr(prepare_longdocs, "tokenize", counting)
-    documents_of(corpus="books", documents=2)
-    few = len(taken)
-    documents_of(corpus="books")
+    fewer, few = documents_of(corpus="books", documents=2), len(taken)
+    of_all = documents_of(corpus="books")
+    assert fewer == {split: of_all[split][:2] for split in SPLITS}
     assert 6 <= few < 15
     assert len(taken) - few > 30
 

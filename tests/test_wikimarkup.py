@@ -1,48 +1,16 @@
 """Wiki markup of the sample becomes the text of an encyclopedia."""
 
 import hashlib
-import re
 
 import pytest
 
 from infini_retrofit.texts.articles import read_gensim_sample
-from infini_retrofit.texts.splits import Article
 from infini_retrofit.texts.wikimarkup import clean_article, render_template
 
 SAMPLE_TEXT = "c7669dc37dba404eab8c9370d6f44d495d6998d5267f2b24138c25dce36f8e7c"
-LEFTOVERS = {
-    "emphasis": ("a ''b'' c", "''"),
-    "links and templates": ("a [[b]]", r"\[\[|\]\]|\{\{|\}\}"),
-    "tables": ("a\n|- b", r"^\s*[|!]|\{\||\|\}"),
-    "tags": ("a <ref>b", r"</?(?:ref|br|sup|sub|div|span|small|math|code)\b"),
-    "comments": ("a <!-- b", "<!--|-->"),
-    "entities": ("a&nbsp;b", r"&(?:[a-z]+|#\d+);"),
-    "categories and languages": ("a\nCategory:B", r"^(?:Category|File|Image|[a-z]{2,3}):"),
-    "captions": ("thumb|b", r"\b(?:thumb|left|right|upright)\||\d+px\b|\.(?:jpg|svg|png)\b"),
-    "source sections": ("a\n\nReferences\n\nb", r"^(?:References|External links|See also)$"),
-    "empty parentheses": ("a ( , ) b", r"\([\s,;:]*\)|\(\s*[,;]|[,;]\s*\)"),
-    "space before punctuation": ("a , b", r"(?<=\w) [,;](?:\s|$)|(?<=\w) \.(?:\s|$)"),
-    "runs of spaces": ("a  b", "[ \t]{2}|[ \t]$|\u00a0"),
-    "runs of empty lines": ("a\n\n\nb", "\n\n\n"),
-    "headings": ("a\n== b ==", r"^==|==$"),
-    "marks of our own": ("a \ue0000\ue001", "[\ue000-\uf8ff]"),
-}
 
-
-@pytest.fixture(scope="module")
-def sample() -> list[Article]:
-    return read_gensim_sample()
-
-
-@pytest.mark.parametrize("name", LEFTOVERS)
-def test_no_article_of_the_sample_holds_leftovers_of_its_markup(name, sample):
-    dirty, pattern = LEFTOVERS[name]
-    assert re.search(pattern, dirty, re.M)
-    found = {article.title: re.search(pattern, article.text, re.M) for article in sample}
-    assert {title: match[0] for title, match in found.items() if match} == {}
-
-
-def test_the_sample_is_byte_for_byte_the_text_of_the_published_numbers(sample):
+def test_the_sample_is_byte_for_byte_the_text_of_the_published_numbers():
+    sample = read_gensim_sample()
     assert all(article.text.startswith(article.title + "\n\n") for article in sample)
     assert len(sample) == 98
     text = "\0".join(f"{article.title}\1{article.text}" for article in sample)

@@ -28,24 +28,12 @@ NUM_ARTICLES, NUM_BOOKS = 50, 60
 LARGE = (".safetensors", ".parquet", ".bin")  # stored apart, named by their sha256
 UNWANTED = b"a file that nobody may ask for"
 # As in the repository of Pythia-70m, whose keys have older names.
-CONFIG = {
-    "architectures": ["GPTNeoXForCausalLM"],
-    "bos_token_id": 0,
-    "eos_token_id": 0,
-    "hidden_act": "gelu",
-    "hidden_size": 32,
-    "intermediate_size": 128,
-    "max_position_embeddings": 2048,
-    "model_type": "gpt_neox",
-    "num_attention_heads": 4,
-    "num_hidden_layers": 3,
-    "rotary_emb_base": 10000,
-    "rotary_pct": 0.25,
-    "tie_word_embeddings": False,
-    "torch_dtype": "float16",
-    "use_parallel_residual": True,
-    "vocab_size": 288,
-}
+SIZES = {"hidden_size": 32, "intermediate_size": 128, "num_attention_heads": 4}
+SIZES |= {"num_hidden_layers": 3, "vocab_size": 288, "max_position_embeddings": 2048}
+SIZES |= {"bos_token_id": 0, "eos_token_id": 0}
+CONFIG = {"architectures": ["GPTNeoXForCausalLM"], "model_type": "gpt_neox", "rotary_pct": 0.25}
+CONFIG |= {"rotary_emb_base": 10000, "torch_dtype": "float16", "hidden_act": "gelu", **SIZES}
+CONFIG |= {"tie_word_embeddings": False, "use_parallel_residual": True}
 
 
 @dataclass(frozen=True)
@@ -73,9 +61,7 @@ def repositories() -> list[Repository]:
 def pythia() -> GPTNeoXForCausalLM:
     """Make the model of the repository, its weights rounded to 16 bits."""
     rope = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.25}
-    names = set(CONFIG) - {"architectures", "model_type", "rotary_emb_base", "rotary_pct"}
-    sizes = {name: CONFIG[name] for name in names - {"torch_dtype"}}
-    return tiny_neox(**sizes, rope_parameters=rope).half().float()
+    return tiny_neox(**SIZES, rope_parameters=rope).half().float()
 
 
 def file_hash(name: str, content: bytes) -> str:
@@ -158,7 +144,6 @@ def _parquet(**columns: list[object]) -> bytes:
 
 Answer = tuple[int, bytes, dict[str, str]]  # status, content, headers
 FAULTS: dict[str, Answer] = {
-    "gone": (404, b"", {"X-Error-Code": "EntryNotFound"}),
     "forbidden": (401, b"", {"X-Error-Code": "RepoNotFound"}),
     "old": (404, b"", {"X-Error-Code": "RevisionNotFound"}),
     "broken": (500, b"", {}),
@@ -168,18 +153,11 @@ FAULTS: dict[str, Answer] = {
 
 @dataclass
 class Hub:
-    """A running server.
-
-    Attributes:
-        endpoint: its address.
-        fault: one of FAULTS, cut (half an answer), other (bytes), or empty.
-        where: a part of the requests that fail, such as `HEAD` or `.parquet`.
-        asked: all requests.
-    """
+    """A running server."""
 
     endpoint: str = ""
-    fault: str = ""
-    where: str = ""
+    fault: str = ""  # one of FAULTS, cut (half an answer), other (bytes), or empty
+    where: str = ""  # a part of the requests that fail, such as `HEAD` or `.parquet`
     asked: list[str] = field(default_factory=list)
 
 

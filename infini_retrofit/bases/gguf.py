@@ -10,12 +10,7 @@ from typing import Any
 import torch
 from gguf import LlamaFileType
 from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
-from transformers import (
-    AutoModelForCausalLM,
-    GgufConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerFast,
-)
+from transformers import AutoModelForCausalLM, GgufConfig, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.integrations.gguf import read_gguf_metadata
 
 from infini_retrofit.bases.folder import BaseModel, check_family

@@ -53,7 +53,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m infini_retrofit.share.export",
+        "python -m infini_retrofit.share.export",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -72,9 +72,8 @@ def dvc_vouches_for(folder: Path) -> bool:
 
     DVC itself compares: no model and no file of metrics may differ from what dvc.lock says.
     """
-    if folder.resolve().parent != MODELS.resolve() or folder.name not in TRAINING:
-        return False
-    if not LOCK.is_file() or not RESULTS.is_file():
+    is_of_pipeline = folder.resolve().parent == MODELS.resolve() and folder.name in TRAINING
+    if not (is_of_pipeline and LOCK.is_file() and RESULTS.is_file()):
         return False
     command = [sys.executable, "-m", "dvc", "status", "--json"]
     status = subprocess.run(command, capture_output=True, text=True)
@@ -86,14 +85,13 @@ def recorded_params(model: str) -> dict[str, Any]:
     """Return the parameters that dvc.lock names for a model, by stage, without its form."""
     stages = yaml.safe_load(LOCK.read_text(encoding="utf-8"))["stages"]
     params = {name: stages[name]["params"]["params.yaml"] for name in TRAINING[model]}
-    params = {n: {k: v for k, v in p.items() if k != "infini"} for n, p in params.items()}
-    return _without_folders(params)
+    return {name: _for_others(of_stage) for name, of_stage in params.items()}
 
 
-def _without_folders(value: Any) -> Any:
-    """Shorten absolute paths to their last names, because others read the card."""
+def _for_others(value: Any) -> Any:
+    """Leave out the form, and shorten absolute paths to their last names."""
     if isinstance(value, dict):
-        return {key: _without_folders(item) for key, item in value.items()}
+        return {key: _for_others(item) for key, item in value.items() if key != "infini"}
     is_path = isinstance(value, str) and Path(value).is_absolute()
     return Path(value).name if is_path else value
 

@@ -5,7 +5,6 @@ Holds the whole corpus in memory. Slow imports stand inside the function of thei
 
 import bz2
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow as pa
@@ -44,18 +43,17 @@ def read_gensim_sample() -> list[Article]:
         raise FileNotFoundError(f"{path} is missing: run `pip install --force-reinstall gensim`")
     if (digest := sha256(path)) != SAMPLE_SHA256:
         raise ValueError(f"{path} must have the sha256 {SAMPLE_SHA256}, got {digest}")
-    return list(read_dump(path))
+    return read_dump(path)
 
 
-def read_dump(path: Path) -> Iterator[Article]:
+def read_dump(path: Path) -> list[Article]:
     """Read a bz2 MediaWiki dump without redirects and lists of homonyms."""
     from gensim.corpora.wikicorpus import extract_pages
 
     with bz2.open(path) as file:
-        for title, markup, _ in extract_pages(file, filter_namespaces=("0",)):
-            text = "" if _NO_ARTICLE.match(markup) else clean_article(markup)
-            if text:
-                yield Article(title, f"{title}\n\n{text}")
+        pages = list(extract_pages(file, filter_namespaces=("0",)))
+    texts = {page[0]: clean_article(page[1]) for page in pages if not _NO_ARTICLE.match(page[1])}
+    return [Article(title, f"{title}\n\n{text}") for title, text in texts.items() if text]
 
 
 def read_hub(corpus: HubCorpus) -> list[Article]:

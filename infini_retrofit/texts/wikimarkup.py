@@ -15,6 +15,7 @@ _UNNESTED = r"((?:(?!\{\{|\}\}|\[\[|\]\]).)*)"
 _TEMPLATE = re.compile(r"\{\{" + _UNNESTED + r"\}\}", re.S)
 _LINK = re.compile(r"\[\[" + _UNNESTED + r"\]\]", re.S)
 _URL_LINK = re.compile(r"\[(?:https?|ftp)://[^\s\[\]]+(?: ([^\[\]]*))?\]")
+_POEM = re.compile("<poem>(.*?)</poem>", re.S)
 _BREAK = "\ue002"  # stands for <br> until a paragraph is put together
 _DROPPED_SECTION = re.compile(
     "(?:selected )?bibliography|references|sources|further reading|see also|external links|gallery"
@@ -67,12 +68,7 @@ def _render_link(link: re.Match[str]) -> str:
 
 def _strip_tags(text: str) -> str:
     """Remove HTML tags, but keep line breaks, superscripts and the text."""
-    text = re.sub(
-        "<poem>(.*?)</poem>",
-        lambda poem: "\n\n" + _BREAK.join(poem[1].strip().splitlines()) + "\n\n",
-        text,
-        flags=re.S,
-    )
+    text = _POEM.sub(lambda poem: f"\n\n{_BREAK.join(poem[1].strip().splitlines())}\n\n", text)
     text = re.sub("<sup>(.*?)</sup>", _superscript, text)
     text = re.sub("<br ?/?>", _BREAK, text)
     text = re.sub(r"</?blockquote\b[^<>]*>", "\n\n", text)
