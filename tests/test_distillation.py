@@ -11,7 +11,12 @@ from torch import Tensor
 from infini_retrofit.model.base import load_base
 from infini_retrofit.model.checkpoints import WEIGHTS, load_retrofit, save_retrofit
 from infini_retrofit.model.families import decoder_layers
-from infini_retrofit.model.retrofit import alphas, attention_modules, insert_infini
+from infini_retrofit.model.retrofit import (
+    alphas,
+    attention_modules,
+    infini_modules,
+    insert_infini,
+)
 from infini_retrofit.scoring.score import score_rows, total
 from infini_retrofit.training.distillation import Distillation, Teacher, modules_of, tensor_of
 from tests.reference import both_families, infini_params, largest, record_layers
