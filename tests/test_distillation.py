@@ -14,7 +14,6 @@ from infini_retrofit.model.families import decoder_layers
 from infini_retrofit.model.retrofit import (
     alphas,
     attention_modules,
-    infini_modules,
     insert_infini,
 )
 from infini_retrofit.scoring.score import score_rows, total
