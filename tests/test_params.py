@@ -98,25 +98,16 @@ def test_good_parameters_load(tmp_path):
     [
         ({"lr": "fast"}, "lr must be a valid number, got 'fast'"),
         ({"lr": ".nan"}, "lr must be a valid number, got 'NaN'"),
-        ({"lr": "-.inf"}, "lr must be a valid number, got '-Infinity'"),
-        ({"lr": "true"}, "lr must be a valid number, got True"),
         ({"epochs": "1e1"}, "epochs must be a valid integer, got 10.0"),
-        ({"epochs": "'5'"}, "epochs must be a valid integer, got '5'"),
         ({"epochs": "true"}, "epochs must be a valid integer, got True"),
-        ({"epochs": ""}, "epochs must be a valid integer, got None"),
         ({"memory": "maybe"}, "memory must be 'on' or 'off', got 'maybe'"),
-        ({"memory": "true"}, "memory must be 'on' or 'off', got True"),
-        ({"layers": "some"}, "layers must be a valid array or 'all', got 'some'"),
         (
             {"layers": "[0, x]"},
             "layers.1 must be a valid integer, got 'x'; "
             "training.layers must be 'all', got [0, 'x']",
         ),
-        ({"heads": "3"}, "heads must be a valid array, got 3"),
         ({"heads": "[3, false]"}, "heads.1 must be a valid integer, got False"),
-        ({"fast": "on"}, "fast must be a valid boolean, got 'on'"),
         ({"lr_scale": "{new: 1}"}, "lr_scale.rest is missing"),
-        ({"lr_scale": "1"}, "lr_scale must be an object, got 1"),
         ({"lr_scale": "{new: a, rest: 1}"}, "lr_scale.new must be a valid number, got 'a'"),
         ({"lerning": "1", "lr": None}, "lr is missing; training.lerning is unknown"),
         # A default is for callers in Python; to Python, True is 1.
@@ -156,17 +147,12 @@ def test_the_chosen_preset_is_read_as_its_source_says(tmp_path):
         ("source: local, ", "", r"models\.small\.source must be one of hub, local, got None"),
         ("path: here", "path: 3", r"models\.small\.path must be a valid string, got 3"),
         ("path: here", "path: a, x: b", r"models\.small\.x is unknown"),
+        ("tokens: 7", "tokens: x", r"models\.large\.tokens must be a valid integer"),
     ],
 )
 def test_bad_presets_are_refused_by_name(tmp_path, old, new, message):
     with pytest.raises(ValueError, match=message):
         load_choice(KINDS, "model", "models", write_presets(tmp_path / "params.yaml", old, new))
-
-
-def test_a_bad_preset_that_is_not_chosen_is_refused_too(tmp_path):
-    path = write_presets(tmp_path / "params.yaml", "tokens: 7", "tokens: x")
-    with pytest.raises(ValueError, match=r"models\.large\.tokens must be a valid integer"):
-        load_choice(KINDS, "model", "models", path)
 
 
 def test_yaml_means_what_it_means_to_dvc(tmp_path):
@@ -183,20 +169,15 @@ def test_yaml_means_what_it_means_to_dvc(tmp_path):
     [
         (b"a: 1\nb: 2\na: 3\n", r"is not valid YAML in UTF-8: .* found duplicate key .*, line 3,"),
         (b"a: [1\n", r"is not valid YAML"),
-        (b"a: \x01\n", r"is not valid YAML"),
         (b"- 1\n", r"must be a mapping of keys to values, got \[1\]"),
-        (b"", r"must be a mapping of keys to values, got None"),
         (b"a: \xff\n", r"is not valid YAML in UTF-8: "),
     ],
 )
-def test_a_broken_file_is_refused_in_one_line(tmp_path, text, message):
+def test_a_missing_or_broken_file_is_refused_in_one_line(tmp_path, text, message):
     path = tmp_path / "params.yaml"
+    with pytest.raises(FileNotFoundError, match=r"params\.yaml is missing: run this in"):
+        read_params(path)
     path.write_bytes(text)
     with pytest.raises(ValueError, match=message) as caught:
         read_params(path)
     assert "\n" not in str(caught.value)
-
-
-def test_a_missing_file_says_where_to_stand(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"params\.yaml is missing: run this in"):
-        read_params(tmp_path / "params.yaml")
