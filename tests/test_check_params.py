@@ -43,55 +43,25 @@ def test_the_project_s_own_parameters_pass_and_the_output_is_constant(earlier):
         ({"model": "gpt-5"}, r"^model must be one of .*pythia-mini.*, smollm2-135m .*got 'gpt-5'$"),
         ({"corpus": "books"}, r"^corpus must be one of .*wikipedia-sample.* got 'books'$"),
         ({"launcher": " "}, r"^launcher must be a command such as python, got ' '$"),
-        ({"launcher": 3}, r"^launcher must be a valid string, got 3$"),
-        (
-            {"models__my-model__source": "zip"},
-            r"my-model\.source must be one of hub, local, scratch, wheel",
-        ),
-        ({"models__my-model__path": 3}, r"models\.my-model\.path must be a valid string, got 3"),
+        ({"models__my-model__source": "zip"}, r"my-model\.source must be one of hub, local, scr"),
         ({"corpora__my-texts__val_share": 2.0}, r"corpora\..*val_share must .* got 2\.0"),
         ({"corpora__pg19__revision": "main"}, r"^corpora\.pg19: .*revision must be a commit of 40"),
         ({"longdocs__corpus": "x"}, r"^longdocs\.corpus must be one of .*pg19, .* got 'x'$"),
         ({"longdocs__documents": 1}, r"^longdocs\.documents must be all or at least 2 .* got 1$"),
-        ({"infini__layers": [0.5]}, r"infini\.layers\.0 must be a valid integer, got 0\.5"),
-        ({"infini__memory": True}, r"infini\.memory must be 'on' or 'off', got True"),
         ({"infini__local_context": 257}, r"infini\.local_context must be .* got 257"),
-        ({"distill__lr": "fast"}, r"distill\.lr must be a valid number, got 'fast'"),
+        ({"distill__lr": -1}, r"distill\.lr must be greater than 0, got -1"),
+        ({"finetune__label_shift": 3}, r"finetune\.label_shift must be 1 or 2, got 3"),
+        ({"finetune__label_shift": 2, "finetune__kl_weight": 0.5}, r"\.kl_weight must be 0 w"),
         ({"finetune_control__lr": -1}, r"control\.lr must be greater than 0 or 'same', got -1"),
-        (
-            {"finetune_control__trainable": "nothing"},
-            r"finetune_control\.trainable must be .*same.* got 'nothing'",
-        ),
         (
             {"infini__layers": [], "finetune__trainable": "all"}
             | {"finetune_control__trainable": "infini"},
             r"finetune_control\.trainable must be one of all, attention, lora .* got infini",
         ),
-        ({"distill__lr": -1}, r"distill\.lr must be greater than 0, got -1"),
-        ({"distill__epochs": None}, r"^distill\.epochs is missing$"),
-        ({"finetune__label_shift": 3}, r"finetune\.label_shift must be 1 or 2, got 3"),
-        ({"finetune__label_shift": True}, r"finetune\.label_shift must be a number, got True"),
-        (
-            {"finetune__label_shift": 2, "finetune__kl_weight": 0.5},
-            r"finetune\.kl_weight must be 0 w",
-        ),
-        ({"infini__seed_scaling": "on"}, r"infini\.seed_scaling must be .* got 'on'"),
-        ({"finetune__lr_scale__x": 1}, r"^finetune\.lr_scale\.x is unknown$"),
         ({"eval__stride": 513}, r"eval\.stride must be .* got 513"),
-        (
-            {"longdocs__tokens_per_document": 4000},
-            r"^longdocs\.tokens_per_document must be a multiple of infini\.segment_length "
-            r"\(256 tokens\), got 4000$",
-        ),
-        (
-            {"distill__tokens_per_sample": 1000},
-            r"^distill\.tokens_per_sample must be a multiple of infini\.segment_length "
-            r"\(256 tokens\), got 1000$",
-        ),
-        (
-            {"longdocs__tokens_per_document": 256},
-            r"^longdocs\.tokens_per_document must be at least 2 segments .* got 256$",
-        ),
+        ({"longdocs__tokens_per_document": 4000}, r"document must be a multiple .* got 4000$"),
+        ({"longdocs__tokens_per_document": 256}, r"document must be at least 2 segments .* 256$"),
+        ({"distill__tokens_per_sample": 1000}, r"sample must be a multiple .* got 1000$"),
         (
             {"infini__init": "random_layer", "distill__objective": "attention_output"},
             r"^distill\.objective must be layer_output when .* random_layer, .* attention_output$",
@@ -113,7 +83,6 @@ def test_each_mistake_is_named_and_the_earlier_result_stays(earlier, changes, me
 @pytest.mark.parametrize(
     ("changes", "deepest"),
     [
-        ({"model": "pythia-mini"}, 5),
         ({"model": "pythia-mini", "models__pythia-mini__num_layers": 2}, 1),
         ({"model": "my-model", "models__my-model__path": "own-model"}, 2),
     ],
@@ -137,21 +106,14 @@ def bring_base(name: str) -> None:
     about.write_text(json.dumps(json.loads(about.read_text()) | {"name": name}))
 
 
-def test_a_base_that_will_be_replaced_by_a_deeper_one_refuses_nothing(earlier):
+def test_layers_are_compared_with_the_base_on_disk_only_if_it_stays(earlier):
     bring_base("my-model")
     tiny_base_folder(earlier / "own-model", num_hidden_layers=4)
-    write(model="my-model", **{"models__my-model__path": "own-model"}, infini__layers=[3])
-    check_params.main()
-    path = str(check_params.BASE)
-    write(model="my-model", **{"models__my-model__path": path}, infini__layers=[3])
-    with pytest.raises(ValueError, match=r"infini\.layers must be in -3\.\.2 .* got 3"):
-        check_params.main()
-
-
-def test_layers_are_compared_with_the_base_only_if_it_is_the_chosen_one(earlier):
-    bring_base("my-model")
     write(model="pythia-70m", infini__layers=[3])
     check_params.main()
-    write(model="my-model", infini__layers=[3])
-    with pytest.raises(ValueError, match=r"infini\.layers must be in -3\.\.2 .* got 3"):
-        check_params.main()
+    write(model="my-model", **{"models__my-model__path": "own-model"}, infini__layers=[3])
+    check_params.main()
+    for path in (str(check_params.BASE), "my-model"):
+        write(model="my-model", **{"models__my-model__path": path}, infini__layers=[3])
+        with pytest.raises(ValueError, match=r"infini\.layers must be in -3\.\.2 .* got 3"):
+            check_params.main()

@@ -12,12 +12,7 @@ from tests.tiny_project import ROOT
 
 
 def keep_settings_apart(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Give git an author and hide this machine's settings of git and DVC.
-
-    Args:
-        folder: where DVC may keep settings of its own.
-        monkeypatch: undoes it all.
-    """
+    """Give git an author; DVC keeps its settings in a folder, and sees none of this machine."""
     monkeypatch.setenv("GIT_CONFIG_GLOBAL", os.devnull)
     for role in ("AUTHOR", "COMMITTER"):
         monkeypatch.setenv(f"GIT_{role}_NAME", "a test")
@@ -27,12 +22,7 @@ def keep_settings_apart(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def make_checkout(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make the working folder a git repository that holds the project's params.yaml.
-
-    Args:
-        folder: an empty one; settings of git and DVC stay outside the repository.
-        monkeypatch: undoes it all.
-    """
+    """Make the working folder, in an empty one, a git repository with the project's params.yaml."""
     keep_settings_apart(folder, monkeypatch)
     (folder / "checkout").mkdir()
     monkeypatch.chdir(folder / "checkout")
@@ -71,11 +61,6 @@ def write(**files: str) -> None:
 
 
 def own_recipes(monkeypatch: pytest.MonkeyPatch, **texts: str) -> None:
-    """Replace the project's recipes by those of the working folder.
-
-    Args:
-        monkeypatch: undoes it.
-        texts: the text of each overlay; there is no common budget.
-    """
+    """Replace the project's recipes by overlays of these texts, without a common budget."""
     write(**{f"recipes/{name}.yaml": text for name, text in {"budget": "{}", **texts}.items()})
     monkeypatch.setattr(overlays, "FOLDER", Path("recipes").absolute())
