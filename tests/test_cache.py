@@ -147,19 +147,15 @@ def test_what_is_no_cache_or_of_another_format_is_refused(tmp_path, monkeypatch)
 
 
 @both_others
-def test_reset_leaves_a_new_cache(other):
+def test_reset_leaves_a_new_cache_and_single_tokens_cannot_be_taken_back(other):
     model, more = generating_model("llama", other, layers=[1]), draw_ids(3, 4)
     cache = filled(model, draw_ids(2, 13))
-    cache.reset()
-    assert (cache.num_bytes, cache.num_seen, cache.batch_size) == (0, 0, -1)
-    assert torch.equal(go_on(model, cache, more), go_on(model, InfiniCache(model), more))
-
-
-def test_tokens_cannot_be_taken_back():
-    cache = filled(generating_model(), draw_ids(1, 7))
     assert not cache.is_croppable
     with pytest.raises(ValueError, match=r"cannot remove .* got tokens_to_remove=-2: keep"):
         cache.crop(-2)
+    cache.reset()
+    assert (cache.num_bytes, cache.num_seen, cache.batch_size) == (0, 0, -1)
+    assert torch.equal(go_on(model, cache, more), go_on(model, InfiniCache(model), more))
 
 
 def test_nothing_in_a_cache_keeps_the_tokens_that_went_by():

@@ -111,7 +111,6 @@ def test_generation_with_a_cache_equals_generation_without_one(family, other):
     [
         {"do_sample": True, "temperature": 0.7},
         {"num_beams": 3},
-        {"num_beams": 2, "do_sample": True},
         {"num_return_sequences": 2, "do_sample": True, "top_k": 5},
         {"prefill_chunk_size": 2 * SEGMENT},
     ],

