@@ -1,10 +1,9 @@
-"""A base model as a folder in Hugging Face form: read, check, write.
+"""A base model read from a folder in Hugging Face form, and what is refused there.
 
 Knows nothing of the folder's origin.
 """
 
 import json
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,6 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 from infini_retrofit.model.base import load_tokenizer
 from infini_retrofit.model.families import FAMILIES
-from infini_retrofit.pipeline.files import whole_folder, write_manifest, write_text
 
 WEIGHTS = "*.safetensors"
 
@@ -72,18 +70,6 @@ def read_config(folder: Path) -> dict[str, Any]:
     """Read config.json; {} where there is none."""
     path = folder / "config.json"
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-
-
-def write_base(base: BaseModel, name: str, folder: Path) -> None:
-    """Replace `folder`, whole or not at all; base.json holds `name`."""
-    about = {"name": name, "source": base.source, "note": base.note}
-    about["num_parameters"] = base.model.num_parameters()
-    with whole_folder(folder) as partial:
-        base.model.save_pretrained(partial)
-        base.tokenizer.save_pretrained(partial)
-        write_text(partial / "base.json", json.dumps(about, indent=2) + "\n")
-        write_manifest(partial)
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _missing(folder: Path, source: str, pattern: str) -> FileNotFoundError:

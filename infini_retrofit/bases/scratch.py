@@ -100,8 +100,7 @@ class ScratchBase:
         loss, dataset = NextTokenLoss(model), [{"input_ids": row} for row in rows]
         with tempfile.TemporaryDirectory() as unused:
             arguments = TrainingArguments(unused, **self._training_arguments())
-            if arguments.n_gpu > 1:
-                arguments._n_gpu = 1  # or a step would take batch_size rows per GPU
+            arguments._n_gpu = min(1, arguments.n_gpu)  # or a step takes batch_size rows per GPU
             trainer = Trainer(loss, arguments, train_dataset=dataset)
             try:
                 trainer.train()
@@ -184,9 +183,8 @@ def pack_rows(
     """Join the texts, each with its end, and cut them into whole rows."""
     stream: list[int] = []
     for text in texts:
-        if len(stream) >= samples * tokens_per_sample:
-            break
-        stream += [*tokenizer.encode(text, add_special_tokens=False), tokenizer.eos_token_id]
+        if len(stream) < samples * tokens_per_sample:
+            stream += [*tokenizer.encode(text, add_special_tokens=False), tokenizer.eos_token_id]
     num_rows = min(samples, len(stream) // tokens_per_sample)
     if not num_rows:
         raise ValueError(

@@ -4,23 +4,18 @@ Each reports the number of layers, where it is known before the base is on disk:
 Knows nothing of layers and weights.
 """
 
+import json
+import shutil
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
 from huggingface_hub import try_to_load_from_cache
 
-from infini_retrofit.bases.folder import (
-    WEIGHTS,
-    BaseModel,
-    check_config,
-    read_base,
-    read_config,
-    write_base,
-)
+from infini_retrofit.bases.folder import WEIGHTS, BaseModel, check_config, read_base, read_config
 from infini_retrofit.bases.gguf import read_gguf, read_metadata
 from infini_retrofit.bases.scratch import ScratchBase
-from infini_retrofit.pipeline.files import sha256
+from infini_retrofit.pipeline.files import sha256, whole_folder, write_manifest, write_text
 from infini_retrofit.texts.corpora import CorpusShares, check_commit
 from infini_retrofit.texts.hub import fetch_snapshot
 
@@ -121,7 +116,14 @@ def bring_base(
     corpus_name: str,
     corpus: CorpusShares,
 ) -> None:
-    """Write the base to a folder, whole or not at all; only `ScratchBase` reads the corpus."""
+    """Replace a folder by the base, whole or not at all; only `ScratchBase` reads the corpus."""
     from_scratch = isinstance(params, ScratchBase)
     base = params.load(corpus_name, corpus) if from_scratch else params.load()
-    write_base(base, name, folder)
+    about = {"name": name, "source": base.source, "note": base.note}
+    about["num_parameters"] = base.model.num_parameters()
+    with whole_folder(folder) as partial:
+        base.model.save_pretrained(partial)
+        base.tokenizer.save_pretrained(partial)
+        write_text(partial / "base.json", json.dumps(about, indent=2) + "\n")
+        write_manifest(partial)
+        shutil.rmtree(folder, ignore_errors=True)

@@ -149,7 +149,7 @@ def _results(metrics: Mapping[str, Mapping[str, float]], column: str) -> str:
     """Return a table with a row for each protocol and a column for each model."""
     if column not in metrics:
         return "Not recorded."
-    models = [name for name in ("base", "control") if name in metrics.keys() - {column}] + [column]
+    models = [*sorted(metrics.keys() & {"base", "control"} - {column}), column]
     lines = [["protocol", *models], ["---", *("--:" for _ in models)]]
     for protocol, meaning in PROTOCOLS.items():
         ppls = (metrics[name].get(f"{protocol}_test_ppl") for name in models)

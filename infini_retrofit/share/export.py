@@ -28,7 +28,19 @@ TRAINING = {
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command."""
-    given = _options(arguments)
+    parser = argparse.ArgumentParser(
+        "python -m infini_retrofit.share.export",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("folder", type=Path, help="a retrofitted model, such as models/finetuned")
+    add("out", type=Path, help="the folder to make")
+    add("--base", type=Path, default=MODELS / "base", help="its base (default: %(default)s)")
+    add("--license", help="of the weights, as the Hugging Face Hub names it")
+    add("--base-model", help="the base's name on the Hugging Face Hub")
+    add("--other-layers", choices=["segment", "full"], help="default: as the model says")
+    given = parser.parse_args(arguments)
     # Both import torch, which takes seconds. Wrong arguments were refused before.
     from infini_retrofit.share.card import About
     from infini_retrofit.share.exported_folder import export_model
@@ -49,22 +61,6 @@ def main(arguments: list[str] | None = None) -> None:
         )
     opened = f'AutoModelForCausalLM.from_pretrained("{given.out}", trust_remote_code=True)'
     print(f"wrote {given.out}; open it by {opened}")
-
-
-def _options(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        "python -m infini_retrofit.share.export",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add = parser.add_argument
-    add("folder", type=Path, help="a retrofitted model, such as models/finetuned")
-    add("out", type=Path, help="the folder to make")
-    add("--base", type=Path, default=MODELS / "base", help="its base (default: %(default)s)")
-    add("--license", help="of the weights, as the Hugging Face Hub names it")
-    add("--base-model", help="the base's name on the Hugging Face Hub")
-    add("--other-layers", choices=["segment", "full"], help="default: as the model says")
-    return parser.parse_args(arguments)
 
 
 def dvc_vouches_for(folder: Path) -> bool:

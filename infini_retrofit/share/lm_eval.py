@@ -1,8 +1,11 @@
 """A retrofitted model for lm-evaluation-harness, which streams documents of any length.
 
-`python -m infini_retrofit.share.lm_eval` is the command `lm_eval` with one more model, `infini`.
+`python -m infini_retrofit.share.lm_eval` is the command `lm_eval` with one more model:
+    --model infini --model_args retrofit=FOLDER,base=FOLDER,dtype=TYPE
+Defaults: retrofit=models/finetuned, base=models/base, dtype=auto. Other types: bfloat16, float32.
+This project's tasks: --include_path eval_tasks --tasks article_perplexity,article_last_word
+
 Every layer sees one segment at a time (protocol `segment`). The memory and the local context cross.
-Knows no task.
 """
 
 import sys
@@ -31,11 +34,6 @@ except ModuleNotFoundError as error:  # nothing here is of use without the harne
     sys.exit(f"error: {error.name} is missing: run `pip install lm-eval==0.4.13`")
 
 SEGMENTS_PER_PIECE = 16  # that go through the model at once: more take more memory
-_ABOUT = """\
-This command adds a model: --model infini --model_args retrofit=FOLDER,base=FOLDER,dtype=TYPE
-Defaults: retrofit=models/finetuned, base=models/base, dtype=auto. Other types: bfloat16, float32.
-This project's tasks: --include_path eval_tasks --tasks article_perplexity,article_last_word
-"""
 
 
 @register_model("infini")
@@ -55,16 +53,13 @@ class InfiniLM(TemplateLM):
         batch_size: int | str = 1,
         max_batch_size: int | None = None,
     ) -> None:
-        """Load a retrofit and its base by their folders; the batch sizes are ignored.
-
-        The `dtype` auto means bfloat16 where the device multiplies it.
-        """
+        """Load a retrofit and its base; the batch sizes are ignored."""
         super().__init__()
         # The harness names a GPU even where there is none.
         is_there = device and (torch.cuda.is_available() or not device.startswith("cuda"))
         self._device = torch.device(device) if is_there else pick_device()
         types = {"bfloat16": torch.bfloat16, "float32": torch.float32}
-        types["auto"] = pick_dtype(self._device)
+        types["auto"] = pick_dtype(self._device)  # bfloat16 where the device multiplies it
         if dtype not in types:
             raise ValueError(f"dtype must be one of {', '.join(sorted(types))}, got {dtype}")
         model, infini = load_retrofit(Path(base), Path(retrofit), types[dtype])
@@ -158,7 +153,7 @@ class InfiniLM(TemplateLM):
 def main() -> None:
     """Run the harness's own command line; its help begins with what this project adds."""
     if len(sys.argv) == 1 or {"-h", "--help"} & set(sys.argv):
-        print(_ABOUT)
+        print(__doc__)
     cli_evaluate()
 
 
