@@ -11,20 +11,20 @@ from transformers import PreTrainedModel
 
 from infini_retrofit.generation import cache as caches
 from infini_retrofit.generation.cache import InfiniCache
-from infini_retrofit.generation.generation import read
 from tests.reference import largest
-from tests.tiny_generation import SEGMENT, both_others, draw_ids, every_case, generating_model
+from tests.tiny_generation import (
+    SEGMENT,
+    both_others,
+    draw_ids,
+    every_case,
+    filled,
+    generating_model,
+)
 
 
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
     return tmp_path / "sub" / "book.cache"
-
-
-def filled(model: PreTrainedModel, ids: Tensor) -> InfiniCache:
-    cache = InfiniCache(model)
-    list(read(model, ids, cache))
-    return cache
 
 
 @torch.inference_mode()

@@ -24,6 +24,7 @@ from tests.tiny_generation import (
     both_others,
     draw_ids,
     every_case,
+    filled,
     generate,
     generating_model,
     retrofitted_model,
@@ -112,15 +113,13 @@ def test_generation_with_a_cache_equals_generation_without_one(family, other):
         {"do_sample": True, "temperature": 0.7},
         {"num_beams": 3},
         {"num_return_sequences": 2, "do_sample": True, "top_k": 5},
-        {"prefill_chunk_size": 2 * SEGMENT},
     ],
     ids=str,
 )
 @both_others
 def test_every_way_of_generating_equals_itself_without_a_cache(options, other):
     model, ids = generating_model("llama", other, layers=[0, 2], local_context=2), draw_ids(2, 13)
-    without = {k: v for k, v in options.items() if k != "prefill_chunk_size"}
-    want = generate(model, ids, use_cache=False, **without)
+    want = generate(model, ids, use_cache=False, **options)
     assert_same(generate(model, ids, **options), want)
 
 
@@ -167,8 +166,7 @@ def test_a_conversation_goes_on_by_its_new_tokens_or_by_all_of_it():
 
 def test_what_was_read_can_be_trained_on():
     model = generating_model()
-    cache = InfiniCache(model)
-    list(read(model, draw_ids(1, 33), cache))
+    cache = filled(model, draw_ids(1, 33))
     assert not any(x.is_inference() for x in cache._tensors().values())
     for num_tokens in (1, 9):
         model(draw_ids(1, num_tokens), past_key_values=cache).logits.sum().backward()

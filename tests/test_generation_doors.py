@@ -5,9 +5,9 @@ import torch
 from transformers import DynamicCache
 
 from infini_retrofit.generation.cache import InfiniCache
-from infini_retrofit.generation.generation import enable_generation, read, segment_length
+from infini_retrofit.generation.generation import enable_generation, segment_length
 from tests.reference import largest
-from tests.tiny_generation import draw_ids, generate, generating_model, retrofitted_model
+from tests.tiny_generation import draw_ids, filled, generate, generating_model, retrofitted_model
 
 
 @pytest.mark.parametrize(
@@ -27,8 +27,7 @@ def test_what_an_infini_cache_cannot_do_is_refused(options, message):
 
 def test_a_prompt_that_would_be_skipped_or_taken_for_the_whole_text_is_refused():
     model, ids = generating_model(), draw_ids(1, 40)
-    cache = InfiniCache(model)
-    list(read(model, ids[:, :33], cache))
+    cache = filled(model, ids[:, :33])
     with pytest.raises(ValueError, match=r"must come with a cache that has seen 33 tokens, got no"):
         generate(model, ids, past_key_values=cache)
     for prompt in (ids[:, 33:37], ids[:, :33]):
@@ -40,8 +39,7 @@ def test_a_prompt_that_would_be_skipped_or_taken_for_the_whole_text_is_refused()
 
 def test_a_cache_of_other_rows_is_refused():
     model = generating_model()
-    cache = InfiniCache(model)
-    list(read(model, draw_ids(2, 4), cache))
+    cache = filled(model, draw_ids(2, 4))
     for use in (lambda ids: model(ids, past_key_values=cache), cache.mask_for):
         with pytest.raises(ValueError, match="a row for each of the 3 of the batch, got 2: repeat"):
             use(draw_ids(3, 4))
@@ -66,10 +64,10 @@ def test_other_layers_come_from_the_configuration_and_go_there():
 
 def test_a_model_that_would_not_fill_a_cache_is_refused(tmp_path):
     (model, _), enabled = retrofitted_model(), generating_model()
-    cache, path = InfiniCache(enabled), tmp_path / "book.cache"
-    cache.save(path, enabled)
+    path = tmp_path / "book.cache"
+    InfiniCache(enabled).save(path, enabled)
     for use in (
-        lambda: list(read(model, draw_ids(1, 4), cache)),
+        lambda: filled(model, draw_ids(1, 4)),
         lambda: InfiniCache.load(path, model),
     ):
         with pytest.raises(ValueError, match=r"call enable_generation\(model, params\) first"):

@@ -78,8 +78,9 @@ def write_presets(path: Path, old: str = "", new: str = "") -> Path:
     return path
 
 
-def test_good_parameters_load(tmp_path):
-    params = load_section(Training, "training", write_section(tmp_path / "params.yaml"))
+def test_good_parameters_load_whole_or_by_dotted_names(tmp_path):
+    path = write_section(tmp_path / "params.yaml")
+    params = load_section(Training, "training", path)
     assert params == Training(
         lr=1e-4,
         epochs=50,
@@ -91,6 +92,11 @@ def test_good_parameters_load(tmp_path):
         shift=2,
     )
     assert type(params.lr_scale.new) is float
+    assert load_section(int, "training.epochs", path) == 50
+    assert load_section(Scale, "training.lr_scale", path) == Scale(new=1.0, rest=0.5)
+    for name in ("training.epoch", "training.epochs.x"):
+        with pytest.raises(ValueError, match=rf"must have the key {name}, which is missing"):
+            load_section(int, name, path)
 
 
 @pytest.mark.parametrize(
@@ -119,16 +125,6 @@ def test_bad_parameters_are_refused_by_name(tmp_path, change, message):
     path = write_section(tmp_path / "params.yaml", **change)
     with pytest.raises(ValueError, match=f"^{re.escape('training.' + message)}$"):
         load_section(Training, "training", path)
-
-
-def test_single_values_are_read_by_dotted_names(tmp_path):
-    path = write_section(tmp_path / "params.yaml")
-    assert load_section(int, "training.epochs", path) == 50
-    assert load_section(Scale, "training.lr_scale", path) == Scale(new=1.0, rest=0.5)
-    with pytest.raises(ValueError, match=r"must have the key training\.epoch, which is missing"):
-        load_section(int, "training.epoch", path)
-    with pytest.raises(ValueError, match=r"must have the key training\.epochs\.x"):
-        load_section(int, "training.epochs.x", path)
 
 
 def test_the_chosen_preset_is_read_as_its_source_says(tmp_path):

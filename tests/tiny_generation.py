@@ -5,7 +5,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from infini_retrofit.generation.generation import enable_generation
+from infini_retrofit.generation.cache import InfiniCache
+from infini_retrofit.generation.generation import enable_generation, read
 from infini_retrofit.layer.form import InfiniParams
 from tests.reference import MODEL_FORMS, infini_params, largest, make_model, name_of
 from tests.tiny import FAMILIES, Family, random_ids
@@ -41,6 +42,13 @@ def retrofitted_model(
         for parameter in model.parameters():
             parameter += 0.05 * torch.randn_like(parameter)
     return model, infini_params(**form)
+
+
+def filled(model: PreTrainedModel, ids: Tensor) -> InfiniCache:
+    """Read texts of equal length into a new cache."""
+    cache = InfiniCache(model)
+    list(read(model, ids, cache))
+    return cache
 
 
 def draw_ids(num_rows: int, num_tokens: int, seed: int = 0) -> Tensor:
