@@ -74,10 +74,9 @@ def test_everything_stays_as_it_is_under_autocast(rule, monkeypatch):
 
     def run() -> list[Tensor]:
         memories, end = memory.states(elu1(key), value, None, None)
-        recalled = memory.read(query, elu1(query), memories)
-        share = memory_share(recalled.denominator, recalled.logit)
-        out = mix(query, recalled.numerator, recalled.denominator, share)
-        return [end.matrix, end.normalizer, recalled.logit, out]
+        numerator, denominator, logit = memory.read(query, elu1(query), memories)
+        out = mix(query, numerator, denominator, memory_share(denominator, logit))
+        return [end.matrix, end.normalizer, logit, out]
 
     want = run()
     with torch.autocast("cpu", dtype=torch.bfloat16):

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from infini_retrofit.layer import compressive_memory
 from infini_retrofit.layer.attention import InfiniAttention
+from infini_retrofit.layer.compressive_memory import CompressiveMemory
 from infini_retrofit.layer.cut import Cut
 from infini_retrofit.layer.state import State
 from tests.reference import (
@@ -90,11 +90,12 @@ def test_a_folded_document_that_ends_in_padding_equals_the_document_alone(form):
 
 
 def test_padding_that_counts_as_time_is_noticed(monkeypatch):
-    monkeypatch.setattr(
-        compressive_memory,
-        "_count_tokens",
-        lambda feature, is_token: torch.full(feature.shape[:2], feature.shape[3]),
-    )
+    write = CompressiveMemory._write
+
+    def with_time(memory: CompressiveMemory, feature: Tensor, value: Tensor, is_token: Tensor):
+        return write(memory, feature, value, is_token)[0], write(memory, feature, value, None)[1]
+
+    monkeypatch.setattr(CompressiveMemory, "_write", with_time)
     assert run_padded(make_layer(PUBLISHED | {"decay": "feature"}), "right")[1] > 1e-3
 
 

@@ -153,7 +153,8 @@ class InfiniAttention(nn.Module):
         length = cut.segment_length or self.segment_length
         is_step = kept is not None and len(new) == 1 and cut.is_token is None
         if is_step:  # one query: the keys of its segment are known already
-            options = (self.shape.num_kv_heads, self._reads(probe), self.slopes is not None)
+            reads = self.memory is not None and probe.read != "off"
+            options = (self.shape.num_kv_heads, reads, self.slopes is not None)
             segments = running_segment(tokens, before, *options)
             layout = Layout(new.key, Cut(num_segments=1), 1)
             out = layout.join(self._attend(layout.split(query, heads), segments, probe))
@@ -168,10 +169,6 @@ class InfiniAttention(nn.Module):
             query = layout.split(F.pad(query, (0, 0, num_kept, 0)), heads)
             out = layout.join(self._attend(query, segments, probe))[:, num_kept:]
         return out, state_after(segments, tokens, before, length, self.local_context)
-
-    def _reads(self, probe: Probe) -> bool:
-        """Return whether the memory is read and written."""
-        return self.memory is not None and probe.read != "off"
 
     def _lay_out(
         self,
@@ -194,7 +191,7 @@ class InfiniAttention(nn.Module):
             carried = (self.local_context, before.context, self.params.stop_gradient_every)
             keys, context = carry_context(keys, key[:, 0, :, :1], place, *carried)
             is_key = keys.is_key
-        if self._reads(probe):
+        if self.memory is not None and probe.read != "off":
             # Queries and keys before position encoding (section 2.1 of the paper): the memory
             # finds by content, not by distance.
             write = self.memory.recent_states if probe.read == "recent" else self.memory.states
@@ -220,11 +217,13 @@ class InfiniAttention(nn.Module):
             probe.memories[self.layer_index] = segments.memories
         memories = probe.swapped.get(self.layer_index, segments.memories)
         feature = self.feature_maps.of_query(query)
-        recalled = self.memory.read(query, feature, memories, segments.num_before)
-        gate = self.gate_logit.to(recalled.denominator.dtype)[:, None, None]
-        share = memory_share(recalled.denominator, gate + recalled.logit)
+        numerator, denominator, logit = self.memory.read(
+            query, feature, memories, segments.num_before
+        )
+        gate = self.gate_logit.to(denominator.dtype)[:, None, None]
+        share = memory_share(denominator, gate + logit)
         if probe.readings is not None:
-            found = quotient(recalled.numerator, recalled.denominator)
+            found = quotient(numerator, denominator)
             noted = (share[..., 0], found.float().norm(dim=-1), local.float().norm(dim=-1))
             probe.readings[self.layer_index] = MemoryReading(*(x.detach().float() for x in noted))
-        return mix(local, recalled.numerator, recalled.denominator, share)
+        return mix(local, numerator, denominator, share)

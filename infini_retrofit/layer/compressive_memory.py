@@ -24,7 +24,6 @@ from infini_retrofit.layer.form import AttentionShape, InfiniParams
 from infini_retrofit.layer.memory import (
     SMALLEST_DENOMINATOR,
     MemoryState,
-    Recalled,
     Write,
     empty_state,
     prefix_states,
@@ -76,12 +75,14 @@ class CompressiveMemory(nn.Module):
         """
         with torch.autocast(feature.device.type, enabled=False):
             write, retention = self._write(feature, value, is_token)
-            before = self._before(write, before)
+            first = empty_state(write) if before is None else before.to(feature.dtype)
+            if self.stop_gradient_every is not None:
+                first = first.detach()
             if self.rule == "linear" and retention is None and self.state_dtype is None:
-                return prefix_states(write_segments(write), before, self.stop_gradient_every)
+                return prefix_states(write_segments(write), first, self.stop_gradient_every)
             options = (self.stop_gradient_every, self.state_dtype)
-            memories, after = scan_states(write, self.rule, before, retention, *options)
-            return memories, self._kept(after)
+            memories, after = scan_states(write, self.rule, first, retention, *options)
+            return memories, after.to(self.state_dtype or feature.dtype)
 
     def _write(
         self,
@@ -93,8 +94,9 @@ class CompressiveMemory(nn.Module):
         weight = None if is_token is None else is_token[:, :, None, :, None].to(feature.dtype)
         if self.decay_logit is None:
             return Write(feature, value, weight), None
-        num_tokens = _count_tokens(feature, is_token)[..., None, None]
         token = torch.arange(feature.shape[3], device=feature.device)[:, None]
+        num_tokens = torch.full_like(feature[:, :, 0, 0, 0], len(token), dtype=torch.long)
+        num_tokens = (num_tokens if is_token is None else is_token.sum(-1))[..., None, None]
         # No time passes in the padding at a segment's end.
         steps = (num_tokens[..., None] - 1 - token).clamp_min(0)
         left = torch.exp(-self._rate(feature.dtype)[:, None] * steps)
@@ -104,17 +106,6 @@ class CompressiveMemory(nn.Module):
     def _rate(self, dtype: torch.dtype) -> Float[Tensor, "N F"]:
         """Return the rates of forgetting in 1 / tokens."""
         return self.decay_logit.to(dtype).exp()
-
-    def _kept(self, state: MemoryState) -> MemoryState:
-        """Return a rounded state in the number type in which it is kept."""
-        return state.to(self.state_dtype or state.matrix.dtype)
-
-    def _before(self, write: Write, before: MemoryState | None) -> MemoryState:
-        """Return the memory before the first segment."""
-        if before is None:
-            return empty_state(write)
-        before = before.to(write.feature.dtype)
-        return before if self.stop_gradient_every is None else before.detach()
 
     def recent_states(
         self,
@@ -129,11 +120,10 @@ class CompressiveMemory(nn.Module):
         """
         alone = [x.flatten(0, 1)[:, None] for x in (feature, value)]
         mask = None if is_token is None else is_token.flatten(0, 1)[:, None]
-        after = self.states(*alone, mask, None)[1].to(feature.dtype)
-        written = after.map(lambda x: x.unflatten(0, feature.shape[:2]))
-        first = self._before(Write(feature, value), before).map(lambda x: x[:, None])
-        states = first.map(lambda *x: torch.cat(x, dim=1), written)
-        return states.map(lambda x: x[:, :-1]), self._kept(states.map(lambda x: x[:, -1]))
+        after = self.states(*alone, mask, None)[1].map(lambda x: x.unflatten(0, feature.shape[:2]))
+        first, _ = self.states(feature[:, :1], value[:, :1], None, before)
+        memories = first.map(lambda x, y: torch.cat([x, y[:, :-1].to(x.dtype)], dim=1), after)
+        return memories, after.map(lambda x: x[:, -1])
 
     def read(
         self,
@@ -141,10 +131,15 @@ class CompressiveMemory(nn.Module):
         feature: Float[Tensor, "B S H L F"],
         memories: MemoryState,
         num_before: Int[Tensor, "B"] | None = None,
-    ) -> Recalled:
+    ) -> tuple[
+        Float[Tensor, "B S H L V"], Float[Tensor, "B S H L 1"], Float[Tensor, "*#B #H #L 1"]
+    ]:
         """Read each segment's memory (B, S) with queries that are not rotated.
 
         `num_before` counts the tokens of a segment before its first query; None: none.
+
+        Returns:
+            Numerator and denominator (eq. 7), and what the gate's logit grows by.
         """
         memories = memories.to(feature.dtype)
         with torch.autocast(query.device.type, enabled=False):
@@ -160,15 +155,7 @@ class CompressiveMemory(nn.Module):
             numerator, denominator = retrieve(feature, memories)
             if self.divisor is not None:
                 numerator = numerator / self.divisor
-            return Recalled(numerator, denominator, logit)
-
-
-def _count_tokens(
-    feature: Float[Tensor, "B S N L F"], is_token: Bool[Tensor, "B S L"] | None
-) -> Int[Tensor, "B S"]:
-    if is_token is None:
-        return torch.full(feature.shape[:2], feature.shape[3], device=feature.device)
-    return is_token.sum(dim=-1)
+            return numerator, denominator, logit
 
 
 def _fade(
@@ -177,11 +164,7 @@ def _fade(
     normalizer: Float[Tensor, "B S N F"],
     num_before: Int[Tensor, "B"] | None,
 ) -> tuple[Float[Tensor, "B S H L F"], Float[Tensor, "B S H L 1"]]:
-    """Scale queries by the decay of the memory since the segment began.
-
-    The second result is the logarithm of the denominator's share that is left: the gate falls by
-    it.
-    """
+    """Return the queries as faded since the border, and the log of what that leaves to read."""
     group = feature.shape[2] // len(rate)
     rate = rate.repeat_interleave(group, dim=0)
     steps = torch.arange(feature.shape[3], device=feature.device)[:, None]

@@ -130,19 +130,6 @@ class Keys:
             torch.cat([self.is_key, other.is_key], dim=2),
         )
 
-    def last(self, num_tokens: int) -> "Keys":
-        """Return the last tokens of every segment."""
-        begin = self.key.shape[3] - num_tokens
-        return Keys(self.key[..., begin:, :], self.value[..., begin:, :], self.is_key[..., begin:])
-
-    def shifted(self, first: "Keys") -> "Keys":
-        """Move every segment's tokens to the next; the first segment gets `first` (S = 1)."""
-        return Keys(
-            torch.cat([first.key, self.key[:, :-1]], dim=1),
-            torch.cat([first.value, self.value[:, :-1]], dim=1),
-            torch.cat([first.is_key, self.is_key[:, :-1]], dim=1),
-        )
-
 
 def rotate(
     x: Float[Tensor, "B S H L K"],

@@ -98,11 +98,6 @@ def _mask(
     return (past & is_key[:, None, None]) | own
 
 
-def _blocks(num_queries: int) -> list[slice]:
-    begins = range(0, num_queries, QUERIES_PER_BLOCK)
-    return [slice(begin, min(begin + QUERIES_PER_BLOCK, num_queries)) for begin in begins]
-
-
 class _ExplicitSoftmaxAttention(torch.autograd.Function):
     """Softmax attention by explicit products over blocks of queries.
 
@@ -123,15 +118,17 @@ class _ExplicitSoftmaxAttention(torch.autograd.Function):
         key, value = key.contiguous() * scaling, value.contiguous()
         out = _empty_groups(query, value.shape[-1])
         weights = []
-        for rows in _blocks(query.shape[2]):
-            seen = key.shape[2] - query.shape[2] + rows.stop
-            scores = _products(query[:, :, rows], key[:, :, :seen].transpose(2, 3))
+        seen = key.shape[2] - query.shape[2]
+        blocks = (x.split(QUERIES_PER_BLOCK, dim=2) for x in (query, out))
+        for own, own_out in zip(*blocks, strict=True):
+            seen += own.shape[2]
+            scores = _products(own, key[:, :, :seen].transpose(2, 3))
             if slopes is not None:
                 scores.add_(_group(alibi_bias(slopes, scores.shape[2], seen)[None], key.shape[1]))
             _hide_keys(scores, is_key)
             # A row's maximum is finite, because a query always sees its own token.
             weight = scores.softmax(dim=-1)
-            out[:, :, rows] = _products(weight, value[:, :, :seen])
+            own_out.copy_(_products(weight, value[:, :, :seen]))
             if any(ctx.needs_input_grad):
                 weights.append(weight)
         ctx.save_for_backward(query, key, value, *weights)
@@ -145,12 +142,13 @@ class _ExplicitSoftmaxAttention(torch.autograd.Function):
         grad_out = _group(grad_out, key.shape[1])
         grad_query = _empty_groups(query, query.shape[-1])
         grad_key, grad_value = torch.zeros_like(key), torch.zeros_like(value)
-        for rows, weight in zip(_blocks(query.shape[2]), weights, strict=True):
-            seen, own, out = weight.shape[-1], query[:, :, rows], grad_out[:, :, rows]
+        blocks = (x.split(QUERIES_PER_BLOCK, dim=2) for x in (query, grad_query, grad_out))
+        for own, own_grad, out, weight in zip(*blocks, weights, strict=True):
+            seen = weight.shape[-1]
             grad_value[:, :, :seen].add_(weight.flatten(2, 3).transpose(2, 3) @ out.flatten(2, 3))
             grad = _products(out, value[:, :, :seen].transpose(2, 3))
             grad = torch._softmax_backward_data(grad, weight, -1, weight.dtype)
-            grad_query[:, :, rows] = _products(grad, key[:, :, :seen])
+            own_grad.copy_(_products(grad, key[:, :, :seen]))
             grad_key[:, :, :seen].add_(grad.flatten(2, 3).transpose(2, 3) @ own.flatten(2, 3))
         return _ungroup(grad_query), grad_key * ctx.scaling, grad_value, None, None, None
 

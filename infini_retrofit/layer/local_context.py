@@ -75,8 +75,11 @@ def carry_context(
         sink_value[:, None].expand(each),
         own.is_key.new_ones(num_documents, num_segments, 1),
     )
-    left = sinks.followed_by(own.last(num_carried - 1))
-    context = left.shifted(first.as_keys())
+    begin = length - num_carried + 1
+    last = Keys(own.key[..., begin:, :], own.value[..., begin:, :], own.is_key[..., begin:])
+    left = sinks.followed_by(last)
+    pairs = zip(vars(first.as_keys()).values(), vars(left).values(), strict=True)
+    context = Keys(*(torch.cat([x, y[:, :-1]], dim=1) for x, y in pairs))
     if stop_gradient_every is not None:
         context = _stop_gradients(context, stop_gradient_every)
     after = LocalContext(left.key[:, -1], left.value[:, -1], left.is_key[:, -1], sink_key)
@@ -99,10 +102,7 @@ def context_at(
 
 
 def _stop_gradients(context: Keys, every: int) -> Keys:
-    """Stop the gradients of carried keys and values at every so many-th border.
-
-    The document's first token has crossed every border before a segment, the others the last.
-    """
+    # The document's first token has crossed every border before a segment, the others the last.
     num_segments, num_carried = context.is_key.shape[1:]
     segment = torch.arange(num_segments, device=context.key.device)[:, None]
     is_sink = torch.arange(num_carried, device=context.key.device) == 0

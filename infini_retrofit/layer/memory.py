@@ -70,15 +70,6 @@ def quotient(
 
 
 @dataclass(frozen=True)
-class Recalled:
-    """What the queries read from the memory."""
-
-    numerator: Float[Tensor, "B S H L V"]  # values weighted by the likeness of key and query
-    denominator: Float[Tensor, "B S H L 1"]  # sum of those weights; 0 where the memory is empty
-    logit: Float[Tensor, "*#B #H #L 1"]  # added to the gate's, from the query and its distance
-
-
-@dataclass(frozen=True)
 class Write:
     """The tokens to write to a memory."""
 
@@ -150,22 +141,10 @@ def scan_states(
         left = None if retention is None else retention[:, index]
         state = _update(state, write.segment(index), rule, left)
         if state_dtype is not None:
-            state = state.map(lambda x: _Round.apply(x, state_dtype))
+            state = state.map(lambda x: x + (x.to(state_dtype).to(x.dtype) - x).detach())
         if stop_gradient_every is not None and (index + 1) % stop_gradient_every == 0:
             state = state.detach()
     return states[0].map(lambda *x: torch.stack(x, dim=1), *states[1:]), state
-
-
-class _Round(torch.autograd.Function):
-    """Round to a shorter number type and back; the gradient passes unchanged."""
-
-    @staticmethod
-    def forward(ctx: object, x: Tensor, dtype: torch.dtype) -> Tensor:
-        return x.to(dtype).to(x.dtype)
-
-    @staticmethod
-    def backward(ctx: object, gradient: Tensor) -> tuple[Tensor, None]:
-        return gradient, None
 
 
 def empty_state(write: Write) -> MemoryState:

@@ -168,7 +168,10 @@ class NaiveLayer:
     def feature(self, x: Tensor, head: int, of: str) -> Tensor:
         """Map one query or key (K) of a head to features (F)."""
         weight = getattr(self.layer.feature_maps, f"{of}_weight")
-        return naive_feature(x, None if weight is None else weight[head])
+        if weight is None:
+            return F.elu(x) + 1
+        projected = sum(x[k] * weight[head, k] for k in range(len(x)))  # Hedgehog
+        return torch.cat([projected.exp(), (-projected).exp()])
 
     def project(self, hidden_states: Tensor) -> Heads:
         """Project hidden states (T D), one head after another."""
@@ -187,14 +190,6 @@ class NaiveLayer:
             heads_of(self.layer.k_proj, shape.num_kv_heads),
             heads_of(self.layer.v_proj, shape.num_kv_heads),
         )
-
-
-def naive_feature(x: Tensor, weight: Tensor | None = None) -> Tensor:
-    """Map one query or key (K) to features: ELU + 1, or Hedgehog by its weight (K P)."""
-    if weight is None:
-        return F.elu(x) + 1
-    projected = sum(x[k] * weight[k] for k in range(len(x)))
-    return torch.cat([projected.exp(), (-projected).exp()])
 
 
 def naive_average(weights: Tensor, value: Tensor) -> Tensor:
