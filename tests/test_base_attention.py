@@ -61,14 +61,3 @@ def test_it_is_used_where_it_may_be_and_not_where_a_mask_is_needed(family, monke
         assert len(calls) == 3
         unmasked = torchs(input_ids=ids, use_cache=False).logits
         assert largest(torchs(**inputs).logits[1, 4:] - unmasked[1, 4:]) > 0.01
-
-
-@both_families
-def test_decoding_with_a_cache_continues_the_same_logits(family):
-    model = model_with(family, base_attention.NAME)
-    ids = ids_for(model)
-    with torch.no_grad():
-        want = model(input_ids=ids, use_cache=False).logits
-        first = model(input_ids=ids[:, :7], use_cache=True)
-        rest = model(input_ids=ids[:, 7:], past_key_values=first.past_key_values)
-    assert largest(torch.cat([first.logits, rest.logits], dim=1) - want) < 1e-9

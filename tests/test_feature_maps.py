@@ -96,11 +96,7 @@ def num_found(name: FeatureMapName, num_pairs: int, head_dim: int = 64) -> int:
     return (nearest == torch.arange(num_pairs)).sum().item()
 
 
-def test_elu_is_too_flat_to_tell_unrelated_keys_apart():
+def test_elu_is_too_flat_to_tell_many_unrelated_keys_apart():
     assert num_found("elu1", num_pairs=256) < 0.05 * 256
     assert num_found("hedgehog", num_pairs=256) > 0.15 * 256
-
-
-@every_map
-def test_fewer_pairs_are_told_apart_better(name):
-    assert num_found(name, num_pairs=16) / 16 > num_found(name, num_pairs=256) / 256
+    assert num_found("elu1", num_pairs=16) / 16 > num_found("elu1", num_pairs=256) / 256

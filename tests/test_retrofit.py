@@ -11,6 +11,7 @@ from infini_retrofit.layer.state import State
 from infini_retrofit.model import families
 from infini_retrofit.model.families import FAMILIES, PROJECTIONS
 from infini_retrofit.model.retrofit import (
+    BRANCH,
     check_form,
     has_memory,
     infini_modules,
@@ -63,13 +64,9 @@ def split_by_kind(attention: nn.Module) -> dict[str, Tensor]:
     return parts
 
 
-def split_without_bias(attention: nn.Module) -> dict[str, Tensor]:
-    return {name: x for name, x in SPLIT(attention).items() if name.endswith("weight")}
-
-
-@pytest.mark.parametrize("split", [split_by_kind, split_without_bias])
-def test_a_fused_projection_split_wrongly_is_noticed(split, monkeypatch):
-    monkeypatch.setitem(families.FAMILIES, "gpt_neox", replace(FAMILIES["gpt_neox"], split=split))
+def test_a_fused_projection_split_wrongly_is_noticed(monkeypatch):
+    wrong = replace(FAMILIES["gpt_neox"], split=split_by_kind)
+    monkeypatch.setitem(families.FAMILIES, "gpt_neox", wrong)
     assert full_difference("gpt_neox") > 0.01
 
 
@@ -118,6 +115,12 @@ def test_only_a_random_layer_loses_the_mlp_and_norms_of_its_base(family):
         changed = {name for name in old if name in new and not torch.equal(old[name], new[name])}
         outside = {name for name in changed if attention not in name}
         assert outside == (others if init == "random_layer" else set())
+    for insertion in ("parallel", "adapter"):
+        new = retrofitted(family, layers=[1], insertion=insertion).state_dict()
+        assert all(torch.equal(new[name], x) for name, x in old.items())
+        added = new.keys() - old.keys()
+        assert added
+        assert all(".1." in name and f".{BRANCH}." in name for name in added)
 
 
 def test_random_weights_come_from_the_seed_alone():

@@ -17,7 +17,6 @@ from tests.reference import (
     largest,
     make_model,
     segment_loop,
-    set_share,
 )
 from tests.tiny import random_ids, tiny_model
 
@@ -108,22 +107,6 @@ def test_under_autocast_the_state_stays_in_its_number_type(family, form):
     assert dtypes_of(state) == {kept_dtype(form, torch.float32)}
 
 
-@pytest.mark.parametrize(("rule", "most"), [("linear", 0.8), ("delta", 0.8), ("delta_gamma", 0.9)])
-@torch.no_grad()
-def test_a_bfloat16_model_is_closer_to_float32_with_a_float32_state(rule, most):
-    form, outputs = {"layers": [0], "update_rule": rule}, []
-    short = {"state_dtype": "bfloat16"}
-    runs = ((form, torch.float32), (form, torch.bfloat16), (form | short, torch.bfloat16))
-    models = [make_model("llama", *run) for run in runs]
-    for model in models:
-        model.load_state_dict(models[1].state_dict())
-        set_share(model, 0.9)
-        outputs.append(run_folded(model, ids_for(model, 1, 400 * SEGMENT), SEGMENT))
-    error, rounded = ((out - outputs[0]).abs().mean() for out in outputs[1:])
-    assert error < TOLERANCES[torch.bfloat16]
-    assert error < most * rounded
-
-
 ALL_OF_IT = {
     "layers": [0, -1],
     "feature_map": "hedgehog",
@@ -152,26 +135,19 @@ def test_a_state_dict_holds_all_that_is_learned_and_no_state(family, insertion, 
     assert torch.equal(run_folded(other, ids, SEGMENT), want)
 
 
-def swapped(model: PreTrainedModel, ids: Tensor) -> Tensor:
-    probe = Probe(memories={})
-    run_folded(model, ids, SEGMENT, probe)
-    return run_swapped(model, ids, SEGMENT, probe.memories)
-
-
 @both_families
 @torch.no_grad()
 def test_swapped_a_document_reads_what_another_wrote_for_itself(family):
     model = make_model(family, {})
-    ids = ids_for(model, num_rows=3)
-    got = swapped(model, ids)
+    ids, probe = ids_for(model, num_rows=3), Probe(memories={})
+    own = run_folded(model, ids, SEGMENT, probe)
+    got = run_swapped(model, ids, SEGMENT, probe.memories)
     for row in range(3):
         other = Probe(memories={})
         run_folded(model, ids[[row - 1]], SEGMENT, other)
         want = run_folded(model, ids[[row]], SEGMENT, Probe(swapped=other.memories))
         assert largest(got[row] - want[0]) < 1e-9
-    assert largest(got - run_folded(model, ids, SEGMENT)) > 0.01
-    same = ids[:1].expand(3, -1)
-    assert largest(run_folded(model, same, SEGMENT) - swapped(model, same)) < 1e-9
+    assert largest(got - own) > 0.01
 
 
 def test_a_document_that_is_no_whole_number_of_segments_is_refused():
@@ -205,12 +181,8 @@ def test_what_a_run_says_reaches_every_attention_and_no_mask_is_made(family, lay
 
 
 @both_families
-def test_restarting_positions_would_have_made_a_mask_and_padding_would_not_have_arrived(family):
+def test_restarting_positions_would_have_made_a_mask(family):
     model = tiny_model(family)
-    calls, ids = spy_on_attention(model), ids_for(model, num_rows=1)
-    restarting = (torch.arange(DOCUMENT) % SEGMENT)[None]
-    model.base_model(input_ids=ids, position_ids=restarting, use_cache=False)
+    calls, restarting = spy_on_attention(model), (torch.arange(DOCUMENT) % SEGMENT)[None]
+    model.base_model(ids_for(model, num_rows=1), position_ids=restarting, use_cache=False)
     assert calls[0]["attention_mask"].shape == (1, 1, DOCUMENT, DOCUMENT)
-    padding = torch.ones_like(ids)
-    model.base_model(input_ids=ids, attention_mask=padding, use_cache=False)
-    assert calls[3]["attention_mask"] is None
