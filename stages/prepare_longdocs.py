@@ -23,6 +23,7 @@ from infini_retrofit.texts.splits import (
     cut_documents,
     open_tokenizer,
     read_articles,
+    title_order,
     tokenize,
     write_documents,
 )
@@ -56,16 +57,18 @@ def main() -> str:
 
 
 def read_other_corpus(split_of: dict[str, str]) -> dict[str, list[Article]]:
-    """Read and split the documents' own corpus without articles of another split.
+    """Read the documents' own corpus without articles of another split, in `title_order`.
 
     Args:
         split_of: the split of each title of the sliding text. The two corpora may share an
-            article, and other shares may put it into another split.
+            article and put it into different splits.
     """
     splits = read_splits(load_choice(CORPORA, "longdocs.corpus", "corpora"))
     return {
-        split: [a for a in articles if split_of.get(a.title, split) == split]
-        for split, articles in splits.items()
+        split: [
+            a for a in sorted(of_split, key=title_order) if split_of.get(a.title, split) == split
+        ]
+        for split, of_split in splits.items()
     }
 
 

@@ -7,8 +7,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from infini_retrofit.texts import articles, hub
-from infini_retrofit.texts.articles import read_corpus, read_dump, read_files
-from infini_retrofit.texts.corpora import FilesCorpus, HubCorpus
+from infini_retrofit.texts.articles import read_corpus, read_dump, read_files, read_splits
+from infini_retrofit.texts.corpora import FilesCorpus, HubCorpus, HubSplits
 from infini_retrofit.texts.splits import Article
 from infini_retrofit.texts.wikitext import join_tokens, split_wikitext
 
@@ -38,31 +38,54 @@ def test_a_changed_sample_is_refused_by_name(monkeypatch):
         articles.read_gensim_sample()
 
 
-WIKITEXT = [
-    " \n",
+WIKITEXT = [  # rows as on the Hub, where a blank line is an empty row
+    "",
     " = Homarus gammarus = \n",
-    " \n",
+    "",
     " The so @-@ called \" lobster \" ( 1 @,@ 000 \u2013 2 @.@ 5 kg ) isn 't the boys ' pet . \n",
+    "",
     " = = Empty = = \n",
+    "",
+    "",
     " = = = Emptier = = = \n",
+    "",
+    "",
     " = = Life = = \n",
+    "",
+    "",
     " = = = Birth = = = \n",
+    "",
     " Born at 10 : 30 , it 's told . \n",
+    " = 1 = \n",
+    "",
+    " = = 2 = = \n",
+    " = a = b \n",
+    "",
+    "",
     " = Next = \n",
+    "",
+    "",
+    " = = First = = \n",
+    "",
     " Text ; end \n",
+    "",
     " = = Nothing follows = = \n",
+    "",
+    " = Bare = \n",
 ]
 LOBSTER = Article(
     "Homarus gammarus",
     "Homarus gammarus\n\n"
     "The so-called \"lobster\" (1,000\u20132.5 kg) isn't the boys' pet.\n\n"
-    "Life\n\nBirth\n\nBorn at 10: 30, it's told.",
+    "Life\n\nBirth\n\nBorn at 10: 30, it's told.\n\n"
+    "= 1 =\n\n= = 2 = =\n\n= a = b",
 )
-NEXT = Article("Next", "Next\n\nText; end")
+NEXT = Article("Next", "Next\n\nFirst\n\nText; end")
+BARE = Article("Bare", "Bare")
 
 
 def test_wikitext_is_cut_at_titles_and_reads_as_it_was_written():
-    assert list(split_wikitext(WIKITEXT)) == [LOBSTER, NEXT]
+    assert list(split_wikitext(WIKITEXT)) == [LOBSTER, NEXT, BARE]
 
 
 def test_joined_tokens_are_stable():
@@ -72,7 +95,9 @@ def test_joined_tokens_are_stable():
 def test_files_are_articles_and_rows_are_articles(tmp_path):
     (tmp_path / "deep").mkdir()
     (tmp_path / "deep" / "a.txt").write_bytes("\ufeffOne \r\n\r\n\r\n\r\ntwo\u00e9\n".encode())
-    (tmp_path / "w.txt").write_text("".join(WIKITEXT), encoding="utf-8")
+    (tmp_path / "w.txt").write_text(
+        "".join(line or " \n" for line in WIKITEXT), encoding="utf-8"
+    )
     (tmp_path / "ignored.md").write_text("no")
     table = pa.table({"text": ["x", None, "z"], "title": ["X", "Y", None], "other": [1, 2, 3]})
     pq.write_table(table, tmp_path / "rows.parquet")
@@ -82,14 +107,15 @@ def test_files_are_articles_and_rows_are_articles(tmp_path):
         Article("rows.parquet row 2", "z"),
         LOBSTER,
         NEXT,
+        BARE,
     ]
     corpus = FilesCorpus(path=str(tmp_path / "deep" / "a.txt"), **SHARES)
     assert read_corpus(corpus) == [Article("a.txt", "One\n\ntwo\u00e9")]
 
 
 def test_a_title_further_down_does_not_make_a_text_wikitext(tmp_path):
-    (tmp_path / "a.txt").write_text("Mine.\n = 1 = \n")
-    assert read_files(tmp_path) == [Article("a.txt", "Mine.\n = 1 =")]
+    (tmp_path / "a.txt").write_text("Mine.\n\n = 1 = \n")
+    assert read_files(tmp_path) == [Article("a.txt", "Mine.\n\n = 1 =")]
 
 
 @pytest.mark.parametrize(
@@ -130,12 +156,31 @@ def test_the_hub_is_read_by_file_name_and_joined_across_files(monkeypatch, tmp_p
         return tmp_path, sorted(tmp_path.glob(patterns[0]))
 
     (tmp_path / "raw").mkdir()
-    for number, lines in enumerate((WIKITEXT[:6], WIKITEXT[6:])):
+    for number, lines in enumerate((WIKITEXT[:15], WIKITEXT[15:])):
         pq.write_table(pa.table({"text": lines}), tmp_path / "raw" / f"train-{number}.parquet")
     monkeypatch.setattr(hub, "fetch_snapshot", fetch)
-    assert read_corpus(hub_corpus()) == [LOBSTER, NEXT]
+    assert read_corpus(hub_corpus()) == [LOBSTER, NEXT, BARE]
     assert asked["revision"] == COMMIT
     assert asked["patterns"] == ["raw/*.parquet"]
     assert asked["repo_type"] == "dataset"
     with pytest.raises(ValueError, match=r"files must match parquet files in .* 'cooked/\*"):
         read_corpus(hub_corpus("cooked/*.parquet"))
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["train-0", "val-0"], r"with train, val and test.* got train-0.parquet, val-0.parquet"),
+        (["train-0", "val-0", "test-0", "a"], "with train, val and test.* got a.parquet, test-0"),
+        (["train-0", "val-0", "test"], "at least 2 articles, got train 3, val 3, test 1"),
+    ],
+)
+def test_own_splits_need_articles_in_each_and_no_other_files(monkeypatch, tmp_path, names, message):
+    for name in names:
+        rows = WIKITEXT[:15] if name == "test" else WIKITEXT
+        pq.write_table(pa.table({"text": rows}), tmp_path / f"{name}.parquet")
+    found = tmp_path, sorted(tmp_path.iterdir())
+    monkeypatch.setattr(hub, "fetch_snapshot", lambda *_, **__: found)
+    corpus = HubSplits(repo_id="nobody/nothing", revision=COMMIT, files="*.parquet")
+    with pytest.raises(ValueError, match=message):
+        read_splits(corpus)

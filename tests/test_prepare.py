@@ -4,10 +4,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from tokenizers import processors
 
+from infini_retrofit.texts import hub
 from infini_retrofit.texts.splits import SPLITS, cut_documents, read_articles, tokenize
 from stages import prepare_longdocs, prepare_wikitext
 from tests.tiny import tiny_tokenizer
@@ -15,12 +17,14 @@ from tests.tiny_project import ROOT, contents
 
 NUM_TEXTS, TOKENS_PER_DOCUMENT = 40, 24
 PARAMS = """
-corpus: texts
+corpus: {sliding}
 corpora:
   texts: {{source: files, path: texts, val_share: 0.3, test_share: 0.3}}
   books: {{source: files, path: books, val_share: 0.2, test_share: 0.5}}
+  wiki: {{source: hub-splits, repo_id: a/b, revision: {revision}, files: "*.parquet"}}
 longdocs: {{corpus: {corpus}, tokens_per_document: {tokens_per_document}, documents: {documents}}}
 """
+OFFICIAL = {"train": 600, "val": 60, "test": 60}
 Titles = dict[str, set[str]]
 
 
@@ -51,9 +55,43 @@ def write_tokenizer() -> None:
     tokenizer.save("models/base/tokenizer.json")
 
 
-def write_params(**longdocs: object) -> None:
+def write_params(**changes: object) -> None:
     defaults = {"corpus": "same", "documents": "all", "tokens_per_document": TOKENS_PER_DOCUMENT}
-    Path("params.yaml").write_text(PARAMS.format(**defaults | longdocs))
+    defaults |= {"sliding": "texts", "revision": "a" * 40}
+    Path("params.yaml").write_text(PARAMS.format(**defaults | changes))
+
+
+def wikitext_rows(number: int) -> list[str]:
+    """Return an article in the rows of WikiText, with lines that look like titles."""
+    return [
+        "",
+        f" = {number:02}.txt = \n" if number < 40 else f" = Town {number} = \n",
+        "",
+        *([] if number % 2 else [f" wiki {number} : the dog sleeps . \n", " = 1 = \n", ""]),
+        "",
+        " = = The sea = = \n",
+        "",
+        " = 2 = \n",
+        *[f" wiki {number} had {i} @,@ 000 dogs by the sea . \n" for i in range(1 + number % 7)],
+        " = = 3 = = \n",
+        "",
+    ]
+
+
+@pytest.fixture
+def wiki(tmp_path, monkeypatch):
+    """A corpus of the Hub in its own splits, some of whose articles have the name of a text."""
+    numbers = iter([13 * i % 720 for i in range(720)])  # each split has small ones
+    (tmp_path / "hub").mkdir()
+    titles = {}
+    for split, name in zip(SPLITS, ("train", "validation", "test"), strict=True):
+        rows = [wikitext_rows(next(numbers)) for _ in range(OFFICIAL[split])]
+        table = pa.table({"text": [line for article in rows for line in article]})
+        pq.write_table(table, tmp_path / f"hub/{name}-00000-of-00001.parquet")
+        titles[split] = [article[1].strip(" =\n") for article in rows]
+    found = tmp_path / "hub", sorted((tmp_path / "hub").iterdir())
+    monkeypatch.setattr(hub, "fetch_snapshot", lambda *_, **__: found)
+    return titles
 
 
 def rows_of(name: str) -> dict[str, list[dict]]:
@@ -65,6 +103,17 @@ def documents_of(**params: object) -> dict[str, list[dict]]:
     write_params(**params)
     prepare_longdocs.main()
     return rows_of("longdocs")
+
+
+def test_a_corpus_keeps_its_own_splits_articles_and_order(wiki):
+    write_params(sliding="wiki")
+    prepare_wikitext.main()
+    rows = rows_of("wikitext")
+    assert {split: [row["title"] for row in rows[split]] for split in SPLITS} == wiki
+    assert {split: len(rows[split]) for split in SPLITS} == OFFICIAL
+    (text,) = (row["text"] for row in rows["train"] if row["title"] == "Town 91")
+    sentence = "wiki 91 had 0,000 dogs by the sea."
+    assert text.split("\n\n") == ["Town 91", "The sea", "= 2 =", sentence, "= = 3 = ="]
 
 
 def titles_of(rows: dict[str, list[dict]]) -> Titles:
@@ -144,19 +193,28 @@ def test_documents_come_from_the_other_corpus_only():
         assert tokenizer.decode(row["input_ids"]).startswith(begin)
 
 
-def test_a_title_of_both_corpora_never_stands_in_two_splits(monkeypatch):
-    articles, documents = titles_of(rows_of("wikitext")), titles_of(documents_of(corpus="books"))
-    in_both = {f"{i:02}.txt" for i in range(NUM_TEXTS // 2, NUM_TEXTS)}
-    assert in_both & set().union(*documents.values())
+@pytest.mark.usefixtures("wiki")
+@pytest.mark.parametrize(
+    ("sliding", "corpus"), [("texts", "books"), ("texts", "wiki"), ("wiki", "books")]
+)
+def test_a_title_of_both_corpora_never_stands_in_two_splits(monkeypatch, sliding, corpus):
+    write_params(sliding=sliding)
+    prepare_wikitext.main()
+    articles = titles_of(rows_of("wikitext"))
+    documents = titles_of(documents_of(sliding=sliding, corpus=corpus))
+    in_both = set().union(*articles.values()) & set().union(*documents.values())
+    assert in_both
     assert shared(articles, documents) == set()
     read = prepare_longdocs.read_other_corpus
     monkeypatch.setattr(prepare_longdocs, "read_other_corpus", lambda _: read({}))
-    leaked = shared(articles, titles_of(documents_of(corpus="books")))
+    leaked = shared(articles, titles_of(documents_of(sliding=sliding, corpus=corpus)))
     assert leaked
-    assert leaked <= in_both
+    assert {title[2:] for title in leaked} == {".txt"}
 
 
-def test_only_the_wanted_documents_are_tokenised_and_they_are_the_first(monkeypatch):
+@pytest.mark.usefixtures("wiki")
+@pytest.mark.parametrize("corpus", ["books", "wiki"])
+def test_only_the_wanted_documents_are_tokenised_and_they_are_the_first(monkeypatch, corpus):
     taken = []
 
     def counting(tokenizer, articles):
@@ -165,8 +223,8 @@ def test_only_the_wanted_documents_are_tokenised_and_they_are_the_first(monkeypa
             yield article
 
     monkeypatch.setattr(prepare_longdocs, "tokenize", counting)
-    fewer, few = documents_of(corpus="books", documents=2), len(taken)
-    of_all = documents_of(corpus="books")
+    fewer, few = documents_of(corpus=corpus, documents=2), len(taken)
+    of_all = documents_of(corpus=corpus)
     assert fewer == {split: of_all[split][:2] for split in SPLITS}
     assert 6 <= few < 15
     assert len(taken) - few > 30

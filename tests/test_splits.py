@@ -1,5 +1,7 @@
 """The split of a corpus, its documents, and its files of tokens."""
 
+from unicodedata import normalize
+
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
@@ -22,15 +24,34 @@ def tokenized(title: str, num_tokens: int, first: int = 0) -> TokenizedArticle:
     return TokenizedArticle(title, f"text of {title}", ids)
 
 
-def test_an_article_stays_in_its_split_when_others_come():
-    articles = [Article(f"title {i}", "text") for i in range(1000)]
-    of_all = split_articles(articles, 0.2, 0.3)
-    of_some = split_articles(articles[::-3], 0.2, 0.3)
+@pytest.mark.parametrize(
+    ("num_articles", "shares", "counts"),
+    [(20, (0.1, 0.1), (16, 2, 2)), (98, (0.16, 0.25), (57, 16, 25)), (6, (0.1, 0.1), (2, 2, 2))],
+)
+def test_splits_are_dealt_by_number(num_articles, shares, counts):
+    for first in range(0, 500, 10):
+        articles = [Article(f"{i}.txt", "text") for i in range(first, first + num_articles)]
+        splits = split_articles(articles, *shares)
+        assert tuple(len(splits[split]) for split in SPLITS) == counts
+        assert {a for split in SPLITS for a in splits[split]} == set(articles)
+        assert split_articles(articles[::-1], *shares) == splits
+
+
+def test_articles_of_one_title_stay_together():
+    articles = [Article(f"title {i % 9}", f"text {i}") for i in range(27)]
+    splits = split_articles(articles, 0.3, 0.3)
+    assert [len(splits[split]) for split in SPLITS] == [9, 9, 9]
+    assert all(len({article.title for article in splits[split]}) == 3 for split in SPLITS)
+
+
+def test_the_unicode_form_of_a_title_decides_nothing():
+    titles = [f"caf\u00e9 {i}" for i in range(20)]
+    composed = split_articles([Article(title, "") for title in titles], 0.2, 0.3)
+    decomposed = split_articles([Article(normalize("NFD", t), "") for t in titles], 0.2, 0.3)
     for split in SPLITS:
-        assert set(of_some[split]) <= set(of_all[split])
-        assert of_some[split] == [a for a in of_all[split] if a in set(of_some[split])]
-    shares = [len(of_all[split]) / 1000 for split in SPLITS]
-    assert shares == pytest.approx([0.5, 0.2, 0.3], abs=0.05)
+        assert [normalize("NFC", a.title) for a in decomposed[split]] == [
+            a.title for a in composed[split]
+        ]
 
 
 def test_the_split_is_the_same_on_every_machine():
@@ -40,8 +61,8 @@ def test_the_split_is_the_same_on_every_machine():
 
 
 def test_too_few_articles_are_refused():
-    articles = [Article(f"title {i}", "text") for i in range(3)]
-    with pytest.raises(ValueError, match=r"at least 2 articles, got train \d, val \d, test \d"):
+    articles = [Article(f"title {i}", "text") for i in range(5)]
+    with pytest.raises(ValueError, match="at least 2 articles, got train 1, val 2, test 2: add"):
         split_articles(articles, 0.2, 0.3)
 
 

@@ -27,7 +27,7 @@ from transformers import (
 
 from infini_retrofit.bases.folder import BaseModel
 from infini_retrofit.pipeline.device import start_run
-from infini_retrofit.texts.corpora import CorpusShares
+from infini_retrofit.texts.corpora import Corpus
 
 END_OF_TEXT = "<|endoftext|>"
 
@@ -59,7 +59,7 @@ class ScratchBase:
         """Return the number of layers."""
         return self.num_layers
 
-    def load(self, corpus_name: str, corpus: CorpusShares) -> BaseModel:
+    def load(self, corpus_name: str, corpus: Corpus) -> BaseModel:
         """Train tokenizer and model."""
         from infini_retrofit.texts.articles import read_splits
 

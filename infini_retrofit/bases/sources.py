@@ -16,7 +16,7 @@ from infini_retrofit.bases.folder import WEIGHTS, BaseModel, check_config, read_
 from infini_retrofit.bases.gguf import read_gguf, read_metadata
 from infini_retrofit.bases.scratch import ScratchBase
 from infini_retrofit.pipeline.files import sha256, whole_folder, write_manifest, write_text
-from infini_retrofit.texts.corpora import CorpusShares, check_commit
+from infini_retrofit.texts.corpora import Corpus, check_commit
 from infini_retrofit.texts.hub import fetch_snapshot
 
 
@@ -114,7 +114,7 @@ def bring_base(
     name: str,
     folder: Path,
     corpus_name: str,
-    corpus: CorpusShares,
+    corpus: Corpus,
 ) -> None:
     """Replace a folder by the base, whole or not at all; only `ScratchBase` reads the corpus."""
     from_scratch = isinstance(params, ScratchBase)

@@ -11,8 +11,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from infini_retrofit.pipeline.files import sha256
-from infini_retrofit.texts.corpora import CorpusShares, GensimCorpus, HubCorpus
-from infini_retrofit.texts.splits import Article, split_articles
+from infini_retrofit.texts.corpora import Corpus, CorpusShares, GensimCorpus, HubSplits
+from infini_retrofit.texts.splits import SPLITS, Article, check_splits, split_articles
 from infini_retrofit.texts.wikimarkup import clean_article
 from infini_retrofit.texts.wikitext import is_wikitext, split_wikitext
 
@@ -22,8 +22,10 @@ TITLE_COLUMNS = ("title", "short_book_title")  # the second is that of PG-19
 _NO_ARTICLE = re.compile(r"#redirect|.*\{\{(?:disambiguation|geodis)[|}]", re.I | re.S)
 
 
-def read_splits(corpus: CorpusShares) -> dict[str, list[Article]]:
-    """Read a corpus and deal its articles to splits."""
+def read_splits(corpus: Corpus) -> dict[str, list[Article]]:
+    """Read a corpus in its own splits, or deal its articles to splits."""
+    if not isinstance(corpus, CorpusShares):
+        return read_own_splits(corpus)
     return split_articles(read_corpus(corpus), corpus.val_share, corpus.test_share)
 
 
@@ -31,7 +33,7 @@ def read_corpus(corpus: CorpusShares) -> list[Article]:
     """Read all articles of a corpus; an error names the file at fault."""
     if isinstance(corpus, GensimCorpus):
         return read_gensim_sample()
-    return read_hub(corpus) if isinstance(corpus, HubCorpus) else read_files(Path(corpus.path))
+    return read_hub(corpus) if isinstance(corpus, HubSplits) else read_files(Path(corpus.path))
 
 
 def read_gensim_sample() -> list[Article]:
@@ -56,8 +58,27 @@ def read_dump(path: Path) -> list[Article]:
     return [Article(title, f"{title}\n\n{text}") for title, text in texts.items() if text]
 
 
-def read_hub(corpus: HubCorpus) -> list[Article]:
-    """Read the parquet files of a data set in the pinned revision."""
+def read_own_splits(corpus: HubSplits) -> dict[str, list[Article]]:
+    """Read the files of each split, which begins their names, in their order."""
+    paths = fetch_parquet(corpus)
+    of_split = {split: [p for p in paths if p.name.startswith(split)] for split in SPLITS}
+    if not all(of_split.values()) or sum(map(len, of_split.values())) < len(paths):
+        raise ValueError(
+            "corpora.<preset>.files must match files whose names begin with train, val and test, "
+            f"and no others, got {', '.join(path.name for path in paths)}"
+        )
+    splits = {split: _read_parquets(of_split[split]) for split in SPLITS}
+    check_splits(splits)
+    return splits
+
+
+def read_hub(corpus: HubSplits) -> list[Article]:
+    """Read all articles of a data set on the Hub."""
+    return _read_parquets(fetch_parquet(corpus))
+
+
+def fetch_parquet(corpus: HubSplits) -> list[Path]:
+    """Download the parquet files of a data set in the pinned revision."""
     from infini_retrofit.texts.hub import fetch_snapshot
 
     _, paths = fetch_snapshot(
@@ -72,8 +93,7 @@ def read_hub(corpus: HubCorpus) -> list[Article]:
             f"corpora.<preset>.files must match parquet files in {corpus.repo_id}, "
             f"got {corpus.files!r}"
         )
-    rows = [row for path in paths for row in _read_parquet(path, path.name)]
-    return _assemble(rows, paths[0].parent)
+    return paths
 
 
 def read_files(path: Path) -> list[Article]:
@@ -96,6 +116,12 @@ def read_files(path: Path) -> list[Article]:
     if not articles:
         raise ValueError(f"corpora.<preset>.path must hold *.txt or *.parquet files, got {path}")
     return articles
+
+
+def _read_parquets(paths: list[Path]) -> list[Article]:
+    """Read parquet files one after another; an article may go on in the next one."""
+    rows = [row for path in paths for row in _read_parquet(path, path.name)]
+    return _assemble(rows, paths[0].parent)
 
 
 def _read_text(path: Path, name: str) -> list[Article]:
@@ -130,7 +156,7 @@ def _read_parquet(path: Path, name: str) -> list[Article]:
 
 def _assemble(rows: list[Article], path: Path) -> list[Article]:
     """Cut WikiText at its titles, or drop empty rows, repeated empty lines, spaces at line ends."""
-    lines = [line for row in rows for line in row.text.splitlines()]
+    lines = [line for row in rows for line in row.text.splitlines() or [""]]
     if is_wikitext(lines):
         return list(split_wikitext(lines))
     articles = []

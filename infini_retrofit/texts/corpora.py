@@ -5,9 +5,12 @@ Knows neither how a corpus is read (`articles`) nor how it is split and stored (
 
 import re
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
+
+from pydantic import Field
 
 SAME = "same"
+Share = Annotated[float, Field(gt=0, lt=1)]
 
 
 def check_commit(name: str, revision: str) -> None:
@@ -23,16 +26,11 @@ def check_commit(name: str, revision: str) -> None:
 class CorpusShares:
     """The shares of a corpus's articles that no model trains on."""
 
-    val_share: float
-    test_share: float
+    val_share: Share
+    test_share: Share
 
     def __post_init__(self) -> None:
-        """Refuse shares that leave a split without articles."""
-        for name in ("val_share", "test_share"):
-            if not 0 < (share := getattr(self, name)) < 1:
-                raise ValueError(
-                    f"corpora.<preset>.{name} must be a share between 0 and 1, got {share}"
-                )
+        """Refuse shares that leave no articles for training."""
         if self.val_share + self.test_share >= 1:
             raise ValueError(
                 "corpora.<preset>.val_share + test_share must be below 1, to leave articles for "
@@ -46,8 +44,8 @@ class GensimCorpus(CorpusShares):
 
 
 @dataclass(frozen=True, kw_only=True)
-class HubCorpus(CorpusShares):
-    """Parquet files of a data set on the Hub, whose own splits are ignored."""
+class HubSplits:
+    """Parquet files of a data set on the Hub, each of the split that begins its name."""
 
     repo_id: str
     revision: str
@@ -55,7 +53,6 @@ class HubCorpus(CorpusShares):
 
     def __post_init__(self) -> None:
         """Refuse a revision that is no commit, and other files than parquet."""
-        super().__post_init__()
         check_commit("corpora.<preset>.revision", self.revision)
         if not self.files.endswith(".parquet"):
             raise ValueError(
@@ -65,13 +62,29 @@ class HubCorpus(CorpusShares):
 
 
 @dataclass(frozen=True, kw_only=True)
+class HubCorpus(CorpusShares, HubSplits):
+    """Parquet files of a data set on the Hub, whose own splits are ignored."""
+
+    def __post_init__(self) -> None:
+        """Refuse what either base refuses."""
+        CorpusShares.__post_init__(self)
+        HubSplits.__post_init__(self)
+
+
+@dataclass(frozen=True, kw_only=True)
 class FilesCorpus(CorpusShares):
     """The user's own text or parquet files."""
 
     path: str
 
 
-CORPORA = {"gensim-sample": GensimCorpus, "hub": HubCorpus, "files": FilesCorpus}
+Corpus = CorpusShares | HubSplits
+CORPORA = {
+    "gensim-sample": GensimCorpus,
+    "hub": HubCorpus,
+    "hub-splits": HubSplits,
+    "files": FilesCorpus,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,18 +92,5 @@ class LongdocsParams:
     """Section `longdocs` of params.yaml."""
 
     corpus: str  # a key of `corpora`; SAME: the corpus of the sliding text
-    tokens_per_document: int
-    documents: int | Literal["all"]  # at most, in each split
-
-    def __post_init__(self) -> None:
-        """Refuse too few tokens to score, and too few documents to swap."""
-        if self.tokens_per_document < 2:
-            raise ValueError(
-                "longdocs.tokens_per_document must be at least 2 tokens, "
-                f"got {self.tokens_per_document}"
-            )
-        if self.documents != "all" and self.documents < 2:
-            raise ValueError(
-                "longdocs.documents must be all or at least 2 documents of each split, "
-                f"got {self.documents}"
-            )
+    tokens_per_document: Annotated[int, Field(ge=2)]  # the first is not scored
+    documents: Literal["all"] | Annotated[int, Field(ge=2)]  # at most, in each split

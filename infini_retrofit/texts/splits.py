@@ -5,6 +5,7 @@ Knows neither the source of the articles (`articles`) nor how they are cleaned (
 """
 
 import hashlib
+import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,27 +55,36 @@ class Document:
 def split_articles(
     articles: Sequence[Article], val_share: float, test_share: float
 ) -> dict[str, list[Article]]:
-    """Deal articles to splits by a hash of their titles.
+    """Deal articles to splits by number, in the order of a hash of their titles.
 
-    An article keeps its split when others are added or removed. Each split is sorted by the hash.
+    Articles of one title stay together. The order in which they were read decides nothing.
     """
-    splits: dict[str, list[Article]] = {split: [] for split in SPLITS}
-    for article in sorted(articles, key=lambda article: _title_hash(article.title)):
-        place = _title_hash(article.title)
-        in_val, in_test = place < val_share, place < val_share + test_share
-        splits["val" if in_val else "test" if in_test else "train"].append(article)
+    in_order = sorted(articles, key=title_order)
+    titles = list(dict.fromkeys(article.title for article in in_order))
+    num_val, num_test = (
+        max(MIN_ARTICLES, int(share * len(titles) + 0.5)) for share in (val_share, test_share)
+    )
+    dealt = ["val"] * num_val + ["test"] * num_test + ["train"] * len(titles)
+    split_of = dict(zip(titles, dealt, strict=False))
+    splits = {split: [a for a in in_order if split_of[a.title] == split] for split in SPLITS}
+    check_splits(splits)
+    return splits
+
+
+def check_splits(splits: dict[str, list[Article]]) -> None:
+    """Refuse a split of too few articles."""
     if min(map(len, splits.values())) < MIN_ARTICLES:
         counts = ", ".join(f"{split} {len(splits[split])}" for split in SPLITS)
         raise ValueError(
             f"the corpus must give each split at least {MIN_ARTICLES} articles, got {counts}: "
-            "add articles, or raise the share (corpora.<preset>.val_share, test_share)"
+            "add articles"
         )
-    return splits
 
 
-def _title_hash(title: str) -> float:
-    """Map a title to [0, 1), uniformly and equally on every machine."""
-    return int.from_bytes(hashlib.sha256(title.encode()).digest()[:6], "big") / 2**48
+def title_order(piece: Article | Document) -> tuple[bytes, str]:
+    """Return a hash of the title that is equal in every Unicode form, and the title."""
+    normalized = unicodedata.normalize("NFC", piece.title)
+    return hashlib.sha256(normalized.encode()).digest(), piece.title
 
 
 def open_tokenizer(path: Path) -> Tokenizer:
@@ -109,7 +119,7 @@ def cut_documents(articles: Sequence[TokenizedArticle], tokens_per_document: int
         for article in articles
         for part in range(len(article.input_ids) // length)
     ]
-    return sorted(documents, key=lambda document: (document.part, _title_hash(document.title)))
+    return sorted(documents, key=lambda document: (document.part, title_order(document)))
 
 
 def write_articles(folder: Path, split: str, articles: Sequence[TokenizedArticle]) -> None:

@@ -1,15 +1,17 @@
 """Text in the form of the WikiText data sets -> articles in plain English.
 
 WikiText puts spaces around every token, splits numbers and hyphenated words (` @-@ `), and marks
-headings by equals signs: ` = Title = `, ` = = Section = = `.
+headings by equals signs: ` = Title = `, ` = = Section = = `. A heading stands between blank lines;
+other lines of this form, such as formulas, are text.
 """
 
 import re
 from collections.abc import Iterable, Iterator
+from itertools import chain
 
 from infini_retrofit.texts.splits import Article
 
-_HEADING = re.compile(r"\s*((?:= )+)(.*[^=\s])((?: =)+)\s*")
+_HEADING = re.compile(r"\s*(=(?: =)*) (?!=)(.*[^=\s]) \1\s*")
 _REPAIRS = [
     (re.compile(r" @([-,.])@(?: |$)"), r"\1"),
     (re.compile(r'" ([^"]*?) "'), r'"\1"'),
@@ -27,24 +29,25 @@ _REPAIRS = [
 
 def is_wikitext(lines: Iterable[str]) -> bool:
     """Return whether the first line with text is the title of an article."""
-    return _is_title(next(filter(str.strip, lines), ""))
+    return next(_read_lines(lines), (0, ""))[0] == 1
 
 
 def split_wikitext(lines: Iterable[str]) -> Iterator[Article]:
     """Cut lines at the titles of articles; earlier lines are dropped.
 
-    The text of an article starts with its title; an empty line separates paragraphs.
+    The text of an article starts with its title; an empty line separates paragraphs. The headings
+    of empty sections are dropped.
     """
-    title, body = "", []
-    for line in lines:
-        if _is_title(line):
-            if title:
-                yield _make_article(title, body)
-            title, body = join_tokens(_HEADING.fullmatch(line)[2]), []
-        else:
-            body.append(line)
-    if title:
-        yield _make_article(title, body)
+    paragraphs: list[tuple[int, str]] = []  # level and text, of one article
+    for level, text in chain(_read_lines(lines), [(1, "")]):
+        while level and len(paragraphs) > 1 and paragraphs[-1][0] >= level:
+            paragraphs.pop()
+        if level == 1:
+            if paragraphs:
+                yield Article(paragraphs[0][1], "\n\n".join(text for _, text in paragraphs))
+            paragraphs = [(level, text)]
+        elif paragraphs:
+            paragraphs.append((level, text))
 
 
 def join_tokens(line: str) -> str:
@@ -55,19 +58,13 @@ def join_tokens(line: str) -> str:
     return line
 
 
-def _is_title(line: str) -> bool:
-    """Return whether a line is the title of an article."""
-    heading = _HEADING.fullmatch(line)
-    return bool(heading) and heading[1].strip() == heading[3].strip() == "="
-
-
-def _make_article(title: str, lines: list[str]) -> Article:
-    """Assemble an article without the headings of empty sections."""
-    paragraphs: list[tuple[int, str]] = []  # level (0 for text), text
-    for line in filter(str.strip, [*lines, "= end ="]):
+def _read_lines(lines: Iterable[str]) -> Iterator[tuple[int, str]]:
+    """Yield level (0: text, 1: title, 2: section) and text of each line that is not blank."""
+    before, line = "", ""
+    for after in chain(lines, [""]):
         heading = _HEADING.fullmatch(line)
-        level = len(heading[1].split()) if heading else 0
-        while level and paragraphs and paragraphs[-1][0] >= level:
-            paragraphs.pop()
-        paragraphs.append((level, join_tokens(heading[2] if heading else line)))
-    return Article(title, "\n\n".join([title, *(text for _, text in paragraphs[:-1])]))
+        if heading and not before.strip() and not after.strip():
+            yield heading[1].count("="), join_tokens(heading[2])
+        elif line.strip():
+            yield 0, join_tokens(line)
+        before, line = line, after
