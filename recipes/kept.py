@@ -19,7 +19,7 @@ LOCK = "dvc.lock"
 PIPELINE = "dvc.yaml"
 METRICS = "metrics"
 SCORES = "plots/eval_documents.tsv"
-PLOTTED = (SCORES, "plots/eval_positions.tsv")
+PLOTTED = (SCORES, "plots/eval_positions.tsv", "plots/training.tsv")
 
 
 def keep(name: str, experiment: Experiment) -> Path:

@@ -24,8 +24,8 @@ from analysis.report.continuations import (
     decode,
 )
 from analysis.report.page import Report, as_html, as_markdown
-from analysis.report.results import read_results
-from analysis.report.rows import summary_rows, training_rows
+from analysis.report.results import INPUTS, read_results
+from analysis.report.rows import summary_rows
 from analysis.report.verdict import summarize
 from infini_retrofit.model.base import load_base, load_tokenizer
 from infini_retrofit.model.checkpoints import load_retrofit
@@ -46,7 +46,9 @@ PIPELINE = Path(__file__).parents[1] / "dvc.yaml"
 def main() -> str:
     """Run the stage and return what it made."""
     params = load_section(dict, "")
-    results = read_results(read_made)
+    for path in INPUTS:
+        check_made(Path(path), "dvc repro")
+    results = read_results(lambda path: Path(path).read_text(encoding="utf-8"))
     prefix, continuations = continue_prefix(params)
     report = Report(
         title=f"infini-retrofit: {params['model']} with a memory",
@@ -64,17 +66,11 @@ def main() -> str:
     text = as_markdown(report)
     write_metrics(METRICS, summarize(results))
     write_rows(SUMMARY, summary_rows(results))
-    write_rows(TRAINING, training_rows(results))
+    write_rows(TRAINING, results.curves.to_dict("records"))
     write_text(PAGE, as_html(report))
     write_text(MARKDOWN, text)
     print("\n" + text.split("\n## ")[0], flush=True)
     return f"report: {PAGE} (open it in a browser), {MARKDOWN}"
-
-
-def read_made(path: str) -> str:
-    """Read a file that the stages before have made."""
-    check_made(Path(path), "dvc repro")
-    return Path(path).read_text(encoding="utf-8")
 
 
 def continue_prefix(params: dict[str, Any]) -> tuple[str, list[tuple[str, str]]]:

@@ -60,7 +60,7 @@ def measured(segment: float, articles: int = 12, spread: float = 0.0, **changes:
             rows.append(row)
     scores["finetuned"]["num_articles"] = articles
     params = {"infini": {"segment_length": 16}}
-    return Results(scores, {}, pd.DataFrame(rows), pd.DataFrame(), {}, params)
+    return Results(scores, {}, pd.DataFrame(rows), pd.DataFrame(), pd.DataFrame(), params)
 
 
 @pytest.mark.parametrize(
@@ -135,12 +135,31 @@ def test_the_stage_reports_a_finished_project(project):
     assert summary["ppl"] == round(table["finetuned"]["segment_test_ppl"], 2)
     text, page = (Path(f"report/{name}").read_text() for name in ("report.md", "index.html"))
     results = read_results(lambda path: Path(path).read_text())
-    for shown in (verdict(results), "memory swapped", "Seconds of each stage", "prepare_wikitext"):
+    for shown in (verdict(results), "memory swapped", "What was trained", "prepare_wikitext"):
         assert shown in text
         assert shown in page
     assert len(re.findall("<img ", page)) == 4
     # It opens without internet.
     assert not re.search(r"""(src|href)\s*=\s*(?!["']?data:)|url\(|@import|https?://""", page)
+
+
+def test_curves_are_read_from_each_stage_or_from_the_rows_of_all(project):
+    def read(path: str) -> str:
+        return Path(path).read_text()
+
+    curves = read_results(read).curves
+    assert list(curves.columns) == ["model", "text", "epoch", "ppl"]
+    epochs = curves.groupby("model").epoch.agg(list).to_dict()
+    assert epochs == {
+        "distilled": [0, 1, 2, 3],
+        "finetuned": [0, 1, 2],
+        "control": [0, 1, 2],
+        "base": [0, 3],
+    }
+    assert curves.set_index("model").ppl["base"].nunique() == 1
+    for stage in ("distill", "finetune", "finetune_control"):
+        Path(f"plots/{stage}.tsv").unlink()
+    pd.testing.assert_frame_equal(read_results(read).curves, curves)
 
 
 def test_the_stage_ends_with_the_table_on_the_terminal(project, capsys):

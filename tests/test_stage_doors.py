@@ -41,7 +41,7 @@ INPUTS = [
     (stage, dep)
     for stage in STAGES
     for dep in PIPELINE[stage]["deps"]
-    if not dep.startswith(("stages/", "infini_retrofit")) and dep != "data/params_ok"
+    if not dep.startswith(("stages/", "infini_retrofit", "analysis")) and dep != "data/params_ok"
 ]
 
 

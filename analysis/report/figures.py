@@ -8,7 +8,6 @@ import math
 from collections.abc import Callable, Sequence
 
 import matplotlib as mpl
-import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullLocator, ScalarFormatter
@@ -30,11 +29,7 @@ MARKS = {
     "sliding": ("sliding", "s", "0.6", 5),
 }
 NEED_MEMORY = ("segment_off", "segment_swapped")
-CURVES = {
-    "distill": ("distilled (samples)", SKY),
-    "finetune": ("finetuned (documents)", BLUE),
-    "finetune_control": ("control (documents)", ORANGE),
-}
+CURVES = {"distilled": SKY, "finetuned": BLUE, "control": ORANGE, "base": "0.4"}
 # The lines by position: model, protocol, words, colour.
 LINES = (
     ("control", "segment", "control", ORANGE),
@@ -50,7 +45,7 @@ def pictures(results: Results) -> dict[str, str]:
     """Return the SVG of every picture that the results allow, by its heading."""
     drawn = {"What the memory gains over each rival": _svg(2.8, draw_gains, results)}
     drawn["Perplexity by protocol"] = _svg(3.2, draw_protocols, results)
-    if results.curves:
+    if not results.curves.empty:
         drawn["Training"] = _svg(3.6, draw_curves, results)
     if not results.positions.empty:
         drawn["Loss by position in the segment"] = _svg(3.6, draw_positions, results)
@@ -93,31 +88,19 @@ def draw_protocols(axes: Axes, results: Results) -> None:
 
 def draw_curves(axes: Axes, results: Results) -> None:
     """Draw validation perplexity by epoch of every training, and the base as a line."""
-    last = 0
-    for stage, (label, colour) in CURVES.items():
-        if stage in results.curves:
-            rows = results.curves[stage]
-            val = rows[(rows.split == "val") & rows.ppl.notna()]
-            axes.plot(val.epoch, val.ppl, "o-", color=colour, markersize=4, label=label)
-            last = max(last, val.epoch.max())
-    base = base_ppl(results.curves.get("finetune_control"))
-    if base is not None:
-        axes.axhline(base, color="0.4", linestyle="--", label="base (documents)")
+    rows = results.curves
+    for model, colour in CURVES.items():
+        curve = rows[rows.model == model]
+        if not curve.empty:
+            style, label = "--" if model == "base" else ".-", f"{model} ({curve.text.iloc[0]})"
+            axes.plot(curve.epoch, curve.ppl, style, color=colour, label=label)
     axes.set_xlabel("epoch")
     axes.set_ylabel("validation perplexity (log)")
-    axes.xaxis.set_major_locator(MaxNLocator(min(8, int(last) + 1), integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
     axes.set_yscale("log")
     _plain_log_ticks(axes)
     axes.grid(color="0.92")
     _legend(axes)
-
-
-def base_ppl(curve: pd.DataFrame | None) -> float | None:
-    """Return the validation perplexity of the control before training: that of the base."""
-    if curve is None:
-        return None
-    start = curve[(curve.epoch == 0) & (curve.split == "val")]
-    return float(start.ppl.iloc[0]) if len(start) else None
 
 
 def draw_positions(axes: Axes, results: Results) -> None:

@@ -26,6 +26,7 @@ NOTES = {
     ),
 }
 _TEXTS = ("Continuations", "Where it ran")  # tables of words: their cells stand flush left
+_TRAINED = ("stage", "epochs", "best", "parameters", "tokens")
 _PAGE = """<!DOCTYPE html>
 <html lang="en">
 <head>
@@ -128,6 +129,7 @@ def _tables(report: Report) -> list[tuple[str, str, Sequence[str], Rows]]:
     ran_here = "Of its last run here; - where the result came from a cache or from elsewhere."
     tables = [
         ("Continuations", note, ["model", "text"], report.continuations),
+        ("What was trained", "", _TRAINED, _trained(report.results)),
         (
             "Parameters that differ from the default",
             "",
@@ -138,6 +140,15 @@ def _tables(report: Report) -> list[tuple[str, str, Sequence[str], Rows]]:
         ("Seconds of each stage", ran_here, ["stage", "seconds"], report.seconds),
     ]
     return [table for table in tables if table[3]]
+
+
+def _trained(results: Results) -> list[list[str]]:
+    """Return what each training took: stage, epochs, the best one, parameters, tokens."""
+    keys = ("epochs_run", "best_epoch", "num_trainable_parameters", "num_trained_tokens")
+    return [
+        [stage, *(f"{metrics[key]:,}" if key in metrics else "-" for key in keys)]
+        for stage, metrics in results.training.items()
+    ]
 
 
 def _item(name: str, text: str) -> str:

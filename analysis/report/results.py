@@ -9,9 +9,21 @@ from typing import Any
 import pandas as pd
 from ruamel.yaml import YAML
 
-TRAININGS = ("distill", "finetune", "finetune_control")
+# The model that each training stage makes, and the text on which it is validated.
+TRAININGS = {
+    "distill": ("distilled", "samples"),
+    "finetune": ("finetuned", "documents"),
+    "finetune_control": ("control", "documents"),
+}
 EVALUATION = "metrics/eval_sliding.json"
 DOCUMENTS, POSITIONS = "plots/eval_documents.tsv", "plots/eval_positions.tsv"
+CURVES = "plots/training.tsv"
+# What a run of the pipeline leaves for the report.
+INPUTS = (
+    *(EVALUATION, DOCUMENTS, POSITIONS),
+    *(f"metrics/{stage}.json" for stage in TRAININGS),
+    *(f"plots/{stage}.tsv" for stage in TRAININGS),
+)
 PARAMS = "params.yaml"
 
 
@@ -24,8 +36,8 @@ class Results:
         training: the metrics of each training stage that ran.
         documents: rows of mean nats a token by model, protocol and document.
         positions: rows of nats a token by model, protocol and position in the segment.
-        curves: rows of loss and perplexity by epoch and split of each training stage; kept
-            experiments may have none.
+        curves: rows of validation perplexity by model, text and epoch. The base's are a level
+            line. Kept experiments may have none.
         params: the whole params.yaml.
     """
 
@@ -33,7 +45,7 @@ class Results:
     training: Mapping[str, Mapping[str, float]]
     documents: pd.DataFrame
     positions: pd.DataFrame
-    curves: Mapping[str, pd.DataFrame]
+    curves: pd.DataFrame
     params: Mapping[str, Any]
 
     def ppl(self, protocol: str, model: str = "finetuned") -> float | None:
@@ -65,15 +77,30 @@ def read_results(read: Callable[[str], str]) -> Results:
             The metrics of stage `eval_sliding` and params.yaml must be there.
     """
     training = {stage: _read(read, f"metrics/{stage}.json") for stage in TRAININGS}
-    curves = {stage: _rows(read, f"plots/{stage}.tsv") for stage in TRAININGS}
+    curves = _curves({stage: _rows(read, f"plots/{stage}.tsv") for stage in TRAININGS})
     return Results(
         scores=json.loads(read(EVALUATION)),
         training={stage: json.loads(text) for stage, text in training.items() if text},
         documents=_rows(read, DOCUMENTS),
         positions=_rows(read, POSITIONS),
-        curves={stage: rows for stage, rows in curves.items() if not rows.empty},
+        curves=_rows(read, CURVES) if curves.empty else curves,
         params=YAML(typ="safe").load(read(PARAMS)),
     )
+
+
+def _curves(histories: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
+    """Return the validation perplexities of all training stages; before training: the base's."""
+    parts = []
+    for stage, rows in histories.items():
+        if not rows.empty:
+            model, text = TRAININGS[stage]
+            val = rows[(rows.split == "val") & rows.ppl.notna()]
+            parts.append(val[["epoch", "ppl"]].assign(model=model, text=text))
+    if not parts:
+        return pd.DataFrame()
+    curves = pd.concat(parts)[["model", "text", "epoch", "ppl"]]
+    start = curves[(curves.model == "control") & (curves.epoch == 0)].assign(model="base")
+    return pd.concat([curves, start, start.assign(epoch=curves.epoch.max())], ignore_index=True)
 
 
 def _read(read: Callable[[str], str], path: str) -> str:

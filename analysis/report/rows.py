@@ -1,19 +1,14 @@
-"""Rows of the plots that the report adds to those of the stages.
-
-A template of DVC draws text only from rows: those of the summary are its sentences and cells.
-"""
+"""The answer as rows of a plot: a template of DVC draws text from rows alone."""
 
 import textwrap
 from typing import Any
 
-from analysis.report.figures import base_ppl
 from analysis.report.results import Results
 from analysis.report.table import summary_table
 from analysis.report.verdict import verdict
 
 Row = dict[str, Any]
 _LINE = 110  # characters of a line of the verdict
-_NAMES = {"distill": "distilled", "finetune": "finetuned", "finetune_control": "control"}
 
 
 def summary_rows(results: Results) -> list[Row]:
@@ -24,21 +19,4 @@ def summary_rows(results: Results) -> list[Row]:
     for number, cells in enumerate([header, *table], len(lines)):
         for column, text in zip(header, cells, strict=True):
             rows.append({"line": number, "column": column, "text": text})
-    return rows
-
-
-def training_rows(results: Results) -> list[Row]:
-    """Return validation perplexity by epoch: model, text, epoch, ppl; the base is a level line."""
-    rows: list[Row] = []
-    for stage, curve in results.curves.items():
-        val = curve[(curve.split == "val") & curve.ppl.notna()]
-        text = "samples" if stage == "distill" else "documents"
-        rows += [
-            {"model": _NAMES[stage], "text": text, "epoch": int(epoch), "ppl": float(ppl)}
-            for epoch, ppl in zip(val.epoch, val.ppl, strict=True)
-        ]
-    base = base_ppl(results.curves.get("finetune_control"))
-    if base is not None:
-        ends = (0, max(row["epoch"] for row in rows))
-        rows += [{"model": "base", "text": "documents", "epoch": e, "ppl": base} for e in ends]
     return rows
