@@ -71,11 +71,9 @@ def test_bfloat16_weights_are_kept_as_float32_and_loaded_as_asked(tmp_path):
     assert load_base(tmp_path / "base", torch.bfloat16).dtype == torch.bfloat16
 
 
-def test_a_flipped_byte_is_refused_on_load(tmp_path):
+def test_a_changed_byte_is_refused_on_load(tmp_path):
     weights = tiny_base_folder(tmp_path) / "model.safetensors"
-    data = bytearray(weights.read_bytes())
-    data[-1] ^= 1
-    weights.write_bytes(data)
+    weights.write_bytes(weights.read_bytes()[:-1] + b"x")
     with pytest.raises(ValueError, match=r"model\.safetensors differs from its manifest"):
         load_base(tmp_path, torch.float32)
 
