@@ -183,7 +183,10 @@ class InfiniAttention(nn.Module):
         key = layout.split(key, self.shape.num_kv_heads)
         value = layout.split(value, self.shape.num_kv_heads)
         place = layout.place_by(tables)
-        keys = Keys(place(key), value, layout.mask(key.device))
+        is_token = layout.is_token
+        if is_token is None:
+            is_token = torch.ones(layout.grid, dtype=torch.bool, device=key.device)
+        keys = Keys(place(key), value, is_token)
         # Causality hides padding, which stands at a document's end. Carried keys need a mask,
         # because there are none before the first segment.
         is_key = context = memories = memory = None

@@ -83,10 +83,6 @@ class Layout:
         """Cut projected hidden states into segments and heads."""
         return self._grid(x).unflatten(-1, (num_heads, -1)).transpose(2, 3)
 
-    def split_positions(self, x: Float[Tensor, "#R T P"]) -> Float[Tensor, "B S 1 L P"]:
-        """Cut a table of cosines or sines, which all heads share."""
-        return self._grid(x.expand(self.num_rows, -1, -1))[:, :, None]
-
     def join(self, x: Float[Tensor, "B S H L V"]) -> Float[Tensor, "R T HV"]:
         """Undo `split`."""
         x = x.transpose(2, 3).flatten(3)
@@ -95,17 +91,12 @@ class Layout:
             return x
         return torch.empty_like(x).scatter(1, like(self.order, x).expand_as(x), x)
 
-    def mask(self, device: torch.device) -> Bool[Tensor, "B S L"]:
-        """Return `is_token`, all True where there is no padding."""
-        if self.is_token is not None:
-            return self.is_token
-        return torch.ones(self.grid, dtype=torch.bool, device=device)
-
     def place_by(self, tables: tuple[Tensor, Tensor] | None) -> Place:
         """Return the function that rotates by cosines and sines, (R or 1, T, P) each."""
         if tables is None:
             return lambda x, index=None: x
-        cos, sin = (self.split_positions(table) for table in tables)
+        # All heads share a table.
+        cos, sin = (self._grid(x.expand(self.num_rows, -1, -1))[:, :, None] for x in tables)
 
         def place(x: Tensor, index: int | None = None) -> Tensor:
             at = slice(None) if index is None else slice(index, index + 1)

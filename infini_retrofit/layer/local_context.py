@@ -59,8 +59,13 @@ def carry_context(
         All that each segment attends to, and the context of the segment after the last; None
         after a segment shorter than C, which must be the document's last.
     """
-    first = _empty_context(own, num_carried) if before is None else before
-    first = first if stop_gradient_every is None else first.detach()
+    first = before
+    if first is None:
+        shape = (len(own.key), own.key.shape[2], num_carried)
+        key, value = (x.new_zeros(*shape, x.shape[-1]) for x in (own.key, own.value))
+        first = LocalContext(key, value, own.is_key.new_zeros(shape[::2]), key[:, :, :1])
+    if stop_gradient_every is not None:
+        first = first.detach()
     # Documents that start late in a batch have nothing before them yet.
     has_begun = first.is_token.any(dim=1)[:, None, None, None]
     sink_key = torch.where(has_begun, first.sink_key, first_key)
@@ -110,11 +115,3 @@ def _stop_gradients(context: Keys, every: int) -> Keys:
     is_cut = is_cut[:, None, :, None]
     key, value = (torch.where(is_cut, x.detach(), x) for x in (context.key, context.value))
     return Keys(key, value, context.is_key)
-
-
-def _empty_context(own: Keys, num_carried: int) -> LocalContext:
-    """Return the context before a document: masked zeros."""
-    batch, _, num_heads, _, key_dim = own.key.shape
-    key = own.key.new_zeros(batch, num_heads, num_carried, key_dim)
-    value = own.value.new_zeros(batch, num_heads, num_carried, own.value.shape[-1])
-    return LocalContext(key, value, own.is_key.new_zeros(batch, num_carried), key[:, :, :1])
