@@ -116,26 +116,27 @@ both_families = pytest.mark.parametrize("family", FAMILIES)
 
 def make_layer(form: dict, dtype: torch.dtype = torch.float64) -> InfiniAttention:
     """Make a layer none of whose parameters has its usual start."""
-    layer = InfiniAttention(SHAPE, infini_params(**form), LAYER).to(dtype)
-    with torch.no_grad():
-        for name, parameter in layer.named_parameters():
-            if "proj" not in name:
-                parameter.add_(torch.randn_like(parameter) * 0.3)
-    return layer
+    return _stirred(InfiniAttention(SHAPE, infini_params(**form), LAYER).to(dtype))
 
 
 def make_model(family: Family, form: dict, dtype: torch.dtype = torch.float64) -> PreTrainedModel:
     """Make a tiny model of which no parameter that its base lacks has its usual start."""
     model = tiny_model(family).to(dtype)
     insert_infini(model, infini_params(**form))
-    with torch.no_grad():
-        for module in infini_modules(model).values():
-            for name, parameter in module.named_parameters():
-                if "proj" not in name:
-                    parameter.add_(torch.randn_like(parameter) * 0.3)
-        for alpha in alphas(model):
-            alpha.fill_(0.7)
+    for module in infini_modules(model).values():
+        _stirred(module)
+    for alpha in alphas(model):
+        alpha.data.fill_(0.7)
     return model.double() if dtype is torch.float64 else model
+
+
+@torch.no_grad()
+def _stirred(layer: InfiniAttention) -> InfiniAttention:
+    """Move the parameters that a base's attention lacks."""
+    for name, parameter in layer.named_parameters():
+        if "proj" not in name:
+            parameter.add_(torch.randn_like(parameter) * 0.3)
+    return layer
 
 
 def draw_hidden(num_rows: int, num_tokens: int, dtype: torch.dtype = torch.float64) -> Tensor:

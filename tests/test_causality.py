@@ -75,9 +75,8 @@ def scrambled_split(layout: Layout, x: Tensor, num_heads: int) -> Tensor:
 
 def prefix_by_subtraction(written: MemoryState, before: MemoryState, stop_gradient_every):
     """Compute the memory before a segment as `cumsum - own`: the same but for rounding."""
-    matrix, normalizer = written.matrix.cumsum(1), written.normalizer.cumsum(1)
-    memories = MemoryState(matrix - written.matrix, normalizer - written.normalizer)
-    return memories, MemoryState(matrix[:, -1], normalizer[:, -1])
+    sums = written.map(lambda x: x.cumsum(1))
+    return sums.map(torch.sub, written), sums.map(lambda x: x[:, -1])
 
 
 def all_keys(num_queries: int, num_keys: int, *_: object) -> Tensor:
@@ -85,12 +84,10 @@ def all_keys(num_queries: int, num_keys: int, *_: object) -> Tensor:
     return torch.ones(1, 1, num_queries, num_keys, dtype=torch.bool)
 
 
-def inclusive_states(memory: CompressiveMemory, *args: object):
+def inclusive_states(*args: object):
     """Let each segment read what it writes itself."""
-    memories, after = STATES(memory, *args)
-    matrix = torch.cat([memories.matrix[:, 1:], after.matrix[:, None]], dim=1)
-    normalizer = torch.cat([memories.normalizer[:, 1:], after.normalizer[:, None]], dim=1)
-    return MemoryState(matrix, normalizer), after
+    memories, after = STATES(*args)
+    return memories.map(lambda x, y: torch.cat([x[:, 1:], y[:, None]], dim=1), after), after
 
 
 @pytest.mark.parametrize("local", ["softmax", "linear"])
@@ -140,21 +137,20 @@ def influence_of_others(form: dict) -> float:
     return max(largest(together - other) for other in (alone, again, turned))
 
 
-def averaged(state: MemoryState, num_rows: int) -> MemoryState:
+def averaged(state: MemoryState) -> MemoryState:
     """Give every document the mean of a batch's memories."""
-    mean = (x.mean(0, keepdim=True) for x in (state.matrix, state.normalizer))
-    return MemoryState(*(x.expand(num_rows, *x.shape[1:]) for x in mean))
+    return state.map(lambda x: x.mean(0, keepdim=True).expand_as(x))
 
 
-def states_of_the_batch(memory: CompressiveMemory, feature: Tensor, *args: object):
+def states_of_the_batch(*args: object):
     """Average the memory over the batch."""
-    return tuple(averaged(state, len(feature)) for state in STATES(memory, feature, *args))
+    return tuple(averaged(state) for state in STATES(*args))
 
 
 def living_states(memory: CompressiveMemory, feature: Tensor, value: Tensor, is_token, before):
     """Keep the memory between calls, as a module attribute or buffer does."""
-    last = getattr(memory, "living", None)
-    before = before if last is None else averaged(last, len(feature))
+    if last := getattr(memory, "living", None):
+        before = last.map(lambda x: x.mean(0, keepdim=True).expand(len(feature), *x.shape[1:]))
     memories, memory.living = STATES(memory, feature, value, is_token, before)
     return memories, memory.living
 

@@ -9,8 +9,7 @@ from torch import Tensor
 from infini_retrofit.layer import attention
 from infini_retrofit.layer.cut import Keys
 from infini_retrofit.layer.local_context import carry_context
-from infini_retrofit.layer.state import State
-from tests.reference import LAYER, draw_hidden, largest, make_layer, run_layer, run_naive
+from tests.reference import draw_hidden, largest, make_layer, run_layer, run_naive
 
 SEGMENTS, LENGTH = 4, 5
 FORM = {"local_context": 3, "memory": "off", "positions": "rope"}
@@ -61,14 +60,6 @@ def test_another_sink_is_noticed(broken, monkeypatch):
     assert largest(run_layer(layer, x, first=17) - want) < 1e-9
     monkeypatch.setattr(attention, "carry_context", broken)
     assert largest(run_layer(layer, x, first=17) - want) > 0.01
-
-
-def test_a_document_shorter_than_what_is_carried_carries_nothing_on():
-    layer, whole, short = make_layer(FORM), State(), State()
-    run_layer(layer, draw_hidden(1, LENGTH), state=whole)
-    run_layer(layer, draw_hidden(1, 2), state=short)
-    assert whole.after[LAYER].context.is_token.all()
-    assert short.after[LAYER].context is None
 
 
 @pytest.mark.parametrize("num_carried", [1, 3, LENGTH])
