@@ -16,6 +16,7 @@ STAGES = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 TOP_LEVEL = {
     *(".ci", ".dvc", ".dvcignore", ".gitignore", "CONTRIBUTING.md", "LICENSE", "LOG.md"),
+    *("CHANGELOG.md", "CITATION.cff", "README.ja.md"),
     *("Makefile", "README.md", "analysis", "benchmarks", "data", "docs", "dvc.lock", "dvc.yaml"),
     *("eval_tasks", "infini_retrofit", "metrics", "models", "params.yaml", "plots"),
     *("pyproject.toml", "recipes", "report", "requirements-dev.txt", "requirements.txt"),
