@@ -12,7 +12,11 @@ from infini_retrofit.pipeline.guard import run_stage
 
 COMMANDS = {
     "table": "finished experiments side by side",
-    "picture": "the same as a picture",
+    "compare": "two experiments in the rows of the seeds' reports",
+    "leaderboard": "everything kept in results/ as one sortable page, with a picture",
+    "reports": "the report of each, as stage `report` makes it of a run",
+    "revisions": "kept results as DVC experiments, for `dvc metrics diff`",
+    "picture": "finished experiments as a picture",
     "against": "what one experiment's model gains over others, with intervals",
     "repeats": "what a memory gains under each random seed, and on average",
     "zero_cost": "score the form of each recipe before any training",

@@ -11,8 +11,8 @@ import pandas as pd
 
 from analysis.comparing import MODELS, PROTOCOL, check_comparable, document_nlls
 from analysis.loading import find_experiments, load_scores
-from analysis.table import MISSING, rows_as_markdown
-from infini_retrofit.evaluation.gains import MIN_GROUPS_FOR_INTERVAL, paired_bootstrap
+from analysis.table import MISSING, rows_as_markdown, write_interval
+from infini_retrofit.evaluation.bootstrap import MIN_GROUPS_FOR_INTERVAL, paired_bootstrap
 
 HEADER = ("than", "its model", "nats a token better", "95% interval")
 
@@ -55,8 +55,3 @@ def write_lead(differences: pd.Series) -> tuple[str, str]:
     mean, low, high = paired_bootstrap(differences.to_numpy(), articles)
     is_sure = len(set(articles)) >= MIN_GROUPS_FOR_INTERVAL
     return f"{mean:+.4f}", write_interval(low, high) if is_sure else MISSING
-
-
-def write_interval(low: float, high: float) -> str:
-    """Write the ends of an interval of gains."""
-    return f"[{low:+.4f}, {high:+.4f}]"

@@ -85,15 +85,15 @@ def insert_memory(folder: Path, form: InfiniParams, dtype: torch.dtype) -> PreTr
     """
     model = load_base(BASE, dtype)
     form = replace(form, layers=resolve_layers(form.layers, model.config.num_hidden_layers))
-    needed = {name: (value, "of the base") for name, value in PLAIN.items()}
+    needed = {name: (value, "so that the base stays as it is") for name, value in PLAIN.items()}
     if folder != BASE:
         trained, plain = load_retrofit(BASE, folder, dtype, "dvc repro finetune_control")
         if plain.has_memory:
             raise ValueError(f"{folder} must be a model without a memory, got one that has one")
-        needed |= {name: (getattr(plain, name), f"of {folder}") for name in ALIKE}
-    for name, (value, whose) in needed.items():
+        needed |= {name: (getattr(plain, name), f"as {folder} has it") for name in ALIKE}
+    for name, (value, why) in needed.items():
         if (own := getattr(form, name)) != value:
-            raise ValueError(f"infini.{name} must be that {whose}, {value}, got {own}")
+            raise ValueError(f"infini.{name} must be {value}, {why}, got {own}")
     insert_infini(model, form)
     if folder != BASE:
         result = model.load_state_dict(trained.state_dict(), strict=False)

@@ -4,6 +4,7 @@ An experiment that was run here wins over one of the same name in results/. Know
 """
 
 import json
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from io import StringIO
@@ -22,11 +23,13 @@ from recipes.experiments import (
     read_file,
     read_params_of,
 )
-from recipes.kept import METRICS, SCORES, kept_experiments
+from recipes.kept import METRICS, REPORT, SCORES, kept_experiments
 from recipes.overlays import literal, recipe_names
 
 COLUMNS = ["experiment", "model", "protocol", "document", "article", "nll"]
 TOKENS_SEEN = "num_trained_tokens"
+MINUTES = "minutes"
+TRAINED = ("distill", "finetune")
 
 # Parameters that some params.yaml lack, and the value that does what those experiments did.
 ABSENT = {
@@ -64,15 +67,16 @@ def find_experiments(command: str, names: Sequence[str]) -> dict[str, Experiment
 def load_metrics(experiments: Mapping[str, Experiment]) -> pd.DataFrame:
     """Return the metrics of each experiment, in columns such as `finetune.best_epoch`.
 
-    The column `TOKENS_SEEN` adds the tokens of distilling and fine-tuning.
+    The columns `TOKENS_SEEN` and `MINUTES` add those of distilling and fine-tuning.
 
     Raises:
         ValueError: if a file holds no JSON.
     """
     frame = _by_name({name: _read_metrics(e.source) for name, e in experiments.items()})
-    stages = [f"{stage}.{TOKENS_SEEN}" for stage in ("distill", "finetune")]
+    stages = [f"{stage}.{TOKENS_SEEN}" for stage in TRAINED]
     tokens = frame.reindex(columns=stages).sum(axis=1, min_count=1)
-    return pd.concat([frame, tokens.rename(TOKENS_SEEN)], axis=1)
+    minutes = pd.Series({name: _minutes(e.source) for name, e in experiments.items()}, dtype=float)
+    return frame.assign(**{TOKENS_SEEN: tokens, MINUTES: minutes})
 
 
 def load_scores(experiments: Mapping[str, Experiment]) -> pd.DataFrame:
@@ -123,6 +127,24 @@ def _read_metrics(source: Source) -> dict[str, Any]:
             raise ValueError(f"{source}/{path} must hold JSON: {error}") from error
         found |= leaves(metrics, f"{PurePath(path).stem}.")
     return found
+
+
+def read_seconds(source: Source) -> dict[str, str]:
+    """Return the seconds of each stage as an experiment's own report tells them, "-": not known.
+
+    Experiments of older versions have no report, and so no seconds.
+    """
+    try:
+        report = read_file(source, REPORT)
+    except FileNotFoundError:
+        return {}
+    return dict(re.findall(r"^\| (\w+) +\| +(\d+|-) \|$", report, re.MULTILINE))
+
+
+def _minutes(source: Source) -> float | None:
+    """Return how long distilling and fine-tuning took; None: not known of both."""
+    seconds = [read_seconds(source).get(stage, "-") for stage in TRAINED]
+    return None if "-" in seconds else sum(map(int, seconds)) / 60
 
 
 def _setting(value: Any) -> str:

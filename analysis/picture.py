@@ -1,6 +1,7 @@
 """Finished experiments as a picture: each a line of marks on an axis of perplexity.
 
-Knows which metrics the stages write.
+The base is a line across them. Marks far beyond it would squeeze all others: an arrow at the edge
+and their numbers stand for them. Knows which metrics the stages write.
 """
 
 import argparse
@@ -15,10 +16,12 @@ from matplotlib.ticker import MaxNLocator, NullLocator
 
 from analysis.comparing import describe_texts, split_comparable
 from analysis.loading import find_experiments, load_metrics, load_scores
-from analysis.table import CONTROL, SEGMENT, STATE_BYTES, ppl
+from analysis.table import BASE, CONTROL, SEGMENT, STATE_BYTES, ppl
 from infini_retrofit.pipeline.files import whole_file
 
 INCHES_PER_LINE, WIDTH_INCHES, DPI = 0.42, 8.5, 160
+TITLE = "Test perplexity of each recipe, every layer confined to its segment: left is better"
+BEYOND = 1.1  # times the base's perplexity: where the axis ends, if marks stand beyond
 
 
 class Mark(NamedTuple):
@@ -75,13 +78,21 @@ def draw(metrics: pd.DataFrame, parts: Sequence[tuple[str, Sequence[str]]]) -> F
     figure = Figure(figsize=(WIDTH_INCHES, inches), layout="constrained")
     grid = figure.subplots(len(parts), squeeze=False, gridspec_kw={"height_ratios": heights})
     for axes, (what, names) in zip(grid[:, 0], parts, strict=True):
-        _mark(axes, metrics.loc[list(names)])
+        lines = metrics.loc[list(names)]
+        base = lines.reindex(columns=[BASE])[BASE].iloc[0]
         _label(axes, names)
+        _mark(axes, lines, base * BEYOND)
+        axes.axvline(base, color="tab:red", linestyle="--", label="the base as it was")
         if len(parts) > 1:
             axes.set_title(what, loc="left", fontsize="small")
-    axes.set_xlabel("test perplexity, every layer confined to its segment (full attention apart)")
+    axes.set_xlabel("perplexity (full attention: of the same model, not confined)")
     figure.legend(
-        *axes.get_legend_handles_labels(), loc="outside upper center", ncols=3, frameon=False
+        *axes.get_legend_handles_labels(),
+        title=TITLE,
+        title_fontproperties={"weight": "bold"},
+        loc="outside upper center",
+        ncols=3,
+        frameon=False,
     )
     return figure
 
@@ -99,13 +110,18 @@ def save(figure: Figure, path: Path) -> None:
         figure.savefig(partial, dpi=DPI, format=suffix)
 
 
-def _mark(axes: Axes, metrics: pd.DataFrame) -> None:
-    """Draw the numbers of each experiment on its line."""
+def _mark(axes: Axes, metrics: pd.DataFrame, end: float) -> None:
+    """Draw the numbers of each experiment on its line, and write those beyond the axis's end."""
     lines = pd.Series(range(len(metrics)), index=metrics.index)
     has_memory = metrics.get(STATE_BYTES, lines * 0).fillna(0) > 0
+    beyond: dict[int, list[float]] = {}
     for mark in MARKS:
         lowest = metrics.reindex(columns=list(mark.metrics)).min(axis=1)
         shown = lowest[has_memory | (not mark.needs_memory)].dropna()
+        is_beyond = shown > end
+        for name, value in shown[is_beyond].items():
+            beyond.setdefault(lines[name], []).append(value)
+        shown = shown[~is_beyond]
         axes.plot(
             shown,
             lines[shown.index],
@@ -114,6 +130,17 @@ def _mark(axes: Axes, metrics: pd.DataFrame) -> None:
             markersize=mark.size,
             label=mark.label,
             zorder=3 - mark.size / 100,  # where marks coincide, the smaller ones stay visible
+        )
+    for line, values in beyond.items():
+        axes.text(
+            1,
+            line,
+            f"{len(values)} marks: {min(values):.1f} to {max(values):.1f} \N{RIGHTWARDS ARROW}",
+            transform=axes.get_yaxis_transform(),
+            ha="right",
+            va="center",
+            fontsize="small",
+            backgroundcolor="white",
         )
 
 

@@ -4,7 +4,6 @@ Knows no form and no protocol.
 """
 
 import argparse
-import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
@@ -12,7 +11,6 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from analysis.table import rows_as_markdown
 from infini_retrofit.model.base import load_base
 from infini_retrofit.model.checkpoints import load_retrofit
 from infini_retrofit.pipeline.device import start_run
@@ -21,6 +19,7 @@ from infini_retrofit.pipeline.params import load_section
 from infini_retrofit.pipeline.tokens import read_documents
 
 BASE, DOCUMENTS = Path("models/base"), Path("data/longdocs/test.parquet")
+MIN_WIDTH = 18  # characters of a column: an interval, and most names
 
 
 def make_parser(command: str, about: str, least_documents: int = 1) -> argparse.ArgumentParser:
@@ -74,9 +73,15 @@ def open_model(folder: Path) -> tuple[PreTrainedModel, int]:
 
 
 def print_growing(header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    """Print a table whose rows take minutes: to stderr after each row, and at the end to stdout."""
-    found: list[Sequence[str]] = []
+    """Print a Markdown table whose rows take minutes, each row as soon as it is there."""
+    widths = [max(len(name), MIN_WIDTH) for name in header]
+    first, *others = widths
+
+    def show(cells: Sequence[str]) -> None:
+        line = " | ".join([cells[0].ljust(first), *map(str.rjust, cells[1:], others)])
+        print(f"| {line} |", flush=True)
+
+    show(header)
+    show(["-" * first, *("-" * (width - 1) + ":" for width in others)])
     for row in rows:
-        found.append(row)
-        print(rows_as_markdown(header, found), file=sys.stderr)
-    print(rows_as_markdown(header, found))
+        show(row)

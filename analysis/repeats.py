@@ -8,10 +8,9 @@ from collections.abc import Sequence
 
 import pandas as pd
 
-from analysis.against import write_interval
 from analysis.comparing import MODELS, PROTOCOL, check_comparable
 from analysis.loading import differing, find_experiments, load_scores, load_settings
-from analysis.table import MISSING, rows_as_markdown
+from analysis.table import MISSING, rows_as_markdown, write_interval
 from infini_retrofit.evaluation.gains import gains
 
 # The rivals by the names that `gains` gives them.

@@ -10,6 +10,7 @@ import pandas as pd
 
 from analysis.comparing import describe_texts, split_comparable
 from analysis.loading import (
+    MINUTES,
     TOKENS_SEEN,
     differing,
     find_experiments,
@@ -31,7 +32,7 @@ def gain(other: str) -> str:
     return f"eval_sliding.finetuned.gain_over_{other}"
 
 
-SEGMENT, CONTROL = ppl("segment"), ppl("segment", "control")
+SEGMENT, CONTROL, BASE = (ppl("segment", model) for model in ("finetuned", "control", "base"))
 GAP = "eval_sliding.finetuned.gap_recovered"
 STATE_BYTES = "eval_sliding.finetuned.state_bytes"
 PARAMETERS = "finetune.num_trainable_parameters"
@@ -136,9 +137,16 @@ def write(metric: str, value: float) -> str:
         return f"{value:.1%}"
     if name.startswith("gain_over"):
         return f"{value:+.4f}"
+    if name == MINUTES:
+        return f"{value:.1f}"
     if name.endswith(("_nats", "_loss")):
         return f"{value:.4f}"
     return f"{value:.2f}" if name.endswith("_ppl") and value < 1000 else f"{value:,.0f}"
+
+
+def write_interval(low: float, high: float) -> str:
+    """Write the ends of an interval of gains."""
+    return f"[{low:+.4f}, {high:+.4f}]"
 
 
 def markdown(table: pd.DataFrame) -> str:

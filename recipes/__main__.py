@@ -3,6 +3,7 @@
 import argparse
 import sys
 from collections.abc import Mapping, Sequence
+from importlib import import_module
 from typing import Any
 
 from infini_retrofit.pipeline.params import leaves, read_params
@@ -26,13 +27,26 @@ from recipes.overlays import (
     recipe_names,
 )
 
+# Options that show finished experiments, by the commands of `analysis`. That imports from this
+# package, and is imported only when asked for.
+SHOWING = {
+    "table": "print finished NAMEs side by side, the best first; none: all recipes",
+    "compare": "print two finished NAMEs in the rows of the seeds' reports",
+    "reports": "write the report of finished NAMEs, a page each",
+    "leaderboard": "write everything kept in results/ as one page",
+    "revisions": "make kept NAMEs known to DVC, for `dvc metrics diff`; none: all",
+}
+
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run what the command line asks for; a user's mistake ends in one sentence."""
     parser = make_parser()
     args = parser.parse_intermixed_args(arguments)
     try:
-        if args.list:
+        showing = [name for name in SHOWING if getattr(args, name)]
+        if showing:
+            import_module(f"analysis.{showing[0]}").main(args.names)
+        elif args.list:
             print_list()
         elif args.keep:
             keep_results(args.names)
@@ -55,6 +69,9 @@ def make_parser() -> argparse.ArgumentParser:
     one("--list", action="store_true", help="list the recipes, a line each, and run none")
     one("--diff", action="store_true", help="compare two NAMEs, and first run those not run yet")
     one("--keep", action="store_true", help="copy the small files of finished NAMEs to results/")
+    for name, about in SHOWING.items():
+        option = "--report" if name == "reports" else f"--{name}"
+        one(option, dest=name, action="store_true", help=about)
     add("--print", action="store_true", help="print the commands, and run none")
     own = "a parameter of your own; it wins over the recipe's"
     add("-S", "--set-param", action="append", default=[], metavar="key=value", help=own)

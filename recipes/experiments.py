@@ -18,8 +18,12 @@ from infini_retrofit.pipeline.params import PARAMS_PATH, read_params
 
 Source = str | Path  # what holds an experiment's files: a commit, or a folder
 
+KEPT = "kept results: "  # begins the message of a commit that `revisions` made, and ran nothing
+
 # DVC stores a finished experiment, and no other, under such a git reference.
-_REFERENCE = re.compile(r"(?P<commit>\w+) refs/exps/(?P<start>\w{2}/\w{38})/(?P<name>[^/]+)")
+_REFERENCE = re.compile(
+    r"(?P<commit>\w+) refs/exps/(?P<start>\w{2}/\w{38})/(?P<name>[^/\s]+) (?P<message>.*)"
+)
 
 
 class Experiment(NamedTuple):
@@ -35,15 +39,19 @@ class Experiment(NamedTuple):
 
 
 def stored_experiments() -> list[tuple[str, Experiment]]:
-    """Return the name of each experiment that DVC stored here, oldest first.
+    """Return the name of each experiment that DVC ran and stored here, oldest first.
 
     This reads git references, in milliseconds. `dvc exp show --all-commits` takes nearly a second
     for each commit of the history.
     """
-    layout = "--format=%(objectname) %(refname)"
+    layout = "--format=%(objectname) %(refname) %(contents:subject)"
     lines = _git("for-each-ref", "--sort=committerdate", layout, "refs/exps").splitlines()
     found = [match for line in lines if (match := _REFERENCE.fullmatch(line))]
-    return [(m["name"], Experiment(m["commit"], m["start"].replace("/", ""))) for m in found]
+    return [
+        (match["name"], Experiment(match["commit"], match["start"].replace("/", "")))
+        for match in found
+        if not match["message"].startswith(KEPT)
+    ]
 
 
 def newest_experiments() -> dict[str, Experiment]:

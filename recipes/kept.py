@@ -5,13 +5,20 @@ Knows which files those are and what makes an experiment fit to be kept; no metr
 
 import shutil
 from collections.abc import Iterable, Mapping
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ruamel.yaml import YAML
 
 from infini_retrofit.pipeline.params import PARAMS_PATH
-from recipes.experiments import Experiment, changed_files, is_in_history, list_files, read_file
+from recipes.experiments import (
+    Experiment,
+    Source,
+    changed_files,
+    is_in_history,
+    list_files,
+    read_file,
+)
 
 FOLDER = Path("results")  # one folder for each experiment
 CODE = "commit"  # a file with the commit whose code ran; a folder without it is no experiment
@@ -19,7 +26,9 @@ LOCK = "dvc.lock"
 PIPELINE = "dvc.yaml"
 METRICS = "metrics"
 SCORES = "plots/eval_documents.tsv"
-PLOTTED = (SCORES, "plots/eval_positions.tsv", "plots/training.tsv")
+PLOTTED = (SCORES, "plots/eval_positions.tsv")
+REPORT = "report/report.md"
+IF_THERE = ("plots/training.tsv", REPORT)  # which experiments of older versions lack
 
 
 def keep(name: str, experiment: Experiment) -> Path:
@@ -39,8 +48,7 @@ def keep(name: str, experiment: Experiment) -> Path:
     try:
         stages = YAML(typ="safe").load(read_file(source, LOCK))["stages"]
         _check_code(experiment, [PIPELINE, *code_of(stages)])
-        paths = (PARAMS_PATH.name, *PLOTTED, *list_files(source, METRICS))
-        texts = {path: read_file(source, path) for path in paths}
+        texts = read_kept(source)
     except (ValueError, FileNotFoundError) as error:
         raise ValueError(f"{name} cannot be kept: {error}") from error
     partial = FOLDER / f".{name}.partial"
@@ -50,6 +58,19 @@ def keep(name: str, experiment: Experiment) -> Path:
         (partial / path).write_text(text, encoding="utf-8")
     shutil.rmtree(FOLDER / name, ignore_errors=True)
     return partial.rename(FOLDER / name)
+
+
+def read_kept(source: Source) -> dict[str, str]:
+    """Read the files of an experiment that are kept, by path.
+
+    Raises:
+        FileNotFoundError: if one is missing that every experiment has.
+    """
+    paths = [PARAMS_PATH.name, *PLOTTED, *list_files(source, METRICS)]
+    folders = {str(PurePosixPath(path).parent) for path in IF_THERE}
+    there = {path for folder in folders for path in list_files(source, folder)}
+    paths += [path for path in IF_THERE if path in there]
+    return {path: read_file(source, path) for path in paths}
 
 
 def kept_experiments() -> dict[str, Experiment]:

@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
@@ -12,15 +13,17 @@ import pandas as pd
 import pytest
 from ruamel.yaml import YAML
 
-from analysis import loading
+from analysis import leaderboard, loading, reports
 from analysis.__main__ import COMMANDS, main
 from analysis.against import compare
 from analysis.comparing import describe_texts, split_comparable
+from analysis.leaderboard import RIVALS as RIVAL_PPLS
 from analysis.loading import load_metrics, load_scores, load_settings
 from analysis.picture import draw, save
 from analysis.repeats import RIVALS, check_repeats, gains_of_repeats
-from analysis.table import COLUMNS
-from infini_retrofit.evaluation.gains import paired_bootstrap
+from analysis.table import BASE as BASE_PPL
+from analysis.table import COLUMNS, SEGMENT, STATE_BYTES
+from infini_retrofit.evaluation.bootstrap import paired_bootstrap
 from infini_retrofit.pipeline.params import leaves
 from recipes.experiments import Experiment
 from recipes.kept import SCORES, kept_experiments
@@ -47,6 +50,7 @@ METRICS = {
     "distill": {"num_trained_tokens": 262144, "val_loss": 0.17833},
     "finetune": {"num_trained_tokens": 327680, "num_trainable_parameters": 26542350},
 }
+BASE = {"segment_test_ppl": 30.0, "sliding_test_ppl": 25.0}
 ARTICLES = [0, 0, 1, 2, 2, 2, 3, 4, 5, 6, 7, 8, 9]
 DRAWN = np.random.default_rng(1).normal(3, 0.2, size=(3, 7, len(ARTICLES)))
 PROTOCOLS = ("segment", *(f"segment_{name}" for name in RIVALS if name != "control"))
@@ -161,8 +165,10 @@ def test_names_that_stand_for_nothing_are_refused(checkout):
         main(["table"])
 
 
-def test_a_table_is_there_in_a_second_because_it_needs_no_torch():
-    code = "import sys, analysis.table, analysis.picture; print(*sys.modules)"
+def test_what_shows_finished_experiments_is_there_in_a_second_because_it_needs_no_torch():
+    names = ("table", "picture", "compare", "against", "leaderboard", "revisions")
+    imports = ", ".join(f"analysis.{name}" for name in names)
+    code = f"import sys, recipes.__main__, {imports}; print(*sys.modules)"
     command = [sys.executable, "-c", code]
     found = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
     assert {"torch", "transformers", "dvc"}.isdisjoint(found.stdout.split())
@@ -310,25 +316,168 @@ def test_the_commands_print_comparisons_and_repeats(checkout, capsys):
     assert len(table) == 2 + len(RIVALS)
 
 
+def run_of_seeds(ppl: float, epochs: int, distilled: float | None = None, **more: str) -> dict:
+    """Make the files of an experiment, trained on doubly shifted labels and stopped at an epoch."""
+    own = {"segment_test_ppl": ppl, "sliding_test_ppl": ppl, "full_test_ppl": 20.0}
+    scores = {"base": BASE, "finetuned": own | {"t2_test_ppl": 8018.8}}
+    scores["distilled"] = {} if distilled is None else {"sliding_test_ppl": distilled}
+    metrics = {"eval_sliding": scores}
+    ran = {"epochs_run": epochs, "best_epoch": epochs - 2, "num_trained_tokens": 1000 * epochs}
+    metrics["distill"] = {**ran, "val_loss": 0.1 * epochs}
+    metrics["finetune"] = ran
+    training = {"distill": {"epochs": 10}, "finetune": {"epochs": 10, "label_shift": 2}}
+    return files_of(metrics, **training) | more
+
+
+SECONDS = "| stage    | seconds |\n| --- | ---: |\n| distill  |   {} |\n| finetune | 30 |\n"
+
+
+def test_two_runs_are_compared_in_the_rows_of_the_seeds(checkout, capsys):
+    keep("v1", **run_of_seeds(40.0, 10, 26.0, **{"report/report.md": SECONDS.format(60)}))
+    keep("v2", **run_of_seeds(50.0, 4, 25.4, **{"report/report.md": SECONDS.format(210)}))
+    (table,) = shown(capsys, "compare", "v1", "v2")
+    assert table[0] == ["metric", "v1", "v2", "change"]
+    assert {row[0]: row[1:] for row in table[2:]} == {
+        "distillation epochs": ["10", "4 (stopped early)", "-6"],
+        "distillation loss": ["1.0000", "0.4000", "-60%"],
+        "distilled PPL, sliding": ["26.00", "25.40", "-2%"],
+        "its gap to the base's PPL": ["+1.00", "+0.40", "-60%"],
+        "fine-tuning epochs": ["10", "4 (stopped early)", "-6"],
+        "best epoch": ["8", "2", "-6"],
+        "final PPL, in segments": ["40.00", "50.00", "+25%"],
+        "final PPL as the seeds scored it": ["8,019", "8,019", "+0%"],
+        "trained on tokens": ["20,000", "8,000", "-60%"],
+        "minutes of training": ["1.5", "4.0", "+2.5"],
+    }
+    undistilled = run_of_seeds(40.0, 0, **{"report/report.md": SECONDS.format("-")})
+    keep("v3", **undistilled)
+    (table,) = shown(capsys, "compare", "v3", "v2")
+    rows = {row[0]: row[1:] for row in table[2:]}
+    assert rows["distillation loss"] == ["-", "0.4000", "-"]
+    assert rows["its gap to the base's PPL"] == ["-", "+0.40", "-"]
+    assert rows["minutes of training"] == ["-", "4.0", "-"]
+
+
+def test_runs_of_other_texts_are_compared_with_a_note(checkout, capsys):
+    keep("one", **run_of_seeds(40.0, 3))
+    other = scores_of(0, full=3.0).drop(columns="experiment").to_csv(sep="\t", index=False)
+    keep("other", **run_of_seeds(40.0, 3) | {SCORES: other})
+    main(["compare", "one", "other"])
+    assert "the two scored other documents or another base" in capsys.readouterr().err
+    keep("same", **run_of_seeds(40.0, 3))
+    main(["compare", "one", "same"])
+    assert "other documents" not in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="error: compare needs two experiments, got one twice"):
+        main(["compare", "one", "one"])
+
+
+def test_the_seeds_own_comparison_is_read_from_the_results(capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    (table,) = shown(capsys, "compare", "v1", "v2")
+    rows = {row[0]: row[1:] for row in table[2:]}
+    assert rows["distilled PPL, sliding"] == ["25.63", "24.56", "-4%"]
+    assert rows["final PPL as the seeds scored it"] == ["8,019", "1,779", "-78%"]
+
+
+class Page(HTMLParser):
+    """Reads the rows of a page's tables, and what it would fetch."""
+
+    def __init__(self, text: str) -> None:
+        """Read a page."""
+        super().__init__()
+        self.rows: list[list[tuple[str, str | None]]] = []
+        self.links: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        """Begin a row or a cell, whose number to sort by is kept."""
+        found = dict(attrs)
+        self.links += [value for name, value in attrs if name in ("src", "href") and value]
+        if tag == "tr":
+            self.rows.append([])
+        if tag in ("td", "th"):
+            self.rows[-1].append(("", found.get("data-value")))
+
+    def handle_data(self, data: str) -> None:
+        """Add text to the last cell."""
+        if self.rows and self.rows[-1] and data.strip():
+            text, value = self.rows[-1][-1]
+            self.rows[-1][-1] = (text + data, value)
+
+
+def test_the_leaderboard_is_one_page_with_numbers_to_sort_by(checkout, capsys):
+    sure = {"gain_over_control_low": 0.01, "gain_over_control_high": 0.02}
+    model = METRICS["eval_sliding"]["finetuned"] | sure
+    scores = METRICS["eval_sliding"] | {"base": BASE, "finetuned": model}
+    metrics = METRICS | {"eval_sliding": scores}
+    for seed in (0, 1):
+        files = files_of(metrics, finetune={"seed": seed, "lr": 1})
+        keep(f"seed<{seed}>", **files)
+    far = scores | {"finetuned": model | {"segment_test_ppl": 99.0}}
+    keep("far", **files_of(metrics | {"eval_sliding": far}, finetune={"seed": 0, "lr": 2}))
+    main(["leaderboard"])
+    path = Path(capsys.readouterr().out.strip())
+    text = path.read_text(encoding="utf-8")
+    page = Page(text)
+    assert [link for link in page.links if not link.startswith("#")] == []
+    header, *rows = page.rows
+    names = ["run", *leaderboard.COLUMNS]
+    assert [cell for cell, _ in header] == names
+    first = dict(zip(names, rows[0], strict=True))
+    assert first["run"][0] == "seed<0>"
+    assert first["memory, bytes"] == ("1,497,600", "1.4976e+06")
+    assert first["lead over its control"] == ("+0.0189 [+0.0100, +0.0200]", "0.0189")
+    assert first["minutes"] == ("-", None)
+    assert [row[names.index("seeds")][0] for row in rows] == ["2", "2", "1"]
+    assert "; not shown: far (99.0)" in text
+
+
+def test_the_best_of_at_most_so_many_bytes_is_a_falling_line():
+    sizes, ppls = [0, 10, 10, 20, 30], [29.0, 28.0, 27.0, 28.5, 26.0]
+    values = {STATE_BYTES: sizes, SEGMENT: ppls, BASE_PPL: 30.0, **dict.fromkeys(RIVAL_PPLS, 25.0)}
+    figure = leaderboard.draw(pd.DataFrame(values, index=list("abcde")))
+    best = figure.axes[0].lines[2]
+    assert best.get_xydata().tolist() == [[0, 29.0], [10, 27.0], [30, 26.0]]
+
+
+def test_the_report_of_an_experiment_is_that_of_the_stage(capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(reports, "FOLDER", tmp_path)
+    main(["reports", "memory-only"])
+    out = capsys.readouterr().out
+    assert out.startswith("# memory-only: smollm2-135m with a memory\n\nThe memory helps: ")
+    assert "| base " in out
+    page = (tmp_path / "memory-only.html").read_text(encoding="utf-8")
+    assert "<td>infini.feature_map</td>" in page
+    assert f"<td>{kept_experiments()['memory-only'].code[:7]}</td>" in page
+
+
 def test_each_number_is_a_mark_on_the_line_of_its_experiment(tmp_path):
     rows = {
-        "old": {"finetuned": {"segment_test_ppl": 25.0, "state_bytes": 8}},
+        "old": {"base": BASE, "finetuned": {"segment_test_ppl": 25.0, "state_bytes": 8}},
         "new": METRICS["eval_sliding"],
         "plain": {"finetuned": {"segment_test_ppl": 24.0, "state_bytes": 0}},
+        "far": {"finetuned": {"segment_test_ppl": 45.0, "state_bytes": 8}},
     }
+    rows["far"]["finetuned"] |= {"full_test_ppl": 23.0, "segment_off_test_ppl": 41.26}
     flat = [dict(leaves({"eval_sliding": row})) for row in rows.values()]
     figure = draw(pd.DataFrame(flat, index=list(rows)), [("ten documents", list(rows))])
     (axes,) = figure.axes
     assert [label.get_text() for label in axes.get_yticklabels()] == list(rows)
-    assert {line.get_label(): line.get_xydata().tolist() for line in axes.lines} == {
-        "full attention": [[23.6, 1]],
+    *marks, base = axes.lines
+    assert (base.get_label(), list(base.get_xdata())) == ("the base as it was", [30.0, 30.0])
+    assert {line.get_label(): line.get_xydata().tolist() for line in marks} == {
+        "full attention": [[23.6, 1], [23.0, 3]],
         "its control, without a memory": [[29.8, 1]],
         "memory off": [[30.2, 1]],
         "another document's memory": [[29.9, 1]],
         "the same bytes of keys and values": [[28.2, 1]],  # the better of the two
         "with its memory": [[25.0, 0], [29.1, 1]],
     }
-    from_below = sorted(axes.lines, key=lambda line: line.get_zorder())
+    (far,) = axes.texts  # or two marks would squeeze all others
+    assert (far.get_text(), far.get_position()[1]) == ("2 marks: 41.3 to 45.0 \u2192", 3)
+    assert axes.get_xlim()[1] < 41
+    from_below = sorted(marks, key=lambda line: line.get_zorder())
     sizes = [line.get_markersize() for line in from_below]
     assert sizes == sorted(sizes, reverse=True)  # or the larger would hide the smaller
     with pytest.raises(ValueError, match=r"FILE must end in one of .*png.*, got .*\.txt"):

@@ -5,8 +5,9 @@ import math
 import numpy as np
 import pytest
 
+from infini_retrofit.evaluation.bootstrap import paired_bootstrap
 from infini_retrofit.evaluation.evaluation import DocumentNlls, Report
-from infini_retrofit.evaluation.gains import gains, paired_bootstrap
+from infini_retrofit.evaluation.gains import gains
 from stages.eval_sliding import add_gains
 
 OWN, CONTROL = [2.0, 3.0, 4.0], [2.5, 2.9, 4.4]

@@ -8,7 +8,7 @@ import pytest
 from infini_retrofit.pipeline.params import leaves
 from recipes.__main__ import main
 from recipes.experiments import Experiment, is_in_history, list_files, read_file, read_params_of
-from recipes.kept import PLOTTED, keep, kept_experiments
+from recipes.kept import IF_THERE, PLOTTED, keep, kept_experiments
 from recipes.overlays import read_overlay, recipe_names
 from tests.tiny_checkout import commit, git, make_checkout, store, write
 from tests.tiny_project import ROOT
@@ -54,12 +54,13 @@ def checkout(tmp_path, monkeypatch) -> None:
 
 def test_what_is_kept_reads_as_the_experiment_does(checkout, capsys):
     write(**{"results/mine/stale": "", "results/other/stale": "", "results/half/params.yaml": ""})
-    run = run_experiment("mine", **{"README.md": "no code"})
+    more = dict.fromkeys(IF_THERE[:2], "of an experiment that has them")
+    run = run_experiment("mine", **{"README.md": "no code", "plots/memory_share.tsv": ""}, **more)
     main(["--keep", "mine"])
     assert capsys.readouterr().out == "results/mine\n"
     folder = Path("results/mine")
     found = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
-    assert found == {"commit", "params.yaml", *LEFT}
+    assert found == {"commit", "params.yaml", *LEFT, *more}
     assert kept_experiments() == {"mine": Experiment(folder, run.code)}
     for path in found - {"commit"}:
         assert read_file(folder, path) == read_file(run.source, path)

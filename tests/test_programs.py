@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from analysis import carried_context, fixed_share, memory_reach, zero_cost
-from analysis.programs import BASE, DOCUMENTS, at_least
+from analysis.programs import BASE, DOCUMENTS, at_least, print_growing
 from infini_retrofit.layer.form import InfiniParams
 from infini_retrofit.model.base import load_base
 from infini_retrofit.model.checkpoints import load_retrofit
@@ -47,6 +47,21 @@ def test_a_number_that_is_too_small_is_refused(capsys):
             fixed_share.main(words.split())
         assert message in capsys.readouterr().err
     assert at_least(2, "document")("2") == 2
+
+
+def test_each_row_of_a_slow_table_is_printed_once_as_soon_as_it_is_there(capsys):
+    def rows():
+        yield ["1", "12,345"]
+        said = capsys.readouterr()
+        assert said.err == ""
+        assert [line.split() for line in said.out.splitlines()][::2] == [
+            ["|", "tokens", "|", "bytes", "|"],
+            ["|", "1", "|", "12,345", "|"],
+        ]
+        yield ["2", "-"]
+
+    print_growing(["tokens", "bytes"], rows())
+    assert capsys.readouterr().out.split() == ["|", "2", "|", "-", "|"]
 
 
 def test_carried_tokens_are_told_by_the_share_of_the_gap_that_they_win():
@@ -107,11 +122,11 @@ def test_a_control_gets_a_memory_of_the_share_asked_for_and_keeps_its_weights(
         assert torch.allclose(shares, torch.tensor(0.3))
     with pytest.raises(ValueError, match=r"models/finetuned must be a model without a memory"):
         fixed_share.main([str(RETROFIT)])
-    with pytest.raises(ValueError, match=r"local_context must be that of models/control, 4, got 0"):
+    with pytest.raises(ValueError, match=r"context must be 4, as models/control has it, got 0$"):
         fixed_share.insert_memory(CONTROL, replace(form, local_context=0), torch.float32)
     monkeypatch.chdir(finished["linear"])
     for model in ([], [str(CONTROL)]):
-        with pytest.raises(ValueError, match=r"infini\.init must be that of the base, base, got"):
+        with pytest.raises(ValueError, match=r"infini\.init must be base, so that the base stays"):
             fixed_share.main(model)
 
 

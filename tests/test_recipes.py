@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from dvc.utils.hydra import apply_overrides
 
+from analysis.__main__ import main as analysis_main
 from infini_retrofit.pipeline.params import leaves, read_params
 from recipes import __main__ as command_line
 from recipes import overlays
@@ -231,6 +232,17 @@ def test_overlays_and_repositories_that_do_not_fit_are_refused(monkeypatch):
     assert overrides("part", params, {"a.c": 2}, ["a={b: 5}"]) == ["a.c=3", "a={b: 5}"]
     shutil.rmtree(".git")
     assert refusal("part").startswith("error: params.yaml is missing from the last commit")
+
+
+@pytest.mark.parametrize("option", ["table", "compare", "report", "leaderboard", "revisions"])
+def test_what_shows_experiments_is_the_command_of_analysis(option, capsys):
+    """Each ends as that command does, in a project without results."""
+    command = "reports" if option == "report" else option
+    names = [] if option == "leaderboard" else ["one", "two"]
+    with pytest.raises(SystemExit) as other:
+        analysis_main([command, *names])
+    assert refusal(" ".join([f"--{option}", *names])) == str(other.value.code)
+    assert capsys.readouterr().out == ""
 
 
 COMPARISONS = ["dvc metrics diff one two --md", "dvc params diff one two --md"]

@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 
 from analysis.report.results import Results
-from infini_retrofit.evaluation.gains import MIN_GROUPS_FOR_INTERVAL, paired_bootstrap
+from infini_retrofit.evaluation.bootstrap import MIN_GROUPS_FOR_INTERVAL, paired_bootstrap
 
 RELATIONS = ("better than", "worse than", "not told apart from")
 
