@@ -9,7 +9,7 @@ from infini_retrofit.layer.cut import Cut
 from infini_retrofit.layer.probe import Probe
 from infini_retrofit.layer.state import State
 from infini_retrofit.model import running
-from infini_retrofit.model.retrofit import attention_modules, infini_modules
+from infini_retrofit.model.retrofit import attention_modules
 from infini_retrofit.model.running import fold, run_folded, run_in_layer, run_swapped
 from tests.reference import (
     both_families,
@@ -105,34 +105,6 @@ def test_under_autocast_the_state_stays_in_its_number_type(family, form):
         got = run_folded(model, ids, SEGMENT, state=state)
     assert 0 < (got - want).abs().mean() < 0.05 * largest(want)
     assert dtypes_of(state) == {kept_dtype(form, torch.float32)}
-
-
-ALL_OF_IT = {
-    "layers": [0, -1],
-    "feature_map": "hedgehog",
-    "gate": "query",
-    "decay": "feature",
-    "positions": "alibi",
-}
-OF_MEMORY = {
-    *("gate_logit", "memory.decay_logit", "memory.query_gate"),
-    *("feature_maps.query_weight", "feature_maps.key_weight"),
-}
-
-
-@both_families
-@pytest.mark.parametrize(("insertion", "more"), [("replace", set()), ("parallel", {"alpha"})])
-@torch.no_grad()
-def test_a_state_dict_holds_all_that_is_learned_and_no_state(family, insertion, more):
-    form = ALL_OF_IT | {"insertion": insertion}
-    model, other = make_model(family, form), make_model(family, form)
-    ids = ids_for(model)
-    want = run_folded(model, ids, SEGMENT)
-    names = infini_modules(model)[0].state_dict().keys()
-    assert {name for name in names if "proj" not in name} == OF_MEMORY | more
-    assert largest(run_folded(other, ids, SEGMENT) - want) > 0.01
-    other.load_state_dict(model.state_dict())
-    assert torch.equal(run_folded(other, ids, SEGMENT), want)
 
 
 @both_families

@@ -15,8 +15,6 @@ Axes:
     H  query head
     K  key channel
     V  value channel
-    NK channel of all keys of a token, heads side by side
-    NV channel of all values of a token
     HK channel of all queries of a token
     HV channel of all outputs of a token
 """
@@ -126,12 +124,12 @@ class InfiniAttention(nn.Module):
         before = (state or State()).before.get(self.layer_index, LayerState())
         query, key, value = (p(hidden_states) for p in (self.q_proj, self.k_proj, self.v_proj))
         tables = position_embeddings if self.params.positions == "rope" else None
+        new = Tokens.of(key, value, tables, cut.is_token)
         if cut.is_open:
-            new = Tokens.of(key, value, tables, cut.is_token)
             out, after = self._stream(query, new, before, cut, probe)
         else:
             layout = Layout(hidden_states, cut, self.segment_length)
-            segments = self._lay_out(layout, key, value, tables, before, probe)
+            segments = self._lay_out(layout, new, before, probe)
             query = layout.split(query, self.shape.num_heads)
             out = layout.join(self._attend(query, segments, probe))
             after = LayerState(segments.memory, segments.context)
@@ -162,7 +160,7 @@ class InfiniAttention(nn.Module):
                 return out, replace(before, unfinished=tokens)
         is_token = None if cut.is_token is None and len(tokens) == len(new) else tokens.is_token
         layout = Layout(tokens.key, Cut(is_token=is_token), length)
-        segments = self._lay_out(layout, tokens.key, tokens.value, tokens.tables, before, probe)
+        segments = self._lay_out(layout, tokens, before, probe)
         if not is_step:
             # Pad queries; the outputs of earlier tokens are dropped.
             num_kept = len(tokens) - len(new)
@@ -171,18 +169,11 @@ class InfiniAttention(nn.Module):
         return out, state_after(segments, tokens, before, length, self.local_context)
 
     def _lay_out(
-        self,
-        layout: Layout,
-        key: Float[Tensor, "R T NK"],
-        value: Float[Tensor, "R T NV"],
-        tables: tuple[Tensor, Tensor] | None,
-        before: LayerState,
-        probe: Probe,
+        self, layout: Layout, tokens: Tokens, before: LayerState, probe: Probe
     ) -> Segments:
         """Cut keys and values into segments, and write the memory before each."""
-        key = layout.split(key, self.shape.num_kv_heads)
-        value = layout.split(value, self.shape.num_kv_heads)
-        place = layout.place_by(tables)
+        key, value = (layout.split(x, self.shape.num_kv_heads) for x in (tokens.key, tokens.value))
+        place = layout.place_by(tokens.tables)
         is_token = layout.is_token
         if is_token is None:
             is_token = torch.ones(layout.grid, dtype=torch.bool, device=key.device)

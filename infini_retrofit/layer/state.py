@@ -26,9 +26,9 @@ from infini_retrofit.layer.memory import MemoryState
 
 @dataclass(frozen=True)
 class Tokens:
-    """Keys and values of a segment that has not ended, with their positions.
+    """Keys and values of a call, or of a segment that has not ended, with their positions.
 
-    Rows may stand at different places of their segments.
+    In a segment that has not ended, rows may stand at different places.
     """
 
     key: Float[Tensor, "B W NK"]  # without position encoding
