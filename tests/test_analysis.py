@@ -433,9 +433,9 @@ def test_the_leaderboard_is_one_page_with_numbers_to_sort_by(checkout, capsys):
 
 
 def test_the_best_of_at_most_so_many_bytes_is_a_falling_line():
-    sizes, ppls = [0, 10, 10, 20, 30], [29.0, 28.0, 27.0, 28.5, 26.0]
+    sizes, ppls = [0, 10, 10, 20, 25, 30], [29.0, 28.0, 27.0, 28.5, 28.2, 26.0]
     values = {STATE_BYTES: sizes, SEGMENT: ppls, BASE_PPL: 30.0, **dict.fromkeys(RIVAL_PPLS, 25.0)}
-    figure = leaderboard.draw(pd.DataFrame(values, index=list("abcde")))
+    figure = leaderboard.draw(pd.DataFrame(values, index=list("abcdef")))
     best = figure.axes[0].lines[2]
     assert best.get_xydata().tolist() == [[0, 29.0], [10, 27.0], [30, 26.0]]
 
