@@ -21,12 +21,13 @@ from analysis.leaderboard import RIVALS as RIVAL_PPLS
 from analysis.loading import load_metrics, load_scores, load_settings
 from analysis.picture import draw, save
 from analysis.repeats import RIVALS, check_repeats, gains_of_repeats
+from analysis.report.table import markdown as report_table
 from analysis.table import BASE as BASE_PPL
 from analysis.table import COLUMNS, SEGMENT, STATE_BYTES
 from infini_retrofit.evaluation.bootstrap import paired_bootstrap
 from infini_retrofit.pipeline.params import leaves
 from recipes.experiments import Experiment
-from recipes.kept import SCORES, kept_experiments
+from recipes.kept import REPORT, SCORES, kept_experiments
 from tests.tiny_checkout import commit, make_checkout, store, write
 from tests.tiny_project import ROOT
 
@@ -329,12 +330,15 @@ def run_of_seeds(ppl: float, epochs: int, distilled: float | None = None, **more
     return files_of(metrics, **training) | more
 
 
-SECONDS = "| stage    | seconds |\n| --- | ---: |\n| distill  |   {} |\n| finetune | 30 |\n"
+def told(distill: str) -> dict[str, str]:
+    """Make the report that tells the seconds of two stages."""
+    rows = [["distill", distill], ["finetune", "30"]]
+    return {REPORT: f"# x\n\n{report_table(['stage', 'seconds'], rows)}\n"}
 
 
 def test_two_runs_are_compared_in_the_rows_of_the_seeds(checkout, capsys):
-    keep("v1", **run_of_seeds(40.0, 10, 26.0, **{"report/report.md": SECONDS.format(60)}))
-    keep("v2", **run_of_seeds(50.0, 4, 25.4, **{"report/report.md": SECONDS.format(210)}))
+    keep("v1", **run_of_seeds(40.0, 10, 26.0, **told("60")))
+    keep("v2", **run_of_seeds(50.0, 4, 25.4, **told("210")))
     (table,) = shown(capsys, "compare", "v1", "v2")
     assert table[0] == ["metric", "v1", "v2", "change"]
     assert {row[0]: row[1:] for row in table[2:]} == {
@@ -349,7 +353,7 @@ def test_two_runs_are_compared_in_the_rows_of_the_seeds(checkout, capsys):
         "trained on tokens": ["20,000", "8,000", "-60%"],
         "minutes of training": ["1.5", "4.0", "+2.5"],
     }
-    undistilled = run_of_seeds(40.0, 0, **{"report/report.md": SECONDS.format("-")})
+    undistilled = run_of_seeds(40.0, 0, **told("-"))
     keep("v3", **undistilled)
     (table,) = shown(capsys, "compare", "v3", "v2")
     rows = {row[0]: row[1:] for row in table[2:]}
