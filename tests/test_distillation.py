@@ -1,26 +1,20 @@
 """Distilling: its targets are what the base really computes, and the loss goes towards them."""
 
-from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
-from infini_retrofit.model.base import load_base
-from infini_retrofit.model.checkpoints import WEIGHTS, load_retrofit, save_retrofit
-from infini_retrofit.model.families import decoder_layers
 from infini_retrofit.model.retrofit import (
     alphas,
     attention_modules,
     insert_infini,
 )
 from infini_retrofit.scoring.score import score_rows, total
-from infini_retrofit.training.distillation import Distillation, Teacher, modules_of, tensor_of
+from infini_retrofit.training.distillation import Teacher, modules_of, tensor_of
 from tests.reference import both_families, infini_params, largest, record_layers
-from tests.tiny import random_ids, tiny_base_folder, tiny_llama, tiny_model
-from tests.tiny_training import INFINI, TOKENS, distill_params, distillation, run
+from tests.tiny import random_ids, tiny_llama, tiny_model
+from tests.tiny_training import TOKENS, distillation, run
 
 NOTES = {"layer_output": "returned", "attention_output": "attention"}
 both_objectives = pytest.mark.parametrize("objective", NOTES)
@@ -101,19 +95,6 @@ def test_an_error_counts_for_its_own_sample_and_an_attention_s_as_a_share(object
     assert loss == pytest.approx(sum(apart) / 2, rel=1e-5)
 
 
-@both_families
-def test_a_layer_is_given_what_the_base_s_was_given_not_what_another_student_returned(family):
-    task, ids, given = distillation(family, form={"layers": [0, 2]}), ids_for(family), []
-    want = record_layers(tiny_model(family), ids)["given"]
-    for index in (0, 2):
-        decoder_layers(task.model)[index].register_forward_pre_hook(
-            lambda _, args, kwargs: given.append((*args, *kwargs.values())[0]), with_kwargs=True
-        )
-    task(ids)
-    assert [torch.equal(x, want[i]) for x, i in zip(given, (0, 2), strict=True)] == [True] * 2
-    assert not torch.equal(record_layers(task.model, ids)["given"][2], want[2])
-
-
 def test_validation_weighs_samples_alike_and_scores_the_whole_model():
     task, rows = distillation(), ids_for(num_samples=3)
     metrics = task.run_validation(rows)
@@ -138,25 +119,12 @@ def test_a_branch_is_asked_for_what_a_segment_alone_misses(family, insertion, ob
     assert all(loss > 1e-3 < alpha.grad.abs() * 1e3 for alpha in alphas(branch.model))
 
 
-@both_objectives
-@pytest.mark.parametrize("trainable", ["memory", "infini"])
-def test_the_plain_base_passes_with_nothing_to_do(
-    objective: str, trainable: str, tmp_path: Path, capsys
-):
-    base_dir = tiny_base_folder(tmp_path / "base", vocab_size=67)
-    plain, over = replace(INFINI, layers=[]), {"objective": objective, "trainable": trainable}
-    base = load_base(base_dir, torch.float32)
-    task = Distillation(base, plain, distill_params(**over), torch.float32)
-    metrics = run(task, tmp_path, **over)
+def test_the_plain_base_passes_with_nothing_to_do(tmp_path, capsys):
+    task, val = distillation(form={"layers": []}), random_ids(67, 3, TOKENS, seed=1)
+    metrics = run(task, tmp_path)
     said = capsys.readouterr().out.strip().splitlines()[-1]
     assert said == "nothing is trained, because no parameter is to train"
-    val = random_ids(67, 3, TOKENS, seed=1)
-    want = total(score_rows(load_base(base_dir, torch.float32), val)).ppl
+    want = total(score_rows(tiny_llama(), val)).ppl
     assert (metrics["val_loss"], metrics["val_ppl"]) == (0, want)
     assert metrics["num_trainable_parameters"] == 0
     assert (tmp_path / "memory.tsv").read_text() == "epoch\tquantity\tvalue\n"
-    save_retrofit(task.model, plain, base_dir, tmp_path / "out")
-    assert load_file(tmp_path / "out" / WEIGHTS) == {}
-    loaded, infini = load_retrofit(base_dir, tmp_path / "out", torch.float32)
-    assert infini == plain
-    assert total(score_rows(loaded, val)).ppl == want

@@ -1,7 +1,6 @@
 """Fine-tuning: its loss by the plain formula, its labels, its validation, and the control."""
 
 from dataclasses import replace
-from functools import partial
 
 import pytest
 import torch
@@ -11,8 +10,8 @@ from torch import Tensor
 from infini_retrofit.model.retrofit import insert_infini
 from infini_retrofit.model.running import run_folded, run_in_layer
 from infini_retrofit.scoring.score import Score, score_segments, segment_runs, t2_nlls, total
-from infini_retrofit.training.control import ControlParams, make_control
-from infini_retrofit.training.finetuning import Finetuning, predict
+from infini_retrofit.training.control import make_control
+from infini_retrofit.training.finetuning import Finetuning
 from tests.reference import both_families, largest
 from tests.tiny import random_ids, tiny_llama, tiny_model
 from tests.tiny_training import INFINI, SEGMENT, TOKENS, finetune_params, finetuning, run
@@ -72,14 +71,6 @@ def test_the_loss_is_the_weighted_sum_and_its_gradient_is_that_of_all_logits(
     assert_same(task, task(ids)["loss"], want)
 
 
-@both_families
-def test_the_base_confined_to_segments_does_not_diverge_from_itself(family):
-    control = finetuning(family, is_control=True, kl_weight=1.0, trainable="all")
-    assert abs(control(ids_of(control))["loss"].item()) < 1e-5
-    control.predict = partial(predict, tiny_model(family, seed=1))
-    assert control(ids_of(control))["loss"].item() > 0.01
-
-
 def test_the_teacher_stays_frozen_and_out_of_what_is_saved(tmp_path):
     task = finetuning(trainable="all", kl_weight=0.3)
     (base,) = task.predict.args
@@ -88,9 +79,8 @@ def test_the_teacher_stays_frozen_and_out_of_what_is_saved(tmp_path):
     assert all(torch.equal(base.state_dict()[name], x) for name, x in before.items())
     assert not any(p.requires_grad for p in base.parameters())
     assert not {id(p) for p in task.parameters()} & {id(p) for p in base.parameters()}
-    rows = (tmp_path / "history.tsv").read_text().splitlines()
-    assert [row.split("\t")[3] == "" for row in rows if "train" in row] == [True]
-    assert finetuning(**TWICE).train_ppl(1.0) == "" != finetuning().train_ppl(1.0)
+    (row,) = [x for x in (tmp_path / "history.tsv").read_text().splitlines() if "train" in x]
+    assert row.endswith("\t")  # no perplexity of a loss that is none
 
 
 @both_families
@@ -102,17 +92,6 @@ def test_each_position_learns_the_token_after_the_next_of_its_own_segment(family
     assert_same(task, loss, plain_loss(task, ids, 2, across=False))
     for other in (plain_loss(task, ids, 2), plain_loss(task, ids, 1)):
         assert abs(other - loss) > 1e-3
-
-
-@both_families
-def test_it_is_the_loss_of_a_model_that_shifts_labels_which_were_shifted_already(family):
-    task, base = finetuning(family, is_control=True, **TWICE), tiny_model(family)
-    ids = ids_of(task)
-    segments = ids.view(-1, SEGMENT)
-    want = base(input_ids=segments[:, :-1], labels=segments[:, 1:]).loss
-    assert task(ids)["loss"].item() == pytest.approx(want.item(), rel=1e-5)
-    right = base(input_ids=segments, labels=segments).loss
-    assert abs(task(ids)["loss"].item() - right.item()) > 1e-3
 
 
 @both_families
@@ -145,17 +124,6 @@ def test_the_control_is_the_base_confined_to_segments():
     assert make_control(tiny_llama(), INFINI).memory == "off"
     assert total(score_segments(task.model, ids, SEGMENT)).nll == pytest.approx(want.nll)
     assert (len(task.groups["gate"]), len(task.groups["infini"])) == (0, 4)
-    whole = finetuning(form={"init": "random_layer"}, is_control=True)
-    names = {name for name, p in whole.named_parameters() if p.requires_grad}
-    assert any("mlp" in name for name in names)
-    assert all(".layers.0." in name for name in names)
-
-
-def test_the_control_trains_as_the_retrofit_does_but_for_what_its_own_section_says():
-    params = finetune_params(trainable="memory", lr=1e-2, **TWICE)
-    assert ControlParams(trainable="same", lr="same").applied_to(params) == params
-    own = ControlParams(trainable="attention", lr=1e-4).applied_to(params)
-    assert own == replace(params, trainable="attention", lr=1e-4) != params
 
 
 @pytest.mark.parametrize("trainable", ["attention", "all", "lora"])

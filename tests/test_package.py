@@ -7,7 +7,6 @@ import sys
 import tomllib
 from pathlib import Path
 
-import pytest
 from packaging.requirements import Requirement
 
 import infini_retrofit
@@ -68,20 +67,6 @@ def test_all_public_names_come_without_what_the_pipeline_needs():
     assert all(name == found for name, found in pairs)
 
 
-@pytest.mark.parametrize("name", ["generation.chat", "share.export"])
-def test_a_command_looks_at_its_arguments_before_it_imports_torch(name):
-    program = f"""
-import sys, infini_retrofit.{name} as command
-try:
-    command.main(["--help"])
-finally:
-    before = "torch" in sys.modules
-    import infini_retrofit.share.exported_folder
-    print("LOADED", before, "torch" in sys.modules)
-"""
-    assert run(program).splitlines()[-1] == "LOADED False True"
-
-
 def test_public_names_stand_in_one_place_and_nothing_private_is_among_them():
     stub = (PACKAGE / "__init__.pyi").read_text()
     lines = re.findall(r"^from \.([\w.]+) import (\w+) as (\w+)$", stub, re.MULTILINE)
@@ -93,13 +78,6 @@ def test_public_names_stand_in_one_place_and_nothing_private_is_among_them():
         found = getattr(importlib.import_module(f"infini_retrofit.{module}"), name)
         assert getattr(infini_retrofit, name) is found
         assert found.__module__ == f"infini_retrofit.{module}"
-
-
-def test_a_name_that_is_not_there_is_said_to_be_missing():
-    with pytest.raises(AttributeError, match="'infini_retrofit' has no attribute 'nothing'"):
-        infini_retrofit.nothing  # noqa: B018
-    with pytest.raises(ImportError, match="nothing"):
-        from infini_retrofit import nothing  # noqa: F401
 
 
 def test_types_and_stub_are_part_of_the_package():

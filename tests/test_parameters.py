@@ -113,15 +113,6 @@ def test_what_is_frozen_becomes_16_bit_but_for_what_belongs_to_the_memory(family
         assert not keeps or torch.equal(parameter, exact[name])
 
 
-def test_a_memory_that_is_not_known_as_one_would_be_rounded():
-    model = retrofitted("llama")
-    forgetful = infini_modules(model)[0]
-    forgetful.memory_parameters = dict
-    set_trainable(model, "memory", frozen_dtype=torch.bfloat16)
-    assert forgetful.gate_logit.dtype is torch.bfloat16
-    assert infini_modules(model)[2].gate_logit.dtype is torch.float32
-
-
 def move(groups: dict[str, list[nn.Parameter]]) -> None:
     """Move everything that trains, so that no adapter is zero any more."""
     generator = torch.Generator().manual_seed(1)

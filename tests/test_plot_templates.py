@@ -78,29 +78,6 @@ def test_a_plot_draws_every_kind_of_its_rows_and_names_the_revisions(path):
         assert (len(marks(draw(path, others, "v1"))) < drawn) == is_shown, kind
 
 
-def unknown_columns(path: str, template: str) -> set[str]:
-    """Return the columns that a plot names, and neither its file nor its template makes."""
-    named = set(re.findall(r"datum\['(\w+)'\]", template))
-    named |= set(re.findall(r'"field": "(\w+)"', template)) | {PLOTS[path]["x"], PLOTS[path]["y"]}
-    made = set(re.findall(r'"as": \[?"(\w+)"', template))
-    return named - made - {"rev", *COLUMNS[path]}
-
-
-@pytest.mark.parametrize("path", PLOTS)
-def test_a_plot_names_only_columns_of_its_file(path):
-    template = (TEMPLATES / f"{PLOTS[path]['template']}.json").read_text()
-    assert unknown_columns(path, template) == set()
-    renamed = template.replace('"field": "rev"', '"field": "revision"')
-    assert unknown_columns(path, renamed) == {"revision"}
-
-
-@pytest.mark.parametrize("path", ["plots/finetune_memory.tsv", "plots/memory_share.tsv"])
-def test_a_file_of_column_names_alone_draws_no_mark(path):
-    svg = draw(path, [])
-    assert PLOTS[path]["title"] in svg
-    assert not marks(svg)
-
-
 def shifted(path: str, by: float) -> list[dict[str, str]]:
     """Return a file's rows, with another loss of the finetuned model under `segment`."""
     line = ("finetuned", "segment")
@@ -115,18 +92,3 @@ def test_the_gains_drawn_are_those_of_the_metrics(by):
     for name in GAINS.keys() & METRICS["finetuned"]:
         drawn = [number(m["nats a token gained"]) for m in means if m["over"] == GAINS[name]]
         assert any(abs(d - METRICS["finetuned"][name]) < 6e-4 for d in drawn) == (not by), name
-
-
-@pytest.mark.parametrize("by", [0.0, 0.1])
-def test_positions_draw_what_finetuned_gains_over_each_rival(by):
-    path = "plots/eval_positions.tsv"
-    svg = draw(path, shifted(path, by), "v1")
-    assert "What finetuned gains over each rival" in svg
-    nlls = {(*kind_of(row), row["position"]): float(row["nll"]) for row in ROWS[path]}
-    axis = "nats a token (log, linear near 0)"
-    shown = [m for m in marks(svg) if axis in m]
-    for line in (("control", "segment"), ("finetuned", "segment_off"), ("base", "segment")):
-        gain = nlls[*line, "4"] - nlls["finetuned", "segment", "4"]
-        drawn = [number(m[axis]) for m in shown if (m["model"], m["protocol"]) == line]
-        is_drawn = any(abs(value - gain) < 6e-3 for value in drawn)
-        assert is_drawn == (not by and line[0] != "base"), line

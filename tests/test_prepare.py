@@ -10,7 +10,7 @@ import pytest
 from tokenizers import processors
 
 from infini_retrofit.texts import hub
-from infini_retrofit.texts.splits import SPLITS, cut_documents, read_articles, tokenize
+from infini_retrofit.texts.splits import SPLITS
 from stages import prepare_longdocs, prepare_wikitext
 from tests.tiny import tiny_tokenizer
 from tests.tiny_project import ROOT, contents
@@ -62,20 +62,10 @@ def write_params(**changes: object) -> None:
 
 
 def wikitext_rows(number: int) -> list[str]:
-    """Return an article in the rows of WikiText, with lines that look like titles."""
-    return [
-        "",
-        f" = {number:02}.txt = \n" if number < 40 else f" = Town {number} = \n",
-        "",
-        *([] if number % 2 else [f" wiki {number} : the dog sleeps . \n", " = 1 = \n", ""]),
-        "",
-        " = = The sea = = \n",
-        "",
-        " = 2 = \n",
-        *[f" wiki {number} had {i} @,@ 000 dogs by the sea . \n" for i in range(1 + number % 7)],
-        " = = 3 = = \n",
-        "",
-    ]
+    """Return an article in the rows of WikiText."""
+    title = f"{number:02}.txt" if number < NUM_TEXTS else f"Town {number}"
+    lines = [f" wiki {number} had {i} @,@ 000 dogs by the sea . \n" for i in range(1 + number % 7)]
+    return ["", f" = {title} = \n", "", *lines, ""]
 
 
 @pytest.fixture
@@ -111,9 +101,6 @@ def test_a_corpus_keeps_its_own_splits_articles_and_order(wiki):
     rows = rows_of("wikitext")
     assert {split: [row["title"] for row in rows[split]] for split in SPLITS} == wiki
     assert {split: len(rows[split]) for split in SPLITS} == OFFICIAL
-    (text,) = (row["text"] for row in rows["train"] if row["title"] == "Town 91")
-    sentence = "wiki 91 had 0,000 dogs by the sea."
-    assert text.split("\n\n") == ["Town 91", "The sea", "= 2 =", sentence, "= = 3 = ="]
 
 
 def titles_of(rows: dict[str, list[dict]]) -> Titles:
@@ -147,17 +134,6 @@ def test_tokens_are_the_whole_text_and_nothing_else():
         assert row["input_ids"] == tokenizer.encode(row["text"], add_special_tokens=False)
 
 
-def test_documents_are_the_pieces_of_the_articles():
-    documents = documents_of()
-    for split in SPLITS:
-        articles = read_articles(Path("data/wikitext"), split)
-        pieces = cut_documents(articles, TOKENS_PER_DOCUMENT)
-        assert pieces[-1].part > 0
-        assert [tuple(row.values()) for row in documents[split]] == [
-            (piece.title, piece.part, piece.input_ids.tolist()) for piece in pieces
-        ]
-
-
 def test_two_runs_give_equal_bytes_and_a_changed_text_changes_its_split_only():
     documents_of()
     before = contents(Path("data"))
@@ -180,11 +156,12 @@ def test_the_stages_import_neither_torch_nor_transformers():
     assert run.stdout == "tokenizers\n"
 
 
-def test_documents_come_from_the_other_corpus_only():
+def test_documents_are_the_first_of_the_corpus_that_is_named():
     same = documents_of(corpus="same")
     assert documents_of(corpus="texts") == same  # the same corpus by its name
+    fewer = documents_of(documents=2)
+    assert fewer == {split: same[split][:2] for split in SPLITS}
     documents = documents_of(corpus="books")
-    assert documents != same
     tokenizer = tiny_tokenizer()
     firsts = [row for split in SPLITS for row in documents[split] if row["part"] == 0]
     assert len(firsts) > NUM_TEXTS / 4
@@ -212,39 +189,8 @@ def test_a_title_of_both_corpora_never_stands_in_two_splits(monkeypatch, sliding
     assert {title[2:] for title in leaked} == {".txt"}
 
 
-@pytest.mark.usefixtures("wiki")
-@pytest.mark.parametrize("corpus", ["books", "wiki"])
-def test_only_the_wanted_documents_are_tokenised_and_they_are_the_first(monkeypatch, corpus):
-    taken = []
-
-    def counting(tokenizer, articles):
-        for article in tokenize(tokenizer, articles):
-            taken.append(article.title)
-            yield article
-
-    monkeypatch.setattr(prepare_longdocs, "tokenize", counting)
-    fewer, few = documents_of(corpus=corpus, documents=2), len(taken)
-    of_all = documents_of(corpus=corpus)
-    assert fewer == {split: of_all[split][:2] for split in SPLITS}
-    assert 6 <= few < 15
-    assert len(taken) - few > 30
-
-
-@pytest.mark.parametrize("corpus", ["same", "books"])
-def test_a_split_without_documents_is_refused_and_nothing_is_written(corpus):
+def test_a_split_without_documents_is_refused_and_nothing_is_written():
     message = r"got 1000: the longest article of train has \d+ tokens"
     with pytest.raises(ValueError, match=message):
-        documents_of(corpus=corpus, tokens_per_document=1000)
-    assert not Path("data/longdocs").exists()
-
-
-def test_test_documents_of_one_article_are_refused(monkeypatch):
-    read = prepare_longdocs.read_other_corpus
-    monkeypatch.setattr(
-        prepare_longdocs,
-        "read_other_corpus",
-        lambda split_of: {**(of := read(split_of)), "test": of["test"][:1] * 3},
-    )
-    with pytest.raises(ValueError, match=r"at least 2 articles in test, .* got 2: 1 is that long"):
-        documents_of(corpus="books", tokens_per_document=2, documents=2)
+        documents_of(tokens_per_document=1000)
     assert not Path("data/longdocs").exists()

@@ -2,24 +2,23 @@
 
 import json
 import random
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from tokenizers import Tokenizer, normalizers
+from tokenizers import normalizers
 
 from infini_retrofit.bases.scratch import NextTokenLoss, ScratchBase, pack_rows, train_tokenizer
-from infini_retrofit.bases.sources import BASE_KINDS, bring_base
-from infini_retrofit.model.base import load_base, load_tokenizer
-from infini_retrofit.pipeline.params import load_choice, load_presets
+from infini_retrofit.bases.sources import bring_base
+from infini_retrofit.model.base import load_tokenizer
+from infini_retrofit.pipeline.params import load_choice
 from infini_retrofit.texts.articles import read_splits
 from infini_retrofit.texts.corpora import CORPORA, FilesCorpus
 from infini_retrofit.texts.splits import read_articles
 from stages import prepare_base, prepare_wikitext
 from tests.tiny import assert_same_model, random_ids
-from tests.tiny_project import ROOT, write_params
+from tests.tiny_project import write_params
 
 SIZES = {"num_layers": 2, "hidden_size": 48, "num_heads": 3, "vocab_size": 290}
 SIZES |= {"tokens_per_sample": 37, "samples": 50, "epochs": 2, "batch_size": 4}
@@ -28,13 +27,8 @@ NUM_ARTICLES = 24
 WORDS = ["the", "river", "town", "dog", "sleeps", "by", "sea", "and", "1984", "old", "stone"]
 WORDS += ["bridge", "over", "water"]
 # Combining accents, half a family, spaces, control characters, and the end of a text in words.
-HARD_TEXTS = [
-    "e\u0301 \u00e9 \ufb01 \U0001f469\u200d",
-    " two  spaces \t\r\n\n .",
-    "\x00\x7f\u2028",
-    "<|endoftext|> said he , don 't !",
-    "",
-]
+HARD_TEXTS = ["e\u0301 \ufb01 \U0001f469\u200d", " two  \t\r\n\n .", "\x00\x7f\u2028"]
+HARD_TEXTS += ["<|endoftext|> said he , don 't !"]
 
 
 @pytest.fixture
@@ -77,8 +71,6 @@ def test_equal_runs_give_equal_bytes_and_another_seed_other_weights(corpus, tmp_
     assert one == two
     made, other = load(corpus), load(corpus, seed=6)
     assert_same_model(tmp_path / "one", made.model)
-    assert json.loads((tmp_path / "one/base.json").read_text())["note"] == made.note
-    assert made.model.dtype == torch.float32
     assert not torch.equal(weights(made), weights(other))
 
 
@@ -117,72 +109,21 @@ def test_only_articles_of_the_train_split_are_read_from(corpus):
     assert not torch.equal(weights(before), weights(load(corpus)))
 
 
-def test_no_epochs_leave_the_random_weights_and_the_note_tells_the_training(corpus):
-    untrained, trained = load(corpus, epochs=0), load(corpus, samples=6)
-    split = f"on the train split of mine ({len(train_texts(corpus))} articles)"
-    assert untrained.note == f"random weights; only the tokenizer was trained, {split}"
-    tokens = f"{2 * 6 * 37} tokens (2 x {6 * 37})"
-    assert trained.note == f"trained here from scratch on {tokens} {split}"
-    assert trained.source == "a GPT-NeoX of 2 layers made here, seed 5"
-    fresh = ScratchBase(**SIZES).make_model(untrained.tokenizer)
-    assert torch.equal(weights(untrained), weights(replace(untrained, model=fresh)))
-    assert not torch.equal(weights(untrained), weights(trained))
-
-
-def test_everything_but_the_sizes_is_as_in_pythia(corpus):
-    model = load(corpus, epochs=0).model
-    config = model.config.to_dict()
-    # The config.json of EleutherAI/pythia-70m, in today's words.
-    pythia = {"hidden_act": "gelu", "initializer_range": 0.02, "layer_norm_eps": 1e-05}
-    pythia |= {"use_parallel_residual": True, "tie_word_embeddings": False, "attention_bias": True}
-    pythia |= {"hidden_dropout": 0.0, "attention_dropout": 0.0, "max_position_embeddings": 37}
-    pythia |= {"intermediate_size": 4 * 48, "bos_token_id": 0, "eos_token_id": 0}
-    assert {name: config[name] for name in pythia} == pythia
-    assert config["rope_parameters"]["partial_rotary_factor"] == 0.25
-    assert config["rope_parameters"]["rope_theta"] == 10000
-    assert model.gpt_neox.rotary_emb.inv_freq.shape == (16 // 4 // 2,)
-
-
-@pytest.mark.parametrize("samples", [4, 50])
-def test_diverged_training_names_the_step_and_the_old_base_stays(corpus, tmp_path, samples):
+def test_diverged_training_names_the_step_and_the_old_base_stays(corpus, tmp_path):
     bring(corpus, tmp_path / "base", "old", epochs=0)
     message = r"^pretraining diverged after step 1: the loss is (nan|inf); .* models\.\*\.lr$"
     with pytest.raises(FloatingPointError, match=message):
-        bring(corpus, tmp_path / "base", "new", lr=1e38, samples=samples, epochs=1)
+        bring(corpus, tmp_path / "base", "new", lr=1e38, epochs=1)
     assert json.loads((tmp_path / "base/base.json").read_text())["name"] == "old"
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"hidden_size": 40}, r"hidden_size must be a multiple of 24 \(8 for each .*, got 40"),
-        ({"num_heads": 0}, r"^models\.pythia-mini\.num_heads must be greater than 0, got 0"),
-        ({"vocab_size": 256}, "vocab_size must be greater than or equal to 257, got 256"),
-        ({"tokens_per_sample": 1}, "tokens_per_sample must be greater than or equal to 2, got 1"),
-        ({"epochs": -1}, "epochs must be greater than or equal to 0, got -1"),
-        ({"lr": 0.0}, "lr must be greater than 0, got 0"),
-        ({"seed": 2**32}, "seed must be less than 4294967296, got 4294967296"),
-    ],
-)
-def test_impossible_sizes_are_refused_by_name(tmp_path, change, message):
-    sizes = {f"models.pythia-mini.{name}": value for name, value in (SIZES | change).items()}
-    write_params(tmp_path, sizes)
-    with pytest.raises(ValueError, match=message):
-        load_presets(BASE_KINDS, "models", tmp_path / "params.yaml")
-
-
-def test_a_corpus_that_is_too_small_is_refused_with_its_size(corpus):
+def test_sizes_that_fit_neither_heads_nor_corpus_are_refused(corpus):
+    with pytest.raises(ValueError, match=r"hidden_size must be a multiple of 24 .*, got 40"):
+        load(corpus, hidden_size=40)
     with pytest.raises(ValueError, match=r"vocab_size must be at most \d{3} .*, got 5000"):
         load(corpus, vocab_size=5000)
     with pytest.raises(ValueError, match=r"tokens_per_sample must be .* \d+ tokens, got 99999"):
         load(corpus, tokens_per_sample=99_999)
-
-
-def test_the_project_s_presets_differ_in_training_only():
-    presets = load_presets(BASE_KINDS, "models", ROOT / "params.yaml")
-    trained, untrained = presets["pythia-mini"], presets["pythia-mini-untrained"]
-    assert trained.epochs > 0
-    assert untrained == replace(trained, epochs=0)
 
 
 def test_the_stage_trains_on_the_train_split_of_the_next_stage(corpus, tmp_path):
@@ -197,8 +138,6 @@ def test_the_stage_trains_on_the_train_split_of_the_next_stage(corpus, tmp_path)
     assert about["note"].endswith(f"on the train split of my-texts ({len(train)} articles)")
     chosen = load_choice(CORPORA, "corpus", "corpora")
     assert train_texts(chosen) == [article.text for article in train]
-    vocab_size = load_base(Path("models/base"), torch.float32).config.vocab_size
-    assert all(article.input_ids.max() < vocab_size for article in train)
 
 
 def assert_keeps_every_text(tokenizer):
@@ -213,11 +152,7 @@ def test_the_tokenizer_keeps_every_text_through_files(corpus, tmp_path):
     assert_keeps_every_text(tokenizer)
     bring(corpus, tmp_path / "base", epochs=0)
     loaded = load_tokenizer(tmp_path / "base")
-    assert_keeps_every_text(loaded)
-    plain = Tokenizer.from_file(str(tmp_path / "base/tokenizer.json"))
-    for text in [*HARD_TEXTS, *WORDS]:
-        want = tokenizer.encode(text, add_special_tokens=False)
-        assert loaded.encode(text) == plain.encode(text).ids == want
+    assert [loaded.encode(x) for x in HARD_TEXTS] == [tokenizer.encode(x) for x in HARD_TEXTS]
     assert len(loaded.encode(" river")) < len(" river")
     tokenizer.backend_tokenizer.normalizer = normalizers.NFC()
     with pytest.raises(AssertionError):

