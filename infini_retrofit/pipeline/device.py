@@ -38,7 +38,7 @@ def start_run() -> tuple[torch.device, torch.dtype]:
     if device.type == "cpu":
         _keep_freed_memory()
         if dtype is torch.float32:
-            note = "no bfloat16 products: expect about five times the time that the README names"
+            note = "no bfloat16 products: the README names its minutes too"
             print(f"this processor has {note}", file=sys.stderr)
     return device, dtype
 
