@@ -9,15 +9,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-
-def _read_names(stub: Path) -> dict[str, str]:
-    """Return each public name's module, as the stub says."""
-    statements = ast.parse(stub.read_text(encoding="utf-8")).body
-    imports = [node for node in statements if isinstance(node, ast.ImportFrom)]
-    return {alias.name: f".{node.module}" for node in imports for alias in node.names}
-
-
-_MODULES = _read_names(Path(__file__).with_suffix(".pyi"))
+_STUB = ast.parse(Path(__file__).with_suffix(".pyi").read_text(encoding="utf-8"))
+_MODULES = {alias.name: f".{node.module}" for node in _STUB.body for alias in node.names}
 __all__ = sorted(_MODULES)
 
 

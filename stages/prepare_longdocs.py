@@ -25,7 +25,7 @@ from infini_retrofit.texts.splits import (
     read_articles,
     title_order,
     tokenize,
-    write_documents,
+    write_rows,
 )
 
 TOKENIZER = Path("models/base/tokenizer.json")
@@ -51,7 +51,7 @@ def main() -> str:
     }
     check_sources(documents["test"], params.tokens_per_document)
     for split in SPLITS:
-        write_documents(LONGDOCS, split, documents[split])
+        write_rows(LONGDOCS, split, documents[split])
     made = ", ".join(f"{split} {len(documents[split]):,}" for split in SPLITS)
     return f"prepare_longdocs: {made} documents of {params.tokens_per_document:,} tokens"
 

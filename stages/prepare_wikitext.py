@@ -11,7 +11,7 @@ from infini_retrofit.pipeline.params import load_choice
 from infini_retrofit.pipeline.progress import progress
 from infini_retrofit.texts.articles import read_splits
 from infini_retrofit.texts.corpora import CORPORA
-from infini_retrofit.texts.splits import open_tokenizer, tokenize, write_articles
+from infini_retrofit.texts.splits import open_tokenizer, tokenize, write_rows
 
 TOKENIZER = Path("models/base/tokenizer.json")
 WIKITEXT = Path("data/wikitext")
@@ -25,7 +25,7 @@ def main() -> str:
     for split, articles in read_splits(corpus).items():
         encoded = tokenize(tokenizer, articles)
         tokenized = list(progress(encoded, f"tokenise {split}", "articles", len(articles)))
-        write_articles(WIKITEXT, split, tokenized)
+        write_rows(WIKITEXT, split, tokenized)
         num_tokens = sum(len(article.input_ids) for article in tokenized)
         made.append(f"{split} {len(tokenized):,} articles with {num_tokens:,} tokens")
     return f"prepare_wikitext: {', '.join(made)}"

@@ -45,7 +45,7 @@ def test_the_project_s_own_parameters_pass_and_the_output_is_constant(earlier):
         ({"launcher": " "}, r"^launcher must be a command such as python, got ' '$"),
         ({"models__my-model__source": "zip"}, r"my-model\.source must be one of hub, local, scr"),
         ({"corpora__my-texts__val_share": 2.0}, r"corpora\..*val_share must .* got 2\.0"),
-        ({"corpora__pg19__revision": "main"}, r"^corpora\.pg19: .*revision must be a commit of 40"),
+        ({"corpora__pg19__revision": "main"}, r"^corpora\.pg19\.revision: must be a commit of 40"),
         ({"longdocs__corpus": "x"}, r"^longdocs\.corpus must be one of .*pg19, .* got 'x'$"),
         ({"longdocs__documents": 1}, r"^longdocs\.documents must be 'all' or .* to 2, got 1$"),
         ({"infini__local_context": 257}, r"infini\.local_context must be .* got 257"),

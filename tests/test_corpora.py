@@ -41,10 +41,9 @@ def load(tmp_path):
         ),
         (
             HUB | SHARES | {"revision": "main"},
-            r"corpora\.<preset>\.revision must be a commit of 40 .* got 'main': copy one from",
+            r"corpora\.mine\.revision: must be a commit of 40 .* got 'main': copy one from",
         ),
         (OWN | {"revision": ""}, "must be a commit of 40 .* got '': copy one from"),
-        (OWN | {"files": "raw"}, r"files must be a pattern for \*\.parquet .* got 'raw'"),
         (OWN | SHARES, r"corpora\.mine\.val_share is unknown; .*test_share is unknown"),
         (HUB, r"corpora\.mine\.val_share is missing; .*test_share is missing"),
     ],

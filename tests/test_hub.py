@@ -16,7 +16,7 @@ from infini_retrofit.bases.sources import BASE_KINDS, HubBase
 from infini_retrofit.model.base import load_base
 from infini_retrofit.pipeline import guard
 from infini_retrofit.pipeline.params import load_presets
-from infini_retrofit.texts.articles import read_hub
+from infini_retrofit.texts.articles import fetch_parquet
 from infini_retrofit.texts.corpora import CORPORA
 from infini_retrofit.texts.splits import SPLITS, read_articles
 from tests.tiny import assert_same_model, random_ids, tiny_base_folder
@@ -45,7 +45,7 @@ def readers() -> dict[str, Callable[[], object]]:
     """Return the functions of the stages that read from the Hub."""
     base = load_presets(BASE_KINDS, "models", ROOT / "params.yaml")["pythia-70m"]
     corpora = load_presets(CORPORA, "corpora", ROOT / "params.yaml")
-    return {"base": base.load, "wikitext": partial(read_hub, corpora["wikitext-2"])}
+    return {"base": base.load, "wikitext": partial(fetch_parquet, corpora["wikitext-2"])}
 
 
 @pytest.fixture

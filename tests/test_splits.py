@@ -14,8 +14,7 @@ from infini_retrofit.texts.splits import (
     cut_documents,
     read_articles,
     split_articles,
-    write_articles,
-    write_documents,
+    write_rows,
 )
 
 
@@ -83,8 +82,8 @@ def test_documents_are_whole_and_come_from_many_articles_first():
 def test_files_hold_the_rows_and_nothing_else(tmp_path):
     articles = [tokenized("a", 5), tokenized("b\u00e9", 1, 40), tokenized("c", 7, 90)]
     documents = cut_documents(articles, 2)
-    write_articles(tmp_path, "val", articles)
-    write_documents(tmp_path, "test", documents)
+    write_rows(tmp_path, "val", articles)
+    write_rows(tmp_path, "test", documents)
     read = read_articles(tmp_path, "val")
     assert [(a.title, a.text, a.input_ids.tolist()) for a in read] == [
         (a.title, a.text, a.input_ids.tolist()) for a in articles

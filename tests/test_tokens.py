@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from infini_retrofit.pipeline.tokens import read_documents, read_samples, read_stream, read_titles
-from infini_retrofit.texts.splits import Document, TokenizedArticle, write_articles, write_documents
+from infini_retrofit.texts.splits import Document, TokenizedArticle, write_rows
 
 LENGTHS = (7, 3, 12)
 
@@ -16,7 +16,7 @@ def path(tmp_path: Path) -> Path:
     """Articles a, b and c of different lengths, numbered through."""
     ids = np.split(np.arange(sum(LENGTHS), dtype=np.int32), np.cumsum(LENGTHS)[:-1])
     articles = [TokenizedArticle(t, t, i) for t, i in zip("abc", ids, strict=True)]
-    write_articles(tmp_path, "train", articles)
+    write_rows(tmp_path, "train", articles)
     return tmp_path / "train.parquet"
 
 
@@ -43,7 +43,7 @@ def test_documents_are_the_first_rows_and_each_has_its_article_s_title(tmp_path)
     rows = np.arange(12, dtype=np.int32).reshape(4, 3)
     pieces = [("b", 0), ("a", 0), ("b", 1), ("c", 0)]
     documents = [Document(*piece, row) for piece, row in zip(pieces, rows, strict=True)]
-    write_documents(tmp_path, "test", documents)
+    write_rows(tmp_path, "test", documents)
     path = tmp_path / "test.parquet"
     assert read_documents(path, 3).tolist() == rows[:3].tolist()
     assert read_titles(path, 3) == ["b", "a", "b"]

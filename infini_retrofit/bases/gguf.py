@@ -24,12 +24,8 @@ def read_gguf(path: Path, source: str) -> BaseModel:
     stored = stored.removeprefix("MOSTLY_").removeprefix("ALL_")  # such as Q4_1
     bits = re.search("[0-9]+", stored)
     kind = f"{bits.group()}-bit ({stored}) weights" if bits else "weights of a GGUF file"
-    return BaseModel(
-        model=_unpack(path),
-        tokenizer=read_tokenizer(path),
-        source=source,
-        note=f"{kind} unpacked to float32",
-    )
+    note = f"{kind} unpacked to float32"
+    return BaseModel(model=_unpack(path), tokenizer=read_tokenizer(path), source=source, note=note)
 
 
 def read_metadata(path: Path) -> dict[str, Any]:

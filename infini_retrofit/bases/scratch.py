@@ -11,7 +11,7 @@ Axes:
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 from jaxtyping import Int
@@ -51,8 +51,7 @@ class ScratchBase:
         """Refuse heads whose channels cannot be rotated: a quarter of each, in pairs."""
         if self.hidden_size % (unit := 8 * self.num_heads):
             raise ValueError(
-                f"models.*.hidden_size must be a multiple of {unit} (8 for each of num_heads), "
-                f"got {self.hidden_size}"
+                f"hidden_size must be a multiple of {unit} (8 a head), got {self.hidden_size}"
             )
 
     def known_depth(self) -> int:
@@ -98,8 +97,26 @@ class ScratchBase:
         from transformers import Trainer, TrainingArguments
 
         loss, dataset = NextTokenLoss(model), [{"input_ids": row} for row in rows]
+        _, dtype = start_run()
         with tempfile.TemporaryDirectory() as unused:
-            arguments = TrainingArguments(unused, **self._training_arguments())
+            arguments = TrainingArguments(  # Pythia's betas, weight decay and cosine to a tenth
+                unused,
+                per_device_train_batch_size=self.batch_size,
+                num_train_epochs=self.epochs,
+                learning_rate=self.lr,
+                lr_scheduler_type="cosine_warmup_with_min_lr",
+                lr_scheduler_kwargs={"min_lr_rate": 0.1},
+                warmup_steps=0.05,  # of all steps
+                weight_decay=0.1,
+                adam_beta2=0.95,
+                seed=self.seed,
+                bf16=dtype is torch.bfloat16,
+                use_cpu=not torch.cuda.is_available(),
+                dataloader_pin_memory=torch.cuda.is_available(),
+                logging_strategy="epoch",
+                save_strategy="no",
+                report_to="none",
+            )
             arguments._n_gpu = min(1, arguments.n_gpu)  # or a step takes batch_size rows per GPU
             trainer = Trainer(loss, arguments, train_dataset=dataset)
             try:
@@ -112,27 +129,6 @@ class ScratchBase:
                     f"pretraining diverged after step {trainer.state.global_step}: {error}; "
                     "nothing was written, try a smaller models.*.lr"
                 ) from error
-
-    def _training_arguments(self) -> dict[str, Any]:
-        """Return Pythia's betas, weight decay and cosine to a tenth."""
-        _, dtype = start_run()
-        return {
-            "per_device_train_batch_size": self.batch_size,
-            "num_train_epochs": self.epochs,
-            "learning_rate": self.lr,
-            "lr_scheduler_type": "cosine_warmup_with_min_lr",
-            "lr_scheduler_kwargs": {"min_lr_rate": 0.1},
-            "warmup_steps": 0.05,  # of all steps
-            "weight_decay": 0.1,
-            "adam_beta2": 0.95,
-            "seed": self.seed,
-            "bf16": dtype is torch.bfloat16,
-            "use_cpu": not torch.cuda.is_available(),
-            "dataloader_pin_memory": torch.cuda.is_available(),
-            "logging_strategy": "epoch",
-            "save_strategy": "no",
-            "report_to": "none",
-        }
 
 
 class NextTokenLoss(nn.Module):
@@ -166,8 +162,7 @@ def train_tokenizer(texts: Sequence[str], vocab_size: int) -> PreTrainedTokenize
     tokenizer.train_from_iterator(texts, trainer, length=len(texts))
     if (found := tokenizer.get_vocab_size()) < vocab_size:
         raise ValueError(
-            f"models.*.vocab_size must be at most {found} for the train split of this corpus, "
-            f"got {vocab_size}"
+            f"models.*.vocab_size must be at most {found} for this corpus, got {vocab_size}"
         )
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,

@@ -16,7 +16,7 @@ from infini_retrofit.bases.folder import WEIGHTS, BaseModel, check_config, read_
 from infini_retrofit.bases.gguf import read_gguf, read_metadata
 from infini_retrofit.bases.scratch import ScratchBase
 from infini_retrofit.pipeline.files import sha256, whole_folder, write_manifest, write_text
-from infini_retrofit.texts.corpora import Corpus, check_commit
+from infini_retrofit.texts.corpora import Commit, Corpus
 from infini_retrofit.texts.hub import fetch_snapshot
 
 
@@ -48,9 +48,7 @@ class WheelBase:
         try:
             package = distribution(self.package)
         except PackageNotFoundError as error:
-            raise FileNotFoundError(
-                f"the package {self.package} is not installed: run {install}"
-            ) from error
+            raise FileNotFoundError(f"{self.package} is not installed: run {install}") from error
         if package.version != self.version:
             raise ValueError(
                 f"{self.package} must have version {self.version}, got {package.version}: "
@@ -67,11 +65,7 @@ class HubBase:
     """A repository of the Hugging Face Hub; safetensors only, no remote code."""
 
     repo_id: str
-    revision: str  # a commit, so that the weights cannot change unnoticed
-
-    def __post_init__(self) -> None:
-        """Refuse branches and tags, which move."""
-        check_commit("models.*.revision", self.revision)
+    revision: Commit  # so that the weights cannot change unnoticed
 
     def known_depth(self) -> int | None:
         """Read the configuration in the Hub's cache, if it is there."""
@@ -86,8 +80,7 @@ class HubBase:
         return read_base(self._download(WEIGHTS, "*.json", "chat_template.jinja"), source)
 
     def _download(self, *patterns: str) -> Path:
-        default = "model: smollm2-135m"
-        return fetch_snapshot(self.repo_id, self.revision, list(patterns), embedded=default)[0]
+        return fetch_snapshot(self.repo_id, self.revision, list(patterns))[0]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,8 +95,7 @@ class LocalBase:
 
     def load(self) -> BaseModel:
         """Read the folder."""
-        folder = Path(self.path)
-        return read_base(folder, f"local folder {folder.name}")
+        return read_base(Path(self.path), f"local folder {Path(self.path).name}")
 
 
 BASE_KINDS = {"wheel": WheelBase, "hub": HubBase, "local": LocalBase, "scratch": ScratchBase}

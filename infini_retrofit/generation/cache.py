@@ -37,12 +37,8 @@ from infini_retrofit.model.retrofit import attention_modules, resolve_layers
 # The method of transformers' GenerationMixin that `enable_generation` replaces.
 PREPARE = "_prepare_cache_for_generation"
 _KINDS = {"memory": MemoryState, "context": LocalContext, "unfinished": Tokens}
-# Of a saved file. 1 did not say where there was padding, 2 not how the memory is kept, 3 had other
-# forms.
-FORMAT = "4"
+FORMAT = "4"  # of a saved file
 _VALUES_AT_ONCE = 2**22  # of a parameter, for its digest
-# These choices say where the weights came from. They change nothing that is computed.
-_OF_TRAINING = ("init", "bptt_segments")
 
 
 class InfiniCache(Cache):
@@ -127,8 +123,7 @@ class InfiniCache(Cache):
         if self.batch_size not in (-1, num_rows):
             raise ValueError(
                 f"past_key_values must have a row for each of the {num_rows} of the batch, got "
-                f"{self.batch_size}: repeat them with batch_repeat_interleave (for beams "
-                "`generate` does)"
+                f"{self.batch_size}: repeat them with batch_repeat_interleave"
             )
 
     def reset(self) -> None:
@@ -139,15 +134,11 @@ class InfiniCache(Cache):
 
     def crop(self, tokens_to_remove: int) -> None:
         """Refuse to remove tokens."""
-        raise ValueError(
-            "a memory cannot remove what was written to it, got tokens_to_remove="
-            f"{tokens_to_remove}: keep a copy (copy.deepcopy) to return to"
-        )
+        raise ValueError(f"a memory cannot remove tokens, got {tokens_to_remove=}: keep a copy")
 
     def reorder_cache(self, beam_idx: Int[Tensor, "_"]) -> None:
         """Replace row i by row beam_idx[i]."""
-        super().reorder_cache(beam_idx)
-        self._change(lambda x: x.index_select(0, beam_idx.to(x.device)))
+        self.batch_select_indices(beam_idx)
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep some rows, in the order given."""
@@ -204,8 +195,8 @@ class InfiniCache(Cache):
         for name, expected in describe(model).items():
             if (found := about.get(name)) != expected:
                 raise ValueError(
-                    f"{name} of {path} must be {expected}, as this model and this version of "
-                    f"infini-retrofit write it, got {found}: read the text again"
+                    f"{name} of {path} must be {expected}, as this model and version write "
+                    f"it, got {found}: read the text again"
                 )
         cache, tensors = cls(model), load_file(path)
         cache.num_seen = int(about["num_seen"])
@@ -261,8 +252,9 @@ def describe(model: PreTrainedModel) -> dict[str, str]:
     and in bfloat16 are equal. Weights that differ by less than a rounding are taken for equal.
     """
     form = asdict(InfiniParams(**model.config.infini))
+    del form["init"], form["bptt_segments"]  # of training alone: they change no output
     form["layers"] = resolve_layers(form["layers"], len(decoder_layers(model)))
-    choices = {f"infini.{name}": x for name, x in form.items() if name not in _OF_TRAINING}
+    choices = {f"infini.{name}": x for name, x in form.items()}
     choices["rope_parameters"] = getattr(model.config, "rope_parameters", None)
     about = {"format": FORMAT, "other_layers": model.config.other_layers}
     about |= {name: json.dumps(x, sort_keys=True) for name, x in choices.items()}

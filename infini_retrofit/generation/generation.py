@@ -65,8 +65,8 @@ def enable_generation(
     is_confined = is_enabled and model.config.other_layers == "segment"
     if other_layers == "full" and (is_confined or not infini_modules(model)):
         raise ValueError(
-            "other_layers must be segment for a model whose layers are confined already (load it "
-            "again) or that has no Infini layers (use the base), got 'full'"
+            "other_layers must be segment for a model that is confined already (load it again) or "
+            "has no Infini layers (use the base), got 'full'"
         )
     model.config.other_layers, model.config.infini = other_layers, asdict(params)
     if other_layers == "segment":
@@ -114,7 +114,8 @@ def _open(body: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, 
         cache = InfiniCache(body)
     state, num_seen = None, 0
     if cache is not None:
-        _check_kind(cache)
+        if not isinstance(cache, InfiniCache):
+            raise ValueError(f"past_key_values must be an InfiniCache, got {type(cache).__name__}")
         cache.check_rows(num_rows)
         state, num_seen = State(before=cache.layer_states), cache.num_seen
     cut = Cut(is_open=cache is not None, is_token=_padding(mask, num_seen, num_columns))
@@ -125,7 +126,6 @@ def _open(body: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, 
 
 
 def _close(body: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
-    """Store the state after a forward pass in the cache."""
     cache, state = kwargs.get("past_key_values"), kwargs.get("state")
     if isinstance(cache, InfiniCache) and state.before is cache.layer_states:
         cache.keep(state, kwargs["cut"], *output[0].shape[:2])  # of a tuple as well
@@ -137,45 +137,31 @@ def _padding(mask: Tensor | None, num_seen: int, num_columns: int) -> Tensor | N
         return None
     if mask.dim() != 2 or mask.shape[1] != num_seen + num_columns:
         raise ValueError(
-            "attention_mask must have 2 axes (row, token) for a model with Infini layers, and "
-            f"cover the {num_seen} tokens that the cache has seen and the {num_columns} new "
-            f"ones, got shape {tuple(mask.shape)}"
+            f"attention_mask must have 2 axes (row, token) and cover the {num_seen} tokens of the "
+            f"cache and the {num_columns} new ones, got shape {tuple(mask.shape)}"
         )
     is_token = mask[:, -num_columns:].bool()
     return None if is_token.all() else is_token
 
 
-def _check_kind(cache: Any) -> None:
-    """Refuse a cache of another kind."""
-    if not isinstance(cache, InfiniCache):
-        raise ValueError(
-            "past_key_values must be an InfiniCache for a model with Infini layers, "
-            f"got {type(cache).__name__}"
-        )
-
-
 def _prepare_cache(
     model: PreTrainedModel,
-    generation_config: GenerationConfig,
+    config: GenerationConfig,
     model_kwargs: dict[str, Any],
     generation_mode: GenerationMode,
     batch_size: int,
     *args: Any,
 ) -> None:
     """Give `generate` an `InfiniCache`, or the caller's with a row for each beam."""
-    config, cache = generation_config, model_kwargs.get("past_key_values")
     chunk, length = config.prefill_chunk_size, segment_length(model)
     if chunk is not None and chunk % length:
         raise ValueError(
             f"prefill_chunk_size must be a multiple of segment_length={length} tokens, got {chunk}"
         )
     if generation_mode == GenerationMode.ASSISTED_GENERATION:
-        raise ValueError(
-            "generate must run without an assistant: a memory cannot take back the tokens that "
-            "an assistant guessed wrong, got assisted generation"
-        )
-    if cache is not None:
-        _check_kind(cache)
+        raise ValueError("generate must run without an assistant: a memory takes no token back")
+    cache = model_kwargs.get("past_key_values")
+    if isinstance(cache, InfiniCache):
         mask = model_kwargs.get("attention_mask")
         num_columns = config._mask_length if mask is None else mask.shape[1]
         if num_columns <= cache.num_seen:  # transformers would skip the whole prompt
@@ -186,28 +172,21 @@ def _prepare_cache(
         num_copies = max(config.num_beams, config.num_return_sequences)
         if num_copies > 1 and cache.batch_size == batch_size:
             cache.batch_repeat_interleave(num_copies)
-    elif config.use_cache:
+    elif cache is None and config.use_cache:
         model_kwargs["past_key_values"] = InfiniCache(model)
     prepare = getattr(type(model), PREPARE)
     prepare(model, config, model_kwargs, generation_mode, batch_size, *args)
 
 
-def _make_mask(
-    model: PreTrainedModel,
-    inputs_tensor: Tensor,
-    generation_config: GenerationConfig,
-    model_kwargs: dict[str, Any],
-) -> Tensor:
+def _make_mask(model: PreTrainedModel, *args: Any) -> Tensor:
     """Make the mask that a caller of `generate` left out, if that is unambiguous."""
-    cache = model_kwargs.get("past_key_values")
+    cache = args[-1].get("past_key_values")  # args end with model_kwargs
     if isinstance(cache, InfiniCache) and cache.num_seen:
         raise ValueError(
             f"attention_mask must come with a cache that has seen {cache.num_seen} tokens, got "
-            "none: pass cache.mask_for(input_ids) if the input_ids are new, or "
-            "torch.ones_like(input_ids) if they begin with those tokens"
+            "none: pass cache.mask_for(input_ids) if no input_ids were seen, else torch.ones_like"
         )
-    make = getattr(type(model), _MAKE_MASK)
-    return make(model, inputs_tensor, generation_config, model_kwargs)
+    return getattr(type(model), _MAKE_MASK)(model, *args)
 
 
 def _confine_others(model: PreTrainedModel, params: InfiniParams) -> None:

@@ -80,8 +80,7 @@ def dvc_vouches_for(folder: Path) -> bool:
 def recorded_params(model: str) -> dict[str, Any]:
     """Return the parameters that dvc.lock names for a model, by stage, without its form."""
     stages = yaml.safe_load(LOCK.read_text(encoding="utf-8"))["stages"]
-    params = {name: stages[name]["params"]["params.yaml"] for name in TRAINING[model]}
-    return {name: _for_others(of_stage) for name, of_stage in params.items()}
+    return {name: _for_others(stages[name]["params"]["params.yaml"]) for name in TRAINING[model]}
 
 
 def _for_others(value: Any) -> Any:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 from tqdm import tqdm
 
 from infini_retrofit.layer.state import State
@@ -72,12 +73,11 @@ class InfiniLM(TemplateLM):
         """The token that replaces an empty context."""
         return self.tokenizer.eos_token_id
 
-    def tok_encode(
-        self, string: str, add_special_tokens: bool | None = None, **_: object
-    ) -> list[int]:
+    def tok_encode(self, string: str, **_: object) -> list[int]:
         """Encode without special tokens, as everywhere in this project."""
         return self.tokenizer.encode(string, add_special_tokens=False)
 
+    @torch.inference_mode()
     def loglikelihood_rolling(
         self, requests: list[Instance], disable_tqdm: bool = False
     ) -> list[float]:
@@ -85,10 +85,12 @@ class InfiniLM(TemplateLM):
         scores = []
         for request in tqdm(requests, desc="texts", disable=disable_tqdm):
             ids = self.tok_encode(request.args[0])
-            scores.append(sum(map(self._log_likelihood, self._last_tokens(ids, len(ids) - 1)), 0.0))
+            pieces = self._last_tokens(ids, len(ids) - 1)
+            scores.append(sum((self._log_likelihood(*piece) for piece in pieces), 0.0))
             self.cache_hook.add_partial("loglikelihood_rolling", request.args, scores[-1])
         return scores
 
+    @torch.inference_mode()
     def _loglikelihood_tokens(
         self,
         requests: list[tuple[tuple[str, str], list[int], list[int]]],
@@ -99,9 +101,12 @@ class InfiniLM(TemplateLM):
         answers = []
         for texts, context, continuation in tqdm(requests, desc="texts", disable=disable_tqdm):
             score, is_greedy = 0.0, True
-            for piece in self._last_tokens(context + continuation, len(continuation)):
-                score += self._log_likelihood(piece)
-                is_greedy = is_greedy and self._is_greedy(piece)
+            pieces = self._last_tokens(context + continuation, len(continuation))
+            for hidden_states, labels in pieces:
+                score += self._log_likelihood(hidden_states, labels)
+                if is_greedy:
+                    logits = hidden_states @ self.model.get_output_embeddings().weight.T
+                    is_greedy = bool((logits.argmax(-1) == labels).all())
             answers.append((score, is_greedy))
             self.cache_hook.add_partial("loglikelihood", texts, answers[-1])
         return answers
@@ -113,7 +118,6 @@ class InfiniLM(TemplateLM):
             "for --model infini, got generate_until: export the retrofit and use --model hf"
         )
 
-    @torch.inference_mode()
     def _last_tokens(self, ids: list[int], number: int) -> Iterator[StatesAndLabels]:
         """Yield the last tokens as labels, with the hidden states that predict them.
 
@@ -137,17 +141,9 @@ class InfiniLM(TemplateLM):
             skipped = max(0, num_before - max(0, begin - 1))
             yield hidden_states[skipped:], labels[skipped:]
 
-    @torch.inference_mode()
-    def _log_likelihood(self, labelled: StatesAndLabels) -> float:
-        hidden_states, labels = labelled
+    def _log_likelihood(self, hidden_states: Tensor, labels: Tensor) -> float:
         nlls = token_nlls(hidden_states, self.model.get_output_embeddings().weight, labels)
         return -nlls.double().sum().item()
-
-    @torch.inference_mode()
-    def _is_greedy(self, labelled: StatesAndLabels) -> bool:
-        hidden_states, labels = labelled
-        logits = hidden_states @ self.model.get_output_embeddings().weight.T
-        return bool((logits.argmax(-1) == labels).all())
 
 
 def main() -> None:

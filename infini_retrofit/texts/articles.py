@@ -33,7 +33,9 @@ def read_corpus(corpus: CorpusShares) -> list[Article]:
     """Read all articles of a corpus; an error names the file at fault."""
     if isinstance(corpus, GensimCorpus):
         return read_gensim_sample()
-    return read_hub(corpus) if isinstance(corpus, HubSplits) else read_files(Path(corpus.path))
+    if isinstance(corpus, HubSplits):
+        return _read_parquets(fetch_parquet(corpus))
+    return read_files(Path(corpus.path))
 
 
 def read_gensim_sample() -> list[Article]:
@@ -41,8 +43,6 @@ def read_gensim_sample() -> list[Article]:
     from gensim.test.utils import datapath
 
     path = Path(datapath(SAMPLE_FILE))
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing: run `pip install --force-reinstall gensim`")
     if (digest := sha256(path)) != SAMPLE_SHA256:
         raise ValueError(f"{path} must have the sha256 {SAMPLE_SHA256}, got {digest}")
     return read_dump(path)
@@ -72,22 +72,11 @@ def read_own_splits(corpus: HubSplits) -> dict[str, list[Article]]:
     return splits
 
 
-def read_hub(corpus: HubSplits) -> list[Article]:
-    """Read all articles of a data set on the Hub."""
-    return _read_parquets(fetch_parquet(corpus))
-
-
 def fetch_parquet(corpus: HubSplits) -> list[Path]:
     """Download the parquet files of a data set in the pinned revision."""
     from infini_retrofit.texts.hub import fetch_snapshot
 
-    _, paths = fetch_snapshot(
-        corpus.repo_id,
-        corpus.revision,
-        [corpus.files],
-        embedded="corpus: wikipedia-sample",
-        repo_type="dataset",
-    )
+    _, paths = fetch_snapshot(corpus.repo_id, corpus.revision, [corpus.files], repo_type="dataset")
     if not paths:
         raise ValueError(
             f"corpora.<preset>.files must match parquet files in {corpus.repo_id}, "
@@ -104,9 +93,7 @@ def read_files(path: Path) -> list[Article]:
     after its file below `path`.
     """
     if not path.exists():
-        raise FileNotFoundError(
-            f"{path} is missing: corpora.<preset>.path must be a folder or file of your own texts"
-        )
+        raise FileNotFoundError(f"{path} is missing: it must hold the texts of corpora.<preset>")
     root = path if path.is_dir() else path.parent
     found = sorted(path.rglob("*")) if path.is_dir() else [path]
     articles: list[Article] = []
@@ -128,10 +115,7 @@ def _read_text(path: Path, name: str) -> list[Article]:
     try:
         return [Article(name, path.read_text(encoding="utf-8-sig"))]
     except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{path} must be UTF-8 text, got byte 0x{error.object[error.start]:02x} "
-            f"at position {error.start}"
-        ) from error
+        raise ValueError(f"{path} must be UTF-8 text: {error}") from error
 
 
 def _read_parquet(path: Path, name: str) -> list[Article]:

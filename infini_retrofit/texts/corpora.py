@@ -7,19 +7,22 @@ import re
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 SAME = "same"
 Share = Annotated[float, Field(gt=0, lt=1)]
 
 
-def check_commit(name: str, revision: str) -> None:
-    """Refuse a revision that is no commit, such as a branch."""
+def _check_commit(revision: str) -> str:
     if not re.fullmatch("[0-9a-f]{40}", revision):
         raise ValueError(
-            f"{name} must be a commit of 40 lower-case hexadecimal digits, got {revision!r}: copy "
-            "one from the history of the repository on the Hugging Face Hub"
+            f"must be a commit of 40 lower-case hexadecimal digits, got {revision!r}: copy one "
+            "from the history of the repository on the Hugging Face Hub"
         )
+    return revision
+
+
+Commit = Annotated[str, AfterValidator(_check_commit)]  # no branch or tag, which moves
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,8 +36,7 @@ class CorpusShares:
         """Refuse shares that leave no articles for training."""
         if self.val_share + self.test_share >= 1:
             raise ValueError(
-                "corpora.<preset>.val_share + test_share must be below 1, to leave articles for "
-                f"training, got {self.val_share} + {self.test_share}"
+                f"val_share + test_share must be below 1, got {self.val_share} + {self.test_share}"
             )
 
 
@@ -48,27 +50,13 @@ class HubSplits:
     """Parquet files of a data set on the Hub, each of the split that begins its name."""
 
     repo_id: str
-    revision: str
+    revision: Commit
     files: str  # a pattern; other files are not downloaded
-
-    def __post_init__(self) -> None:
-        """Refuse a revision that is no commit, and other files than parquet."""
-        check_commit("corpora.<preset>.revision", self.revision)
-        if not self.files.endswith(".parquet"):
-            raise ValueError(
-                "corpora.<preset>.files must be a pattern for *.parquet files of the repository, "
-                f"got {self.files!r}"
-            )
 
 
 @dataclass(frozen=True, kw_only=True)
 class HubCorpus(CorpusShares, HubSplits):
     """Parquet files of a data set on the Hub, whose own splits are ignored."""
-
-    def __post_init__(self) -> None:
-        """Refuse what either base refuses."""
-        CorpusShares.__post_init__(self)
-        HubSplits.__post_init__(self)
 
 
 @dataclass(frozen=True, kw_only=True)

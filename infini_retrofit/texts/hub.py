@@ -1,7 +1,4 @@
-"""Download files of one commit of a repository on the Hugging Face Hub.
-
-Knows neither models nor corpora.
-"""
+"""Download files of one commit of a repository on the Hugging Face Hub."""
 
 import re
 import sys
@@ -15,19 +12,16 @@ from huggingface_hub.utils.sha import git_hash
 
 from infini_retrofit.pipeline.files import sha256
 
+# The lines of params.yaml that need no network, by the kind of repository.
+_EMBEDDED = {"model": "model: smollm2-135m", "dataset": "corpus: wikipedia-sample"}
+
 
 def fetch_snapshot(
-    repo_id: str,
-    revision: str,
-    patterns: list[str],
-    *,
-    embedded: str,
-    repo_type: str = "model",
+    repo_id: str, revision: str, patterns: list[str], repo_type: str = "model"
 ) -> tuple[Path, list[Path]]:
     """Download the files that the cache lacks; return their folder, and the files by name.
 
-    A file that differs from the Hub's hash is an error. Messages name `embedded`, a line of
-    params.yaml that needs no network.
+    A file that differs from the Hub's hash is an error.
     """
     repository = {"repo_id": repo_id, "repo_type": repo_type, "revision": revision}
     try:
@@ -39,7 +33,7 @@ def fetch_snapshot(
         shown = re.sub(r"\?[^\s']+", "", str(reason or error))  # an address may hold a signature
         raise ConnectionError(
             f"{repo_id} at {revision} cannot be downloaded: {shown}; check repo_id, revision, "
-            f"connection and proxy, or use `{embedded}`, which needs no network"
+            f"connection and proxy, or use `{_EMBEDDED[repo_type]}`, which needs no network"
         ) from error
     names = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
     paths = [folder / name for name in filter_repo_objects(names, allow_patterns=patterns)]
@@ -58,14 +52,11 @@ def fetch_snapshot(
 
 
 def _check_hash(path: Path) -> None:
-    """Compare a file with the hash that is its name in the cache.
-
-    A cache without links has no hashes. The Hub names large files by sha256 and others by git's
-    hash. `HfApi.verify_repo_checksums` asks the Hub for the hashes, so it needs a network.
-    """
+    """Compare a file with the hash that is its name in the cache, if the cache has links."""
     name = path.readlink().name if path.is_symlink() else ""
     if not re.fullmatch("[0-9a-f]{40}|[0-9a-f]{64}", name):
         return
+    # Large files have a sha256, the others git's hash.
     digest = sha256(path) if len(name) == 64 else git_hash(path.read_bytes())
     if digest != name:
         raise ValueError(

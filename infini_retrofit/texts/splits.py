@@ -7,7 +7,7 @@ Knows neither the source of the articles (`articles`) nor how they are cleaned (
 import hashlib
 import unicodedata
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +26,12 @@ from infini_retrofit.pipeline.files import (
 SPLITS = ("train", "val", "test")
 MIN_ARTICLES = 2  # in each split: a memory is also tested on another article's text
 BATCH_ARTICLES = 16
+_TYPES = {  # of the columns on disk
+    "title": pa.string(),
+    "text": pa.large_string(),
+    "part": pa.int32(),
+    "input_ids": pa.large_list(pa.int32()),
+}
 
 
 @dataclass(frozen=True)
@@ -76,8 +82,7 @@ def check_splits(splits: dict[str, list[Article]]) -> None:
     if min(map(len, splits.values())) < MIN_ARTICLES:
         counts = ", ".join(f"{split} {len(splits[split])}" for split in SPLITS)
         raise ValueError(
-            f"the corpus must give each split at least {MIN_ARTICLES} articles, got {counts}: "
-            "add articles"
+            f"each split must get at least {MIN_ARTICLES} articles, got {counts}: add articles"
         )
 
 
@@ -122,31 +127,16 @@ def cut_documents(articles: Sequence[TokenizedArticle], tokens_per_document: int
     return sorted(documents, key=lambda document: (document.part, title_order(document)))
 
 
-def write_articles(folder: Path, split: str, articles: Sequence[TokenizedArticle]) -> None:
-    """Write one split with a row per article, in equal bytes each time."""
-    texts = pa.array([article.text for article in articles], pa.large_string())
-    _write_rows(folder, split, articles, text=texts)
-
-
-def write_documents(folder: Path, split: str, documents: Sequence[Document]) -> None:
-    """Write one split with a row per document, in equal bytes each time."""
-    parts = pa.array([document.part for document in documents], pa.int32())
-    _write_rows(folder, split, documents, part=parts)
-
-
-def _write_rows(
-    folder: Path, split: str, rows: Sequence[TokenizedArticle | Document], **column: pa.Array
-) -> None:
-    """Write titles, one column of the kind of row, and tokens."""
-    titles = pa.array([row.title for row in rows], pa.string())
-    tokens = pa.array([row.input_ids for row in rows], pa.large_list(pa.int32()))
-    table = pa.table({"title": titles, **column, "input_ids": tokens})
+def write_rows(folder: Path, split: str, rows: Sequence[TokenizedArticle | Document]) -> None:
+    """Write one split with a row per article or document, in equal bytes each time."""
+    columns = {field.name: [getattr(row, field.name) for row in rows] for field in fields(rows[0])}
+    table = pa.table({name: pa.array(values, _TYPES[name]) for name, values in columns.items()})
     with whole_file(folder / f"{split}.parquet") as path:
         pq.write_table(table, path, compression="zstd")
 
 
 def read_articles(folder: Path, split: str) -> list[TokenizedArticle]:
-    """Read one split that `write_articles` wrote."""
+    """Read one split that `write_rows` wrote."""
     path = folder / f"{split}.parquet"
     texts = read_table(path, ["title", "text"]).to_pylist()
     rows = zip(texts, read_token_rows(path), strict=True)
