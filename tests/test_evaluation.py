@@ -22,13 +22,7 @@ from infini_retrofit.evaluation.rival import make_rival, rival_of
 from infini_retrofit.layer.form import InfiniParams
 from infini_retrofit.model.retrofit import insert_infini
 from infini_retrofit.pipeline import tokens
-from infini_retrofit.scoring.score import (
-    Score,
-    score_segments,
-    segment_runs,
-    t2_nlls,
-    total,
-)
+from infini_retrofit.scoring.score import Score, score_segments, segment_runs, t2_nlls, total
 from tests.reference import both_families, infini_params
 from tests.tiny import random_ids, tiny_model
 

@@ -94,14 +94,11 @@ def test_a_process_without_this_project_computes_the_same_bit_by_bit(
     assert torch.equal(torch.load(top / f"{name}-tokens.pt"), tokens)
 
 
-def test_the_card_s_own_example_runs_there(said_alone):
+def test_what_was_opened_there_can_be_saved_and_the_card_s_example_runs(said_alone):
+    assert said_alone.startswith("torch.bfloat16 True\n")
     assert re.search(
         r"^torch\.Size\(\[1, \d+, 277\]\)\nThe memory of a text is", said_alone, re.MULTILINE
     )
-
-
-def test_what_was_opened_there_can_be_saved_and_opened_again(said_alone):
-    assert said_alone.startswith("torch.bfloat16 True\n")
 
 
 def test_the_folder_is_complete_and_others_can_read_it(exported):

@@ -35,7 +35,6 @@ SEGMENT = 16
 INFINI = infini_params(layers=[0, 2], segment_length=SEGMENT, local_context=4)
 WORDS = "the quick brown fox jumps over the lazy dog and the river sleeps. "
 TEXT = "".join(f"{number} {WORDS}" for number in range(5, 12))
-its_own_warnings = pytest.mark.filterwarnings("default")  # of the harness's dependencies
 
 
 @pytest.fixture(params=FAMILIES)
@@ -105,27 +104,20 @@ def test_a_continuation_is_greedy_if_each_of_its_tokens_is_the_likeliest(lm):
     assert answers[0][0] > answers[1][0]
 
 
-def run_command(
-    monkeypatch: pytest.MonkeyPatch, folder: Path, tasks: Path, names: str, texts: list[str]
-) -> dict[str, dict]:
-    """Put texts where the pipeline keeps its test articles, run the command, return its results."""
-    monkeypatch.chdir(folder)
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", folder / "cache")
+@pytest.mark.filterwarnings("default")  # of the harness's dependencies
+def test_our_tasks_ask_about_the_project_s_articles(lm, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(harness, "SEGMENTS_PER_PIECE", 64)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    texts = [9 * TEXT, TEXT]
     Path("data/wikitext").mkdir(parents=True)
     pq.write_table(pa.table({"text": texts}), "data/wikitext/test.parquet")
     model = "--model infini --model_args retrofit=retrofit,base=base,dtype=float32"
-    options = f"{model} --output_path out --tasks {names} --include_path {tasks}"
-    monkeypatch.setattr(sys, "argv", ["harness", *options.split()])
+    tasks = f"--include_path {TASKS} --tasks article_perplexity,article_last_word"
+    monkeypatch.setattr(sys, "argv", f"harness {model} {tasks} --output_path out".split())
     run_stage(harness.main)
     (written,) = Path("out").rglob("results*.json")
-    return json.loads(written.read_text())["results"]
-
-
-@its_own_warnings
-def test_our_tasks_ask_about_the_project_s_articles(lm, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(harness, "SEGMENTS_PER_PIECE", 64)
-    texts, names = [9 * TEXT, TEXT], "article_perplexity,article_last_word"
-    results = run_command(monkeypatch, tmp_path, TASKS, names, texts)
+    results = json.loads(written.read_text())["results"]
     assert "word_perplexity" in capsys.readouterr().out
     nll = sum(whole_nlls(lm, text).sum().item() for text in texts)
     expected = math.exp(nll / sum(len(re.split(r"\s+", text)) for text in texts))

@@ -12,7 +12,6 @@ from tests.reference import largest
 
 TOKENS, WIDTH, VOCAB = 2 * CHUNK_TOKENS + 7, 13, 29
 trained_tensors = pytest.mark.parametrize("trains", ["hidden", "weight", "both"])
-in_autocast = pytest.mark.parametrize("autocast", [False, True])
 
 
 def draw(trains: str = "", dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
@@ -95,7 +94,7 @@ def test_a_mixture_equals_the_plain_one_and_no_gradient_reaches_the_teacher(kl_w
     assert teacher.hidden_states.grad is teacher.weight.grad is None
 
 
-@in_autocast
+@pytest.mark.parametrize("autocast", [False, True])
 def test_bfloat16_logits_are_normalised_in_float32(autocast):
     hidden, weight, targets = draw("both")
     logits = (hidden.bfloat16() @ weight.bfloat16().T).detach()

@@ -29,8 +29,6 @@ GAINS = {
     "gain_over_control": "over the control",
     "gain_over_kv": "over the same bytes of KV",
 }
-
-
 # Templates that leave out scores off the scale, and scores equal to `segment` by construction.
 HIDING = ("documents", "ppl_by_protocol")
 
@@ -55,10 +53,6 @@ def marks(svg: str) -> list[dict[str, str]]:
     """Return what the drawing tells a screen reader of each mark."""
     labels = re.findall(r'aria-label="([^"]*)" role="graphics-symbol"', svg)
     return [dict(re.findall(r"([^;]+): ([^;]*)(?:; |$)", label)) for label in labels]
-
-
-def number(text: str) -> float:
-    return float(text.replace("\N{MINUS SIGN}", "-"))
 
 
 def kind_of(row: dict[str, str]) -> tuple[str, ...]:
@@ -90,5 +84,6 @@ def test_the_gains_drawn_are_those_of_the_metrics(by):
     path = "plots/eval_documents.tsv"
     means = [m for m in marks(draw(path, shifted(path, by), "v1")) if "over" in m and "rev" in m]
     for name in GAINS.keys() & METRICS["finetuned"]:
-        drawn = [number(m["nats a token gained"]) for m in means if m["over"] == GAINS[name]]
+        drawn = [m["nats a token gained"] for m in means if m["over"] == GAINS[name]]
+        drawn = [float(text.replace("\N{MINUS SIGN}", "-")) for text in drawn]
         assert any(abs(d - METRICS["finetuned"][name]) < 6e-4 for d in drawn) == (not by), name

@@ -49,11 +49,6 @@ def finetune_params(**over: object) -> FinetuneParams:
     return FinetuneParams(**FINETUNE | over)
 
 
-def distill_params(**over: object) -> DistillParams:
-    """Return section `distill` with some fields changed."""
-    return DistillParams(**DISTILL | over)
-
-
 def finetuning(
     family: Family = "llama",
     form: dict | None = None,
@@ -74,18 +69,21 @@ def distillation(
 ) -> Distillation:
     """Make a tiny base whose Infini layers are to be distilled; arguments as for `finetuning`."""
     infini = replace(INFINI, **form or {})
-    return Distillation(tiny_model(family), infini, distill_params(**over), torch.float32)
+    return Distillation(tiny_model(family), infini, DistillParams(**DISTILL | over), torch.float32)
 
 
 def run(task: TrainingTask, folder: Path, **over: object) -> dict:
     """Train on random documents with changes to the section; the folder gets run and tables."""
     vocab_size = task.model.config.vocab_size
-    params = finetune_params if isinstance(task, Finetuning) else distill_params
+    if isinstance(task, Finetuning):
+        params = finetune_params(**over)
+    else:
+        params = DistillParams(**DISTILL | over)
     return train(
         task,
         random_ids(vocab_size, 4, TOKENS),
         random_ids(vocab_size, 3, TOKENS, seed=1),
-        params(**over),
+        params,
         folder / "run",
         folder / "history.tsv",
         folder / "memory.tsv",
