@@ -67,7 +67,7 @@ def test_the_project_s_own_parameters_pass_and_the_output_is_constant(earlier):
             r"^distill\.objective must be layer_output when .* random_layer, .* attention_output$",
         ),
         (
-            {"infini__insertion": "adapter", "distill__objective": "attention_output"},
+            {"infini__insertion": "adapter", "distill__epochs": 1},
             r"^distill\.objective must be layer_output when .* adapter, .* got attention_output$",
         ),
         ({"infini__segment_length": 384}, r"must be a multiple of infini\.segment_length \(384"),
