@@ -52,7 +52,6 @@ def test_a_licence_goes_by_the_recorded_source_and_not_by_a_name(name, source, b
 @pytest.mark.parametrize(
     ("form", "said"),
     [
-        ({}, "a compressive memory of fixed size for everything before it."),
         ({"local_context": 2}, "before it, with the keys and values of 2 tokens before it."),
         ({"memory": "off"}, "tokens, and nothing from before it."),
     ],
