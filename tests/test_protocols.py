@@ -15,6 +15,7 @@ from infini_retrofit.evaluation.protocols import (
     score_unigram,
     sliding_runs,
 )
+from infini_retrofit.evaluation.rival import Rival, make_rival
 from infini_retrofit.layer.probe import Probe
 from infini_retrofit.layer.state import State
 from infini_retrofit.model.running import run_in_layer
@@ -28,7 +29,7 @@ from infini_retrofit.scoring.score import (
     total,
 )
 from tests.reference import both_families, make_model, segment_loop
-from tests.tiny import random_ids, tiny_model
+from tests.tiny import random_ids, tiny_llama, tiny_model
 
 SEGMENT, DOCUMENT, STREAM = 5, 15, 47
 
@@ -179,3 +180,30 @@ def test_unigram_scores_are_counts_plus_one():
     score = score_unigram(train, test, vocab_size=3)
     assert score.num_scored == 3
     assert score.nll_sum == pytest.approx(want)
+
+
+def rote_model(vocab_size: int = 23) -> PreTrainedModel:
+    """Make a base that knows one thing: after token i comes token i + 7."""
+    model = tiny_llama(vocab_size=vocab_size, tie_word_embeddings=False)
+    for name, parameter in model.named_parameters():
+        if name.endswith(("o_proj.weight", "down_proj.weight")):
+            parameter.data.zero_()
+    one_hot = 9 * torch.eye(vocab_size, model.config.hidden_size)
+    model.get_input_embeddings().weight.data.copy_(one_hot)
+    model.get_output_embeddings().weight.data.copy_(one_hot.roll(7, dims=0))
+    return model
+
+
+def test_a_base_that_knows_its_text_is_below_the_unigram_on_every_path_but_the_doubly_shifted():
+    base = rote_model()
+    documents = torch.stack([(torch.arange(DOCUMENT) * 7 + i) % 23 for i in range(3)])
+    unigram = score_unigram(documents.flatten(), documents.flatten(), 23).nll
+    rival = make_rival(base, Rival(segment_length=SEGMENT, num_tokens=2))
+    reads = ("own", "recent", "off", "swapped")
+    scores = [s for read in reads for s in score_segments(base, documents, SEGMENT, read)]
+    scores += score_segments(rival, documents, SEGMENT) + score_full(base, documents)
+    scores += [*score_rows(base, documents), score_sliding(base, documents[0], 11, 4)]
+    assert all(score.nll < 0.01 * unigram for score in scores)
+    runs = segment_runs(base, documents, SEGMENT)
+    assert all(Score.of(t2_nlls(base, *run, SEGMENT)).nll > unigram for run in runs)
+    assert torch.stack([plain_nlls(base, ids, shift=2) for ids in documents]).mean() > unigram
