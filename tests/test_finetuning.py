@@ -95,6 +95,16 @@ def test_each_position_learns_the_token_after_the_next_of_its_own_segment(family
 
 
 @both_families
+def test_it_is_the_loss_of_a_model_that_shifts_labels_which_were_shifted_already(family):
+    task, base = finetuning(family, is_control=True, **TWICE), tiny_model(family)
+    ids = ids_of(task)
+    segments = ids.view(-1, SEGMENT)
+    want = base(input_ids=segments[:, :-1], labels=segments[:, 1:]).loss
+    assert task(ids)["loss"].item() == pytest.approx(want.item(), rel=1e-5)
+    assert abs(base(input_ids=segments, labels=segments).loss - want) > 1e-3
+
+
+@both_families
 @pytest.mark.parametrize("is_control", [False, True])
 @pytest.mark.parametrize("label_shift", [1, 2])
 def test_validation_is_the_protocols_own_numbers(family, is_control, label_shift):

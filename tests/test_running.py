@@ -153,8 +153,11 @@ def test_what_a_run_says_reaches_every_attention_and_no_mask_is_made(family, lay
 
 
 @both_families
-def test_restarting_positions_would_have_made_a_mask(family):
+def test_restarting_positions_would_have_made_a_mask_and_padding_would_not_have_arrived(family):
     model = tiny_model(family)
     calls, restarting = spy_on_attention(model), (torch.arange(DOCUMENT) % SEGMENT)[None]
-    model.base_model(ids_for(model, num_rows=1), position_ids=restarting, use_cache=False)
+    ids = ids_for(model, num_rows=1)
+    model.base_model(ids, position_ids=restarting, use_cache=False)
     assert calls[0]["attention_mask"].shape == (1, 1, DOCUMENT, DOCUMENT)
+    model.base_model(ids, attention_mask=torch.ones_like(ids), use_cache=False)
+    assert calls[3]["attention_mask"] is None
