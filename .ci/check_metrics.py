@@ -16,30 +16,28 @@ from typing import Any
 import pandas as pd
 from ruamel.yaml import YAML
 
-MARGIN = 3  # allowed: so many times the largest difference seen
-# The largest differences between the committed run and two others, of bfloat16 products on another
-# processor and of float32. Perplexities are compared by their logarithms, all else as it stands.
-# The first pattern that matches a metric counts; a metric without a pattern must be equal.
+MARGIN = 8  # allowed: so many times the largest difference seen, for processors not measured
+# The largest differences between the committed run, of bfloat16 products, and one in float32.
+# Perplexities are compared by their logarithms, all else as it stands. The first pattern that
+# matches a metric counts; a metric without a pattern must be equal.
 DIFFERENCES = [
-    # metrics                                                   bfloat16 float32  if broken
-    (r"(baseline_eval|\w+\.base)\.(?!t2|unigram)\w+_(ppl|nll)", 0.0000, 0.0010),  # labels off: 6.9
-    (r"eval_sliding\.finetuned\.t2_test_ppl", 0.0176, 0.0069),  # one shift: 6.8
-    (r".*t2_test_ppl", 0.0055, 0.0052),  # one shift: 6.3
-    (r"(finetune_control|.*control\w*)\.\w+_(ppl|nll|loss)", 0.0018, 0.0015),  # untrained: 0.0098
-    (r".*gap_test_nats", 0.0001, 0.0003),  # no border: 0.25
-    (r"distill\.val_loss", 0.0001, 0.0002),  # another objective, another scale
-    (r"(distill|.*distilled)\.\w+_(ppl|nll)", 0.0049, 0.0034),  # no layer inserted: 0.22
-    (r"distill\.(memory_share|recalled)\w+", 0.0004, 0.0012),  # gates never moved: 0.24
-    (r".*distilled\.gain_over_\w+", 0.0028, 0.0025),  # memory not read: 0.053
-    (r".*distilled\.gap_recovered", 0.0116, 0.0023),  # memory not read: 0.22
-    (r".*finetuned\.(full|sliding|segment_kv)\w+", 0.0032, 0.0027),  # the base: 0.012
-    (r"(finetune|.*finetuned)\.\w+_(ppl|nll|loss)", 0.0254, 0.0168),  # the base: 0.19
-    (r"finetune\.memory_share_p50", 0.1032, 0.0025),  # gates never moved: 0.34
-    (r"finetune\.memory_share\w+", 0.0472, 0.0128),  # gates never moved: 0.17
-    (r"finetune\.recalled_over_local", 0.0010, 0.0003),  # memory not read: 1
-    (r".*finetuned\.gain_over_(off|recent|swapped)", 0.0107, 0.0110),  # memory not read: 0.070
-    (r".*finetuned\.gain_over_\w+", 0.0232, 0.0068),  # no control: 0.20
-    (r".*finetuned\.gap_recovered", 0.0942, 0.0215),  # no control: 0.81
+    # metrics                                                   float32  if broken
+    (r"(baseline_eval|\w+\.base)\.(?!t2|unigram)\w+_(ppl|nll)", 0.0006),  # labels off: 7.1
+    (r"eval_sliding\.finetuned\.t2_test_ppl", 0.0099),  # one shift: 6.8
+    (r".*t2_test_ppl", 0.0033),  # one shift: 6.9
+    (r"(finetune_control|.*control\w*)\.\w+_(ppl|nll|loss)", 0.0007),  # untrained: 0.075
+    (r".*gap_test_nats", 0.0003),  # no border: 0.17
+    (r"distill\.val_loss", 0.0039),  # another objective, another scale
+    (r"distill\.\w+_ppl", 0.0006),  # memory not read: 0.010
+    (r"distill\.(memory_share|recalled)\w+", 0.0001),  # another start: 0.28
+    (r".*finetuned\.segment_swapped\w+", 0.0031),  # its own: 0.060
+    (r"(finetune|.*finetuned)\.\w+_(ppl|nll|loss)", 0.0012),  # the base: 0.067
+    (r"finetune\.memory_share_p95", 0.0020),  # gates never moved: 0.19
+    (r"finetune\.memory_share\w+", 0.0005),  # gates never moved: 0.031
+    (r"finetune\.recalled_over_local", 0.0043),  # memory not read: 1.8
+    (r".*finetuned\.gain_over_swapped\w*", 0.0060),  # memory not read: 0.060
+    (r".*finetuned\.gain_over_\w+", 0.0006),  # memory not read: 0.067
+    (r".*finetuned\.gap_recovered", 0.0017),  # no control: 0.30
 ]
 UNTRAINED = ("check_params", "prepare_")  # stages whose outputs are equal on every machine
 
@@ -90,7 +88,7 @@ def agree(name: str, before: Any, now: Any) -> bool:
 
 def tolerance(name: str) -> float:
     """Return how far a metric may be from the committed one; 0 for metrics that must be equal."""
-    seen = (max(pair) for pattern, *pair in DIFFERENCES if re.fullmatch(pattern, name))
+    seen = (largest for pattern, largest in DIFFERENCES if re.fullmatch(pattern, name))
     return MARGIN * next(seen, 0.0)
 
 

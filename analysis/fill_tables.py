@@ -23,7 +23,6 @@ from recipes.overlays import recipe_names
 
 PICTURE = Path("docs/recipes.png")
 BASE = "(the base as it was)"
-MODELS = ["base", "control", "distilled", "finetuned"]
 DEFAULT_METRICS = [
     *("sliding_test_ppl", "full_test_ppl", "segment_test_ppl", "segment_off_test_ppl"),
     *("segment_swapped_test_ppl", "segment_kv_test_ppl", "t2_test_ppl", "unigram_test_ppl"),
@@ -202,9 +201,9 @@ def default_results() -> str:
     metrics = pd.DataFrame(json.loads(Path("metrics/eval_sliding.json").read_text()))
     rows = [
         [f"`{name}`", *(write(name, value) for value in row)]
-        for name, row in metrics.reindex(index=DEFAULT_METRICS, columns=MODELS).iterrows()
+        for name, row in metrics.reindex(index=DEFAULT_METRICS).iterrows()
     ]
-    return rows_as_markdown(["metric", *MODELS], rows)
+    return rows_as_markdown(["metric", *metrics.columns], rows)
 
 
 def recipes_by_ppl(metrics: pd.DataFrame) -> list[str]:

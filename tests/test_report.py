@@ -20,7 +20,7 @@ from infini_retrofit.model.retrofit import insert_infini
 from tests.tiny import tiny_model
 from tests.tiny_project import metrics_of, run_stage
 
-KEYS = {"base", "control", "full", "gain", "kv", "off", "ppl", "sliding"}
+KEYS = {"base", "control", "full", "gain", "kv", "off", "own", "ppl", "sliding"}
 PPLS = {
     ("base", "segment"): 30.0,
     ("base", "full"): 20.0,
@@ -35,6 +35,16 @@ PPLS = {
     ("finetuned", "segment_kv"): 27.5,
     ("finetuned", "segment_off"): 29.5,
     ("finetuned", "segment_swapped"): 31.0,
+}
+
+
+ALL_TRAINED = {
+    "infini": {
+        **{"segment_length": 16, "init": "base", "local": "softmax", "positions": "rope"},
+        "local_context": 0,
+    },
+    "distill": {"epochs": 0, "trainable": "infini"},
+    "finetune": {"trainable": "attention"},
 }
 
 
@@ -59,8 +69,14 @@ def measured(segment: float, articles: int = 12, spread: float = 0.0, **changes:
             row = {"model": model, "protocol": protocol, "document": i, "article": i, "nll": moved}
             rows.append(row)
     scores["finetuned"]["num_articles"] = articles
-    params = {"infini": {"segment_length": 16}}
-    return Results(scores, {}, pd.DataFrame(rows), pd.DataFrame(), pd.DataFrame(), params)
+    return Results(scores, {}, pd.DataFrame(rows), pd.DataFrame(), pd.DataFrame(), ALL_TRAINED)
+
+
+def with_memory_alone_trained(results: Results, **infini: object) -> Results:
+    params = {name: dict(section) for name, section in ALL_TRAINED.items()}
+    params["finetune"]["trainable"] = "memory"
+    params["infini"] |= infini
+    return replace(results, params=params)
 
 
 @pytest.mark.parametrize(
@@ -69,12 +85,15 @@ def measured(segment: float, articles: int = 12, spread: float = 0.0, **changes:
         (26.0, 0.0, 12, "The memory helps: perplexity 26.00 in segments of 16 tokens, better than"),
         (32.0, 0.0, 12, "The memory harms: perplexity 32.00 in segments of 16 tokens, worse than"),
         (28.5, 0.5, 12, "Undecided whether the memory helps: "),
+        (29.2, 0.0, 12, "The memory helps its own model, which is no better than its control: "),
         (26.0, 0.0, 3, "The memory seems to help: "),
         (32.0, 0.0, 3, "The memory seems to harm: "),
-        (29.0, 0.0, 3, "Undecided whether the memory helps: "),
+        (29.501, 0.0, 3, "Undecided whether the memory helps: "),
     ],
 )
-def test_the_verdict_has_the_sign_of_the_gain_over_the_control(segment, spread, articles, begin):
+def test_the_verdict_asks_for_a_gain_over_itself_and_over_the_control(
+    segment, spread, articles, begin
+):
     sentence = verdict(measured(segment, articles, spread))
     assert sentence.startswith(begin)
     assert ("too few for intervals" in sentence) == (articles == 3)
@@ -92,14 +111,18 @@ def test_each_rival_is_named_with_its_own_relation():
 
 
 def test_where_only_the_memory_was_trained_the_rivals_are_the_base_s():
-    results = measured(27.7, segment_off=30.0, segment_kv=28.0)
+    results = with_memory_alone_trained(measured(29.2, segment_off=30.0, segment_kv=28.0))
     sentence = verdict(results)
-    assert "The memory helps: perplexity 27.70" in sentence
+    assert "The memory helps: perplexity 29.20" in sentence
     assert "its untouched base (30.00)" in sentence
     assert "equal bytes of keys and values (28.00)" in sentence
     assert "full attention (20.00)" in sentence
-    assert gains(results)["kv"].nats > 0
-    assert gains(measured(27.7, segment_kv=28.0))["kv"].nats < 0
+    plain, trained = measured(27.7, segment_kv=28.0), with_memory_alone_trained
+    assert gains(trained(plain))["kv"].nats > 0 > gains(plain)["kv"].nats
+    # Beside carried tokens the model without its memory is not the base.
+    sentence = verdict(trained(measured(29.2, segment_off=29.5), local_context=8))
+    assert "The memory helps: perplexity 29.20" in sentence
+    assert "itself with the memory off (29.50)" in sentence
 
 
 def test_a_model_without_a_memory_is_told_as_one():

@@ -77,9 +77,8 @@ def draw_protocols(axes: Axes, results: Results) -> None:
             continue
         ppls = {model: results.ppl(protocol, model) for model in models if model in whose}
         shown = [(ppl, models.index(model)) for model, ppl in ppls.items() if ppl is not None]
-        axes.plot(
-            *zip(*shown, strict=True), marker, color=colour, markersize=size, label=label
-        )
+        places, lines = zip(*shown, strict=True) if shown else ((), ())
+        axes.plot(places, lines, marker, color=colour, markersize=size, label=label)
     axes.set_xlabel("test perplexity (lower is better)")
     axes.xaxis.set_major_locator(MaxNLocator(7))
     _name_lines(axes, models)

@@ -126,7 +126,7 @@ def about_t2(results: Results) -> str:
 def _tables(report: Report) -> list[tuple[str, str, Sequence[str], Rows]]:
     """Return what stands below the pictures: heading, note, header and rows."""
     note = f"The likeliest token each time, after: ... {report.prefix}"
-    ran_here = "Of its last run here; - where the result came from a cache or from elsewhere."
+    ran_here = "Of its last run here, cached results apart; -: it never ran here."
     tables = [
         ("Continuations", note, ["model", "text"], report.continuations),
         ("What was trained", "", _TRAINED, _trained(report.results)),

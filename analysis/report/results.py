@@ -63,10 +63,18 @@ class Results:
         return self.ppl("segment_off") != self.ppl("segment")
 
     @property
-    def is_base_untouched(self) -> bool:
-        """Whether the model with its memory off is the base: nothing but the memory was trained."""
-        off, base = self.ppl("segment_off"), self.ppl("segment", "base")
-        return off is not None and base is not None and abs(off / base - 1) < 1e-4
+    def trained_memory_alone(self) -> bool:
+        """Whether the base's own weights are as they were."""
+        infini, distill, finetune = (self.params[k] for k in ("infini", "distill", "finetune"))
+        distilled_alone = not distill["epochs"] or distill["trainable"] == "memory"
+        return infini["init"] == "base" and distilled_alone and finetune["trainable"] == "memory"
+
+    @property
+    def is_base_when_off(self) -> bool:
+        """Whether the model without its memory is the base confined to segments."""
+        infini = self.params["infini"]
+        as_base = (infini["local"], infini["positions"]) == ("softmax", "rope")
+        return self.trained_memory_alone and as_base and not infini["local_context"]
 
 
 def read_results(read: Callable[[str], str]) -> Results:

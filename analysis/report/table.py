@@ -40,12 +40,12 @@ def summary_table(results: Results) -> Table:
 
 def explain(results: Results) -> str:
     """Return what the gains of the table are."""
-    full = "base" if "base" in gains(results) else "control"
+    alone = results.has_memory and results.trained_memory_alone
     return (
         "Perplexity, lower is better. Gain: nats a token by which finetuned under `segment` is "
-        "better than the control there, than itself with its memory off, than the best equal "
-        f"bytes of keys and values, and than the {full} under full attention. `sliding` scores "
-        "another text."
+        "better. It is compared with the control there, itself with the memory off, the best "
+        f"equal bytes of keys and values, and the {'base' if alone else 'control'} under full "
+        "attention. `sliding` scores another text."
     )
 
 

@@ -1,6 +1,6 @@
 """What the memory gains over its rivals, in a sentence and in a few numbers."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -39,15 +39,16 @@ class Gain:
 
 
 def gains(results: Results) -> dict[str, Gain]:
-    """Return the gains over every rival that was scored, by a short name, the main one first.
+    """Return the gains over every rival that was scored, by a short name.
 
-    The main rival is the control. Where nothing but the memory was trained it is the base: then
-    the rivals of equal bytes and of full attention are untrained, too.
+    Where nothing but the memory was trained, the rivals of equal bytes and of full attention are
+    untrained, too.
     """
-    untouched = results.has_memory and results.is_base_untouched
-    reference = "base" if untouched else "control"
-    kv = ["finetuned"] if untouched else ["finetuned", "control"]
-    base = {"base": ("its untouched base", ["base"], "segment")} if untouched else {}
+    alone = results.has_memory and results.trained_memory_alone
+    reference = "base" if alone else "control"
+    kv = ["finetuned"] if alone else ["finetuned", "control"]
+    is_base = results.has_memory and results.is_base_when_off
+    base = {"base": ("its untouched base", ["base"], "segment")} if is_base else {}
     rivals = base | {
         "control": ("its trained control", ["control"], "segment"),
         "off": ("itself with the memory off", ["finetuned"], "segment_off"),
@@ -65,7 +66,7 @@ def gains(results: Results) -> dict[str, Gain]:
         if not scored:
             continue
         model, key = min(scored, key=scored.__getitem__), f"gain_over_{name}"
-        if key in measured and (name != "kv" or not untouched):
+        if key in measured and (name != "kv" or not alone):
             nats, low, high = (measured.get(key + end) for end in ("", "_low", "_high"))
         else:
             nats, low, high = _compare(results, model, protocol)
@@ -84,7 +85,7 @@ def verdict(results: Results) -> str:
         for relation in RELATIONS
         if (of_relation := [gain for gain in rivals if gain.relation == relation])
     ]
-    subject = _lead(rivals[0]) if results.has_memory else "The model has no memory"
+    subject = _lead(results, found) if results.has_memory else "The model has no memory"
     score, length = number(results.ppl("segment")), results.segment_length
     basis = _basis(results, rivals[0].low is not None)
     return (
@@ -92,13 +93,20 @@ def verdict(results: Results) -> str:
     )
 
 
-def _lead(main: Gain) -> str:
-    """Return what the memory does, by its gain over the main rival."""
-    verbs = dict(zip(RELATIONS[:2], ("help", "harm"), strict=True))
-    if main.relation not in verbs:
+def _lead(results: Results, found: Mapping[str, Gain]) -> str:
+    """Return what the memory does: for the same model without it, and against training alone.
+
+    A control trains other weights than a memory on an untouched base, and decides nothing there.
+    """
+    off, control = found["off"], found["control"]
+    better, worse, _ = RELATIONS
+    if off.relation not in (better, worse):
         return "Undecided whether the memory helps"
-    verb = verbs[main.relation]
-    return f"The memory {verb}s" if main.low is not None else f"The memory seems to {verb}"
+    verb = "help" if off.relation == better else "harm"
+    told = f"The memory {verb}s" if off.low is not None else f"The memory seems to {verb}"
+    if off.relation == worse or results.trained_memory_alone or control.relation == better:
+        return told
+    return f"{told} its own model, which is no better than its control"
 
 
 def _basis(results: Results, has_intervals: bool) -> str:
@@ -120,6 +128,7 @@ def summarize(results: Results) -> dict[str, float]:
     ppls |= {"ppl": results.ppl("segment"), "sliding": results.ppl("sliding")}
     control = found["control"]
     nats = {"gain": control.nats, "low": control.low, "high": control.high}
+    nats |= {"own": found["off"].nats} if "off" in found else {}
     rounded = {name: round(ppl, 2) for name, ppl in ppls.items()}
     return rounded | {name: round(value, 3) for name, value in nats.items() if value is not None}
 
