@@ -21,7 +21,7 @@ from analysis.loading import (
 from analysis.table import MISSING, SEGMENT, ppl, rows_as_markdown, write
 
 GAP = "gap"  # of the distilled model's sliding perplexity to the base's
-T2 = ppl("t2")
+T2, AS_THE_SEEDS = ppl("t2"), "the same for the token after next, as the seeds"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -63,7 +63,7 @@ def compare(metrics: pd.DataFrame, settings: pd.DataFrame) -> list[list[str]]:
         _epochs("fine-tuning epochs", "finetune", metrics, settings),
         _row("best epoch", metrics, "finetune.best_epoch", _difference),
         _row("final PPL, in segments", metrics, SEGMENT, _share),
-        *([_row("final PPL as the seeds scored it", metrics, T2, _share)] if of_the_seeds else []),
+        *([_row(AS_THE_SEEDS, metrics, T2, _share)] if of_the_seeds else []),
         _row("trained on tokens", metrics, TOKENS_SEEN, _share),
         _row("minutes of training", metrics, MINUTES, _difference),
     ]

@@ -6,6 +6,7 @@ Knows which metrics the stages write.
 
 import argparse
 from collections.abc import Sequence
+from functools import partial
 from html import escape
 from io import StringIO
 from pathlib import Path
@@ -19,26 +20,28 @@ from matplotlib.figure import Figure
 from analysis.comparing import describe_texts, split_comparable
 from analysis.loading import MINUTES, TOKENS_SEEN, load_metrics, load_scores, load_settings
 from analysis.picture import BEYOND
+from analysis.report.results import read_results
+from analysis.report.verdict import gains
 from analysis.table import BASE, PARAMETERS, SEGMENT, STATE_BYTES, gain, ppl, write, write_interval
 from infini_retrofit.pipeline.files import whole_file
-from recipes.experiments import check_finished
+from recipes.experiments import check_finished, read_file
 from recipes.kept import kept_experiments
 
 PAGE = Path("build/leaderboard/index.html")
 TEMPLATE = Path(__file__).with_suffix(".html")
-SEEDS = "seeds"
+SEEDS, KV = "seeds", gain("kv")
 COLUMNS = {
     "memory, bytes": STATE_BYTES,
     "trained parameters": PARAMETERS,
     "trained on tokens": TOKENS_SEEN,
     "segment PPL": SEGMENT,
     "lead over its control": gain("control"),
-    "lead over equal bytes": gain("kv"),
+    "lead over equal bytes": KV,
     "seeds": SEEDS,
     "minutes": MINUTES,
 }
 SECTIONS = ("model", "corpus", "longdocs", "infini", "distill", "finetune", "eval")
-RIVALS = [ppl("segment_kv"), ppl("segment_kv", "control")]  # of equal bytes
+EQUAL_BYTES = ppl("equal_bytes")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -50,11 +53,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     check_finished("leaderboard", list(experiments), experiments)
     metrics, scores = load_metrics(experiments), load_scores(experiments)
     metrics[SEEDS] = count_seeds(load_settings(experiments))
+    for name, experiment in experiments.items():
+        rival = gains(read_results(partial(read_file, experiment.source))).get("kv")
+        if rival:  # the report's: it is not the control's where nothing but the memory was trained
+            found = [rival.ppl, rival.nats, rival.low, rival.high]
+            metrics.loc[name, [EQUAL_BYTES, KV, f"{KV}_low", f"{KV}_high"]] = found
     best_first = metrics[SEGMENT].sort_values(kind="stable").index
     groups = sorted(split_comparable(scores, best_first), key=len, reverse=True)
     parts = [(describe_texts(scores, names[0]), metrics.loc[names]) for names in groups]
-    with whole_file(PAGE) as partial:
-        partial.write_text(write_page(parts), encoding="utf-8")
+    with whole_file(PAGE) as unfinished:
+        unfinished.write_text(write_page(parts), encoding="utf-8")
     print(PAGE)
 
 
@@ -94,7 +102,7 @@ def draw(metrics: pd.DataFrame) -> Figure:
     base = metrics[BASE].iloc[0]
     points = metrics[[STATE_BYTES, SEGMENT]].set_axis(["bytes", "ppl"], axis=1).dropna()
     out = points.ppl > base * BEYOND
-    rivals = metrics[RIVALS].min(axis=1)[points.index]
+    rivals = metrics[EQUAL_BYTES][points.index]
     axes.plot(points.bytes[~out], rivals[~out], "D", color="tab:green", markersize=5)
     axes.plot(points.bytes[~out], points.ppl[~out], "o", color="tab:blue", markersize=7)
     best = points[~out].sort_values(["bytes", "ppl"])
@@ -110,7 +118,7 @@ def draw(metrics: pd.DataFrame) -> Figure:
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(
         [
-            "the better rival of equal bytes of keys and values",
+            "its rival of equal bytes of keys and values",
             "a run",
             "the best run of at most so many bytes",
             "the base as it was",

@@ -41,3 +41,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
         summary = summarize(read_results(partial(read_file, known[name].source)))
         texts[SUMMARY] = json.dumps(summary, indent=2) + "\n"
         print(f"{write_revision(name, known[name], texts, SHOWN)[:7]} {name}")
+    print(f"now for example: dvc metrics diff {' '.join(names[:2])} --md")

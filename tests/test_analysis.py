@@ -17,7 +17,7 @@ from analysis import leaderboard, loading, reports
 from analysis.__main__ import COMMANDS, main
 from analysis.against import compare
 from analysis.comparing import describe_texts, split_comparable
-from analysis.leaderboard import RIVALS as RIVAL_PPLS
+from analysis.leaderboard import EQUAL_BYTES
 from analysis.loading import load_metrics, load_scores, load_settings
 from analysis.picture import draw, save
 from analysis.repeats import RIVALS, check_repeats, gains_of_repeats
@@ -62,6 +62,15 @@ def files_of(metrics: Mapping = METRICS, number: int = 0, **params: object) -> d
     texts = {f"metrics/{name}.json": json.dumps(found) for name, found in metrics.items()}
     scores = scores_of(number).drop(columns="experiment").to_csv(sep="\t", index=False)
     return texts | {SCORES: scores, "params.yaml": json.dumps(params)}
+
+
+def trained(**finetune: object) -> dict[str, dict]:
+    """Return parameters of an experiment that trained more than a memory."""
+    return {
+        "infini": {"init": "base"},
+        "distill": {"epochs": 0},
+        "finetune": {"trainable": "attention"} | finetune,
+    }
 
 
 def scores_of(
@@ -349,7 +358,7 @@ def test_two_runs_are_compared_in_the_rows_of_the_seeds(checkout, capsys):
         "fine-tuning epochs": ["10", "4 (stopped early)", "-6"],
         "best epoch": ["8", "2", "-6"],
         "final PPL, in segments": ["40.00", "50.00", "+25%"],
-        "final PPL as the seeds scored it": ["8,019", "8,019", "+0%"],
+        "the same for the token after next, as the seeds": ["8,019", "8,019", "+0%"],
         "trained on tokens": ["20,000", "8,000", "-60%"],
         "minutes of training": ["1.5", "4.0", "+2.5"],
     }
@@ -380,7 +389,7 @@ def test_the_seeds_own_comparison_is_read_from_the_results(capsys, monkeypatch):
     (table,) = shown(capsys, "compare", "v1", "v2")
     rows = {row[0]: row[1:] for row in table[2:]}
     assert rows["distilled PPL, sliding"] == ["25.63", "24.56", "-4%"]
-    assert rows["final PPL as the seeds scored it"] == ["8,019", "1,779", "-78%"]
+    assert rows["the same for the token after next, as the seeds"] == ["8,019", "1,779", "-78%"]
 
 
 class Page(HTMLParser):
@@ -415,10 +424,10 @@ def test_the_leaderboard_is_one_page_with_numbers_to_sort_by(checkout, capsys):
     scores = METRICS["eval_sliding"] | {"base": BASE, "finetuned": model}
     metrics = METRICS | {"eval_sliding": scores}
     for seed in (0, 1):
-        files = files_of(metrics, finetune={"seed": seed, "lr": 1})
+        files = files_of(metrics, **trained(seed=seed, lr=1))
         keep(f"seed<{seed}>", **files)
     far = scores | {"finetuned": model | {"segment_test_ppl": 99.0}}
-    keep("far", **files_of(metrics | {"eval_sliding": far}, finetune={"seed": 0, "lr": 2}))
+    keep("far", **files_of(metrics | {"eval_sliding": far}, **trained(seed=0, lr=2)))
     main(["leaderboard"])
     path = Path(capsys.readouterr().out.strip())
     text = path.read_text(encoding="utf-8")
@@ -438,7 +447,7 @@ def test_the_leaderboard_is_one_page_with_numbers_to_sort_by(checkout, capsys):
 
 def test_the_best_of_at_most_so_many_bytes_is_a_falling_line():
     sizes, ppls = [0, 10, 10, 20, 25, 30], [29.0, 28.0, 27.0, 28.5, 28.2, 26.0]
-    values = {STATE_BYTES: sizes, SEGMENT: ppls, BASE_PPL: 30.0, **dict.fromkeys(RIVAL_PPLS, 25.0)}
+    values = {STATE_BYTES: sizes, SEGMENT: ppls, BASE_PPL: 30.0, EQUAL_BYTES: 25.0}
     figure = leaderboard.draw(pd.DataFrame(values, index=list("abcdef")))
     best = figure.axes[0].lines[2]
     assert best.get_xydata().tolist() == [[0, 29.0], [10, 27.0], [30, 26.0]]
@@ -447,13 +456,13 @@ def test_the_best_of_at_most_so_many_bytes_is_a_falling_line():
 def test_the_report_of_an_experiment_is_that_of_the_stage(capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(reports, "FOLDER", tmp_path)
-    main(["reports", "memory-only"])
+    main(["reports", "infini-all"])
     out = capsys.readouterr().out
-    assert out.startswith("# memory-only: smollm2-135m with a memory\n\nThe memory helps: ")
+    assert out.startswith("# infini-all: smollm2-135m with a memory\n\nThe memory helps: ")
     assert "| base " in out
-    page = (tmp_path / "memory-only.html").read_text(encoding="utf-8")
+    page = (tmp_path / "infini-all.html").read_text(encoding="utf-8")
     assert "<td>infini.feature_map</td>" in page
-    assert f"<td>{kept_experiments()['memory-only'].code[:7]}</td>" in page
+    assert f"<td>{kept_experiments()['infini-all'].code[:7]}</td>" in page
 
 
 def test_each_number_is_a_mark_on_the_line_of_its_experiment(tmp_path):

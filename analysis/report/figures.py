@@ -94,10 +94,12 @@ def draw_curves(axes: Axes, results: Results) -> None:
             style, label = "--" if model == "base" else ".-", f"{model} ({curve.text.iloc[0]})"
             axes.plot(curve.epoch, curve.ppl, style, color=colour, label=label)
     axes.set_xlabel("epoch")
-    axes.set_ylabel("validation perplexity (log)")
+    axes.set_ylabel("validation perplexity")
     axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
-    axes.set_yscale("log")
-    _plain_log_ticks(axes)
+    if rows.ppl.max() > 3 * rows.ppl.min():
+        axes.set_ylabel("validation perplexity (log)")
+        axes.set_yscale("log")
+        _plain_log_ticks(axes)
     axes.grid(color="0.92")
     _legend(axes)
 

@@ -72,9 +72,11 @@ class Results:
     @property
     def is_base_when_off(self) -> bool:
         """Whether the model without its memory is the base confined to segments."""
+        if not self.trained_memory_alone:
+            return False
         infini = self.params["infini"]
         as_base = (infini["local"], infini["positions"]) == ("softmax", "rope")
-        return self.trained_memory_alone and as_base and not infini["local_context"]
+        return as_base and not infini["local_context"]
 
 
 def read_results(read: Callable[[str], str]) -> Results:

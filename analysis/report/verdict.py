@@ -130,7 +130,8 @@ def summarize(results: Results) -> dict[str, float]:
     nats = {"gain": control.nats, "low": control.low, "high": control.high}
     nats |= {"own": found["off"].nats} if "off" in found else {}
     rounded = {name: round(ppl, 2) for name, ppl in ppls.items()}
-    return rounded | {name: round(value, 3) for name, value in nats.items() if value is not None}
+    # Adding zero makes -0.0 a plain zero.
+    return rounded | {name: round(v, 3) + 0.0 for name, v in nats.items() if v is not None}
 
 
 def number(value: float | None) -> str:
