@@ -2,6 +2,7 @@
 
 import re
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -15,9 +16,17 @@ from recipes.overlays import recipe_names
 ROOT = Path(__file__).parent.parent
 
 
-def test_every_table_stands_on_a_page_and_holds_what_the_metrics_say(monkeypatch):
+def test_every_table_stands_on_a_page_and_holds_what_the_metrics_say(tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
-    made, texts = tables(), [page.read_text() for page in pages()]
+    texts = [page.read_text() for page in pages()]
+    # A run on another processor leaves other metrics here; committed pages tell the committed ones.
+    same = ["git", "diff", "--quiet", "HEAD", "--", "docs", "README.md"]
+    if subprocess.run(same, check=False).returncode == 0:
+        archive = ["git", "archive", "HEAD", "metrics", "results"]
+        files = subprocess.run(archive, capture_output=True, check=True).stdout
+        subprocess.run(["tar", "-x", "-C", tmp_path], input=files, check=True)
+        monkeypatch.chdir(tmp_path)
+    made = tables()
     assert [fill(text, made) for text in texts] == texts
     assert fill("".join(texts), dict.fromkeys(made, "another")).count("\nanother\n") == len(made)
     with pytest.raises(ValueError, match=r"a table must be one of choices, .*, won, got other$"):
