@@ -6,7 +6,6 @@ Knows which metrics the stages write.
 
 import argparse
 from collections.abc import Sequence
-from functools import partial
 from html import escape
 from io import StringIO
 from pathlib import Path
@@ -18,13 +17,19 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from analysis.comparing import describe_texts, split_comparable
-from analysis.loading import MINUTES, TOKENS_SEEN, load_metrics, load_scores, load_settings
+from analysis.loading import (
+    MINUTES,
+    TOKENS_SEEN,
+    load_metrics,
+    load_results,
+    load_scores,
+    load_settings,
+)
 from analysis.picture import BEYOND
-from analysis.report.results import read_results
 from analysis.report.verdict import gains
 from analysis.table import BASE, PARAMETERS, SEGMENT, STATE_BYTES, gain, ppl, write, write_interval
 from infini_retrofit.pipeline.files import whole_file
-from recipes.experiments import check_finished, read_file
+from recipes.experiments import check_finished
 from recipes.kept import kept_experiments
 
 PAGE = Path("build/leaderboard/index.html")
@@ -54,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     metrics, scores = load_metrics(experiments), load_scores(experiments)
     metrics[SEEDS] = count_seeds(load_settings(experiments))
     for name, experiment in experiments.items():
-        rival = gains(read_results(partial(read_file, experiment.source))).get("kv")
+        rival = gains(load_results(experiment)).get("kv")
         if rival:  # the report's: it is not the control's where nothing but the memory was trained
             found = [rival.ppl, rival.nats, rival.low, rival.high]
             metrics.loc[name, [EQUAL_BYTES, KV, f"{KV}_low", f"{KV}_high"]] = found

@@ -7,12 +7,14 @@ import json
 import re
 import sys
 from collections.abc import Mapping, Sequence
+from functools import partial
 from io import StringIO
 from pathlib import PurePath
 from typing import Any
 
 import pandas as pd
 
+from analysis.report.results import Results, read_results
 from infini_retrofit.pipeline.params import leaves
 from recipes.experiments import (
     Experiment,
@@ -62,6 +64,11 @@ def find_experiments(command: str, names: Sequence[str]) -> dict[str, Experiment
         note = f"{len(kept)} of {len(names)} experiments were not run here: read from results/"
         print(f"note: {note}", file=sys.stderr)
     return {name: known[name] for name in names}
+
+
+def load_results(experiment: Experiment) -> Results:
+    """Return what the report of an experiment is made from."""
+    return read_results(partial(read_file, experiment.source))
 
 
 def load_metrics(experiments: Mapping[str, Experiment]) -> pd.DataFrame:

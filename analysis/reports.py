@@ -5,16 +5,14 @@ Without continuations, which need the models.
 
 import argparse
 from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-from analysis.loading import find_experiments, read_seconds
+from analysis.loading import find_experiments, load_results, read_seconds
 from analysis.report.page import Report, as_html, as_markdown
-from analysis.report.results import read_results
 from analysis.report.setting import differences
 from infini_retrofit.pipeline.files import write_text
-from recipes.experiments import Experiment, committed_params, read_file
+from recipes.experiments import Experiment, committed_params
 
 FOLDER = Path("build/report")
 
@@ -41,7 +39,7 @@ def make_report(name: str, experiment: Experiment, default: Mapping[str, Any]) -
         experiment: a finished one.
         default: the params.yaml that its parameters are compared with; presets are not.
     """
-    results = read_results(partial(read_file, experiment.source))
+    results = load_results(experiment)
     presets = ("models.", "corpora.")
     changed = [
         tuple(map(str, row))

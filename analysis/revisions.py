@@ -7,12 +7,11 @@ no experiments of its own, so this is needed once in each.
 import argparse
 import json
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
-from analysis.report.results import read_results
+from analysis.loading import load_results
 from analysis.report.verdict import summarize
-from recipes.experiments import check_finished, newest_experiments, read_file
+from recipes.experiments import check_finished, newest_experiments
 from recipes.kept import METRICS, PLOTTED, kept_experiments, read_kept
 from recipes.revisions import write_revision
 
@@ -38,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     check_finished("revisions", names, known)
     for name in names:
         texts = read_kept(known[name].source)
-        summary = summarize(read_results(partial(read_file, known[name].source)))
+        summary = summarize(load_results(known[name]))
         texts[SUMMARY] = json.dumps(summary, indent=2) + "\n"
         print(f"{write_revision(name, known[name], texts, SHOWN)[:7]} {name}")
     print(f"now for example: dvc metrics diff {' '.join(names[:2])} --md")

@@ -8,7 +8,7 @@ import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -45,7 +45,7 @@ def stored_experiments() -> list[tuple[str, Experiment]]:
     for each commit of the history.
     """
     layout = "--format=%(objectname) %(refname) %(contents:subject)"
-    lines = _git("for-each-ref", "--sort=committerdate", layout, "refs/exps").splitlines()
+    lines = git("for-each-ref", "--sort=committerdate", layout, "refs/exps").splitlines()
     found = [match for line in lines if (match := _REFERENCE.fullmatch(line))]
     return [
         (match["name"], Experiment(match["commit"], match["start"].replace("/", "")))
@@ -61,7 +61,7 @@ def newest_experiments() -> dict[str, Experiment]:
 
 def existing_experiments() -> set[str]:
     """Return the names of the experiments that started from the last commit."""
-    head = _git("rev-parse", "HEAD").strip()
+    head = git("rev-parse", "HEAD").strip()
     return {name for name, experiment in stored_experiments() if experiment.code == head}
 
 
@@ -112,19 +112,19 @@ def read_file(source: Source, path: str | Path) -> str:
     """
     if isinstance(source, Path):
         return (source / path).read_text(encoding="utf-8")
-    return _git("show", f"{source}:./{path}")
+    return git("show", f"{source}:./{path}")
 
 
 def list_files(source: Source, folder: str) -> list[str]:
     """Return the paths of an experiment's files that stand in a folder, sorted."""
     if isinstance(source, Path):
         return sorted(path.relative_to(source).as_posix() for path in (source / folder).glob("*"))
-    return _git("ls-tree", "-z", "--name-only", source, f"{folder}/").split("\0")[:-1]
+    return git("ls-tree", "-z", "--name-only", source, f"{folder}/").split("\0")[:-1]
 
 
 def changed_files(before: str, after: str, paths: Iterable[str]) -> list[str]:
     """Return the files that differ between two commits, of those given."""
-    found = _git("diff", "-z", "--name-only", "--relative", before, after, "--", *paths)
+    found = git("diff", "-z", "--name-only", "--relative", before, after, "--", *paths)
     return found.split("\0")[:-1]
 
 
@@ -165,13 +165,16 @@ def printable(command: Sequence[str]) -> str:
     return shlex.join(command)
 
 
-def _git(*words: str) -> str:
-    """Return the output of git.
+def git(*words: str, given: str | None = None, more: Mapping[str, str] | None = None) -> str:
+    """Return the output of git, which reads a text and more of an environment.
 
     Raises:
         FileNotFoundError: if git fails, with its message.
     """
-    shown = subprocess.run(["git", *words], capture_output=True, encoding="utf-8")
+    environment = {**os.environ, **(more or {})}
+    shown = subprocess.run(
+        ["git", *words], input=given, env=environment, capture_output=True, encoding="utf-8"
+    )
     if shown.returncode:
         raise FileNotFoundError(shown.stderr.strip().removeprefix("fatal: "))
     return shown.stdout

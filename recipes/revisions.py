@@ -3,17 +3,15 @@
 Writes git objects and references alone: no working tree, no index, no branch. Knows no metric.
 """
 
-import os
-import subprocess
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from io import StringIO
 from pathlib import Path
 from typing import Any
 
 from ruamel.yaml import YAML
 
-from recipes.experiments import KEPT, Experiment, read_file, stored_experiments
+from recipes.experiments import KEPT, Experiment, git, read_file, stored_experiments
 from recipes.kept import PIPELINE
 
 RESULTS = ("metrics", "plots", "report")  # of the code's commit; they are those of another run
@@ -51,7 +49,7 @@ def write_revision(
             "run `git fetch --unshallow`"
         ) from error
     commit = _commit(code, {**texts, PIPELINE: pipeline}, f"{KEPT}{name}")
-    _git("update-ref", f"refs/exps/{code[:2]}/{code[2:]}/{name}", commit)
+    git("update-ref", f"refs/exps/{code[:2]}/{code[2:]}/{name}", commit)
     return commit
 
 
@@ -70,36 +68,26 @@ def _declare(pipeline: str, shown: Mapping[str, Any]) -> str:
 
 def _commit(parent: str, texts: Mapping[str, str], message: str) -> str:
     """Commit the files of a commit with others in place of its results, and return the commit."""
-    prefix = _git("rev-parse", "--show-prefix").strip()
-    old = _git("ls-tree", "-r", "-z", "--name-only", parent, *(f"{f}/" for f in RESULTS))
+    prefix = git("rev-parse", "--show-prefix").strip()
+    old = git("ls-tree", "-r", "-z", "--name-only", parent, *(f"{f}/" for f in RESULTS))
     lines = [f"0 {_NO_BLOB}\t{prefix}{path}" for path in old.split("\0")[:-1]]
     with tempfile.TemporaryDirectory() as folder:
         files = [Path(folder) / str(number) for number in range(len(texts))]
         for file, text in zip(files, texts.values(), strict=True):
             file.write_text(text, encoding="utf-8")
         names = "".join(f"{file}\n" for file in files)
-        blobs = _git("hash-object", "-w", "--no-filters", "--stdin-paths", given=names).split()
+        blobs = git("hash-object", "-w", "--no-filters", "--stdin-paths", given=names).split()
         lines += [
             f"100644 {blob}\t{prefix}{path}" for blob, path in zip(blobs, texts, strict=True)
         ]
         index = {"GIT_INDEX_FILE": str(Path(folder) / "index")}
-        _git("read-tree", parent, more=index)
+        git("read-tree", parent, more=index)
         given = "".join(f"{line}\0" for line in lines)
-        _git("update-index", "-z", "--index-info", given=given, more=index)
-        tree = _git("write-tree", more=index).strip()
+        git("update-index", "-z", "--index-info", given=given, more=index)
+        tree = git("write-tree", more=index).strip()
     people = {
         f"GIT_{role}_{key}": value
         for role in ("AUTHOR", "COMMITTER")
         for key, value in _MAKER.items()
     }
-    return _git("commit-tree", tree, "-p", parent, "-m", message, more=people).strip()
-
-
-def _git(*words: str, given: str | None = None, more: Mapping[str, str] | None = None) -> str:
-    """Return the output of git, which reads a text and more of an environment."""
-    command: Sequence[str] = ["git", *words]
-    environment = os.environ | dict(more or {})
-    done = subprocess.run(
-        command, input=given, env=environment, capture_output=True, encoding="utf-8", check=True
-    )
-    return done.stdout
+    return git("commit-tree", tree, "-p", parent, "-m", message, more=people).strip()
