@@ -12,8 +12,9 @@ from infini_retrofit.evaluation.protocols import EvalParams, Setting, score_unig
 from infini_retrofit.evaluation.rival import Rival
 from infini_retrofit.model.base import load_base
 from infini_retrofit.pipeline.device import start_run
+from infini_retrofit.pipeline.files import read_json
 from infini_retrofit.pipeline.guard import run_stage, stage_code, unchanged
-from infini_retrofit.pipeline.params import load_json, load_section
+from infini_retrofit.pipeline.params import load_section
 from infini_retrofit.pipeline.tokens import read_stream, read_test_text
 
 BASE, RIVAL = Path("models/base"), Path("data/rival.json")
@@ -24,7 +25,7 @@ TEST_DOCUMENTS = Path("data/longdocs/test.parquet")
 def main() -> str:
     """Run the stage and return what it made."""
     params = load_section(EvalParams, "eval")
-    rival = load_json(Rival, RIVAL, "dvc repro prepare_comparison")
+    rival = read_json(RIVAL, Rival, "dvc repro prepare_comparison")
     text = read_test_text(TEST_TEXT, TEST_DOCUMENTS, params.sliding_tokens, params.documents)
     device, dtype = start_run()
     model = load_base(BASE, dtype).to(device)

@@ -13,8 +13,9 @@ from infini_retrofit.evaluation.protocols import EvalParams, Setting
 from infini_retrofit.evaluation.rival import Rival
 from infini_retrofit.model.checkpoints import load_retrofit
 from infini_retrofit.pipeline.device import start_run
+from infini_retrofit.pipeline.files import read_json
 from infini_retrofit.pipeline.guard import run_stage, stage_code, unchanged
-from infini_retrofit.pipeline.params import load_json, load_section
+from infini_retrofit.pipeline.params import load_section
 from infini_retrofit.pipeline.tokens import read_test_text
 
 BASE, CONTROL = Path("models/base"), Path("models/control")
@@ -25,7 +26,7 @@ TEST_TEXT, TEST_DOCUMENTS = Path("data/wikitext/test.parquet"), Path("data/longd
 def main() -> str:
     """Run the stage and return what it made."""
     params = load_section(EvalParams, "eval")
-    rival = load_json(Rival, RIVAL, "dvc repro prepare_comparison")
+    rival = read_json(RIVAL, Rival, "dvc repro prepare_comparison")
     text = read_test_text(TEST_TEXT, TEST_DOCUMENTS, params.sliding_tokens, params.documents)
     device, dtype = start_run()
     model, _ = load_retrofit(BASE, CONTROL, dtype, "dvc repro finetune_control")

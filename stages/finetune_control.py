@@ -11,9 +11,8 @@ import torch
 from infini_retrofit.model.base import load_base
 from infini_retrofit.model.checkpoints import save_retrofit
 from infini_retrofit.pipeline.device import start_run
-from infini_retrofit.pipeline.files import write_metrics
+from infini_retrofit.pipeline.files import read_json, write_metrics
 from infini_retrofit.pipeline.guard import is_first_process, run_stage, stage_code, training_run
-from infini_retrofit.pipeline.params import load_json
 from infini_retrofit.pipeline.tokens import read_documents
 from infini_retrofit.training.control import Control, make_control
 from infini_retrofit.training.finetuning import Finetuning
@@ -26,7 +25,7 @@ METRICS, HISTORY = Path("metrics/finetune_control.json"), Path("plots/finetune_c
 
 def main() -> str:
     """Run the stage and return what it made."""
-    plan = load_json(Control, PLAN, "dvc repro prepare_comparison")
+    plan = read_json(PLAN, Control, "dvc repro prepare_comparison")
     infini, params = plan.infini, plan.finetune
     train_documents = read_documents(DOCUMENTS / "train.parquet", params.train_documents)
     val_documents = read_documents(DOCUMENTS / "val.parquet", params.val_documents)

@@ -1,12 +1,15 @@
 """Files are written whole or not at all, and a changed file is found."""
 
 import json
+import re
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 from infini_retrofit.pipeline.files import (
     MANIFEST,
+    read_json,
     verify_manifest,
     write_manifest,
     write_metrics,
@@ -80,3 +83,43 @@ def test_a_missing_or_an_added_file_is_named(folder):
     message = r"models/base/manifest\.json is missing: run `dvc repro prepare_base`"
     with pytest.raises(FileNotFoundError, match=message):
         verify_manifest(folder / "models" / "base", "dvc repro prepare_base")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """A file's fields."""
+
+    tokens: int
+    share: float
+
+
+UNREADABLE = {
+    b"": "not valid JSON",
+    b'{"tokens": 3, "share": 0.5': "not valid JSON",
+    b"\xff\xfe{\0}\0": "not valid JSON",
+    b"[" * 100_000: "nested too deeply",
+    b'{"tokens": ' * 300 + b"3" + b"}" * 300: "recursion limit",
+    b'{"tokens": 3, "tokens": 4, "share": 0.5}': "a key stands twice",
+    b'{"tokens": 3, "share": NaN}': "NaN is no number",
+    b'{"tokens": 3, "share": 1e999}': "share must be a valid number",
+    b'{"tokens": true, "share": 0.5}': "tokens must be a valid integer, got True",
+    b'{"tokens": 3}': "share is missing",
+    b'{"tokens": 3, "share": 0.5, "more": 1}': "more is unknown",
+    b"[3, 0.5]": "must be an object",
+    b" " * (1 << 24) + b"{}": "at most 16777216 bytes",
+}
+
+
+@pytest.mark.parametrize("content", UNREADABLE, ids=lambda content: str(content[:45]))
+def test_a_damaged_json_file_is_one_short_sentence(content, tmp_path):
+    path = tmp_path / "plan.json"
+    path.write_bytes(b'{"tokens": 3, "share": 0.5}')
+    assert read_json(path, Plan) == Plan(tokens=3, share=0.5)
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=re.escape(UNREADABLE[content])) as caught:
+        read_json(path, Plan, "dvc repro x")
+    said = str(caught.value)
+    assert said.startswith(str(path))
+    assert said.endswith(": delete it and run `dvc repro x`")
+    assert len(said) < 400
+    assert "\n" not in said

@@ -18,11 +18,11 @@ from infini_retrofit.model.retrofit import insert_infini
 from infini_retrofit.pipeline.files import (
     MANIFEST,
     check_folder,
+    read_json,
     verify_manifest,
     write_manifest,
     write_text,
 )
-from infini_retrofit.pipeline.params import load_json
 
 WEIGHTS, CONFIG = "retrofit.safetensors", "infini_config.json"
 FORMAT = 4  # older ones have choices of form that no longer exist
@@ -114,12 +114,12 @@ def _read_config(folder: Path, base_dir: Path, made_by: str) -> _Config:
     check_folder(folder, CONFIG, "retrofitted model", made_by)
     verify_manifest(folder, made_by)
     path = folder / CONFIG
-    if (found := load_json(dict, path, made_by).get("format")) != FORMAT:
+    if (found := read_json(path, dict, made_by).get("format")) != FORMAT:
         raise ValueError(
             f"the format of {path} must be {FORMAT}, which this version of infini-retrofit reads "
             f"and writes, got {found}: run `{made_by}`, or use the version that wrote it"
         )
-    config = load_json(_Config, path, made_by)
+    config = read_json(path, _Config, made_by)
     if (found := base_identity(base_dir)) != config.base:
         want, got = (", ".join(sha[:12] for sha in x.values()) for x in (config.base, found))
         raise ValueError(

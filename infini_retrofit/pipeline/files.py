@@ -1,4 +1,4 @@
-"""Files that a stage writes, whole or not at all: metrics, rows of a plot, manifests.
+"""Files that a stage writes, whole or not at all, and reads back, checked: JSON, rows, manifests.
 
 Knows no stage and no metric by name.
 """
@@ -18,8 +18,11 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int32
 
+from infini_retrofit.pipeline.schema import build
+
 TokenIds = Int32[np.ndarray, "_"]
 MANIFEST = "manifest.json"
+_MAX_JSON_BYTES = 1 << 24  # a manifest of 100,000 files has fewer
 
 
 def write_metrics(path: Path, metrics: Mapping[str, Any]) -> None:
@@ -41,6 +44,44 @@ def write_rows(
     writer.writeheader()
     writer.writerows(rows)
     write_text(path, text.getvalue())
+
+
+def read_json(path: Path, schema: Any, made_by: str = "dvc repro") -> Any:
+    """Read a JSON file as a dataclass or another type that pydantic knows: `schema`.
+
+    A file names every field of a dataclass and no other. `made_by` is the command that makes it.
+
+    Raises:
+        FileNotFoundError: if the file is missing.
+        ValueError: names the file, what is wrong in it, and `made_by`.
+    """
+    check_made(path, made_by)
+    advice = f"delete it and run `{made_by}`"
+    if (size := path.stat().st_size) > _MAX_JSON_BYTES:
+        raise ValueError(f"{path} must have at most {_MAX_JSON_BYTES} bytes, got {size}: {advice}")
+    try:
+        text = path.read_bytes().decode()
+        values = json.loads(text, object_pairs_hook=_unique, parse_constant=_refuse_constant)
+    except RecursionError as error:
+        raise ValueError(f"{path} is not valid JSON (nested too deeply): {advice}") from error
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON ({error}): {advice}") from error
+    try:
+        return build(schema, values, str(path))
+    except (RecursionError, ValueError) as error:
+        raise ValueError(f"{error}: {advice}") from error
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Make a JSON object; of equal keys, Python would keep the last one in silence."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a key stands twice")
+    return found
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no number")
 
 
 def write_text(path: Path, text: str) -> None:
@@ -76,8 +117,7 @@ def write_manifest(folder: Path) -> None:
 
 def verify_manifest(folder: Path, made_by: str = "dvc repro") -> None:
     """Compare a folder with its manifest: DVC misses a flipped byte in its cache."""
-    check_made(folder / MANIFEST, made_by)
-    digests = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    digests = read_json(folder / MANIFEST, dict[str, str], made_by)
     advice = f"delete {folder} and run `{made_by}`"
     for name in sorted(digests.keys() ^ set(_file_names(folder))):
         fault = "is missing" if name in digests else "is not in its manifest"
