@@ -12,7 +12,7 @@ from pathlib import Path
 
 from infini_retrofit.pipeline.guard import run_stage
 from infini_retrofit.pipeline.params import load_choice, load_section
-from infini_retrofit.pipeline.progress import progress
+from infini_retrofit.pipeline.progress import note, progress
 from infini_retrofit.texts.articles import read_splits
 from infini_retrofit.texts.corpora import CORPORA, SAME, LongdocsParams
 from infini_retrofit.texts.splits import (
@@ -23,6 +23,8 @@ from infini_retrofit.texts.splits import (
     cut_documents,
     open_tokenizer,
     read_articles,
+    same_title,
+    text_digest,
     title_order,
     tokenize,
     write_rows,
@@ -39,7 +41,7 @@ def main() -> str:
     tokenizer = open_tokenizer(TOKENIZER)
     articles = {split: read_articles(WIKITEXT, split) for split in SPLITS}
     if params.corpus != SAME:
-        split_of = {article.title: split for split in SPLITS for article in articles[split]}
+        split_of = {k: split for split in SPLITS for a in articles[split] for k in identity(a)}
         articles = {
             split: list(take_enough(tokenize(tokenizer, of_split), params))
             for split, of_split in read_other_corpus(split_of).items()
@@ -52,24 +54,44 @@ def main() -> str:
     check_sources(documents["test"], params.tokens_per_document)
     for split in SPLITS:
         write_rows(LONGDOCS, split, documents[split])
-    made = ", ".join(f"{split} {len(documents[split]):,}" for split in SPLITS)
-    return f"prepare_longdocs: {made} documents of {params.tokens_per_document:,} tokens"
+    made = [f"documents of {params.tokens_per_document:,} tokens"]
+    for split, of_split in documents.items():
+        num_articles = len({document.title for document in of_split})
+        num_tokens = sum(len(document.input_ids) for document in of_split)
+        made.append(
+            f"{split} {len(of_split):,} from {num_articles:,} articles with {num_tokens:,} tokens"
+        )
+    return f"prepare_longdocs: {', '.join(made)}"
 
 
-def read_other_corpus(split_of: dict[str, str]) -> dict[str, list[Article]]:
+def read_other_corpus(split_of: dict[str | bytes, str]) -> dict[str, list[Article]]:
     """Read the documents' own corpus without articles of another split, in `title_order`.
 
     Args:
-        split_of: the split of each title of the sliding text. The two corpora may share an
-            article and put it into different splits.
+        split_of: the split of each title and each text's digest of the sliding text. The two
+            corpora may share an article and put it into different splits.
     """
     splits = read_splits(load_choice(CORPORA, "longdocs.corpus", "corpora"))
-    return {
+    kept = {
         split: [
-            a for a in sorted(of_split, key=title_order) if split_of.get(a.title, split) == split
+            article
+            for article in sorted(of_split, key=title_order)
+            if all(split_of.get(key, split) == split for key in identity(article))
         ]
         for split, of_split in splits.items()
     }
+    for split in SPLITS:
+        if num_dropped := len(splits[split]) - len(kept[split]):
+            note(
+                f"{num_dropped:,} of {len(splits[split]):,} articles of {split} are left out: "
+                "another split of the sliding text has their title or a copy of their text"
+            )
+    return kept
+
+
+def identity(article: Article) -> tuple[str, bytes]:
+    """Return what an article must not share with one of another split: its title, its text."""
+    return same_title(article.title), text_digest(article)
 
 
 def take_enough(

@@ -98,7 +98,7 @@ def test_only_articles_of_the_train_split_are_read_from(corpus):
     before = load(corpus)
     for path in Path("texts").iterdir():
         if path.name not in titles:
-            path.write_text("another text, of other words")
+            path.write_text(f"another text, of other words, in place of {path.name}")
     after = load(corpus)
     assert torch.equal(weights(before), weights(after))
     assert before.tokenizer.get_vocab() == after.tokenizer.get_vocab()

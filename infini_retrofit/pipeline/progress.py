@@ -36,3 +36,9 @@ def say(line: str) -> None:
     """Print a line at once, also where output is kept in a file."""
     if is_first_process():
         print(line, flush=True)
+
+
+def note(line: str) -> None:
+    """Tell on stderr what a user may want to mend, and need not."""
+    if is_first_process():
+        print(f"note: {line}", file=sys.stderr, flush=True)

@@ -4,29 +4,43 @@ Holds the whole corpus in memory. Slow imports stand inside the function of thei
 """
 
 import bz2
+import os
 import re
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from infini_retrofit.pipeline.files import sha256
+from infini_retrofit.pipeline.progress import note
 from infini_retrofit.texts.corpora import Corpus, CorpusShares, GensimCorpus, HubSplits
-from infini_retrofit.texts.splits import SPLITS, Article, check_splits, split_articles
+from infini_retrofit.texts.splits import (
+    SPLITS,
+    Article,
+    check_splits,
+    drop_copies,
+    note_copies,
+    same_title,
+    split_articles,
+)
 from infini_retrofit.texts.wikimarkup import clean_article
 from infini_retrofit.texts.wikitext import is_wikitext, split_wikitext
 
 SAMPLE_FILE = "enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2"
 SAMPLE_SHA256 = "a53f4648dec40467ebdcbc7a1307eddb51fe6e28e9309f6ebde81ba0d04bea2d"
 TITLE_COLUMNS = ("title", "short_book_title")  # the second is that of PG-19
+_CONTROLS = re.compile("[\0-\x06\x0e-\x1a\x1c-\x1f\x7f]")  # no text has them, says file(1)
 _NO_ARTICLE = re.compile(r"#redirect|.*\{\{(?:disambiguation|geodis)[|}]", re.I | re.S)
 
 
 def read_splits(corpus: Corpus) -> dict[str, list[Article]]:
-    """Read a corpus in its own splits, or deal its articles to splits."""
+    """Read a corpus in its own splits, or deal its articles, without copies, to splits."""
     if not isinstance(corpus, CorpusShares):
         return read_own_splits(corpus)
-    return split_articles(read_corpus(corpus), corpus.val_share, corpus.test_share)
+    return split_articles(drop_copies(read_corpus(corpus)), corpus.val_share, corpus.test_share)
 
 
 def read_corpus(corpus: CorpusShares) -> list[Article]:
@@ -69,6 +83,7 @@ def read_own_splits(corpus: HubSplits) -> dict[str, list[Article]]:
         )
     splits = {split: _read_parquets(of_split[split]) for split in SPLITS}
     check_splits(splits)
+    note_copies(splits)
     return splits
 
 
@@ -90,19 +105,55 @@ def read_files(path: Path) -> list[Article]:
 
     A parquet file has a column `text` and may have a column `title`. Each text file or row is one
     article; text in the form of WikiText is cut at the titles. An article without a title is named
-    after its file below `path`.
+    after its file below `path`. Hidden files and folders and those behind linked folders are not
+    read.
     """
     if not path.exists():
-        raise FileNotFoundError(f"{path} is missing: it must hold the texts of corpora.<preset>")
+        raise FileNotFoundError(
+            f"{path.absolute()} is missing: it must hold the texts of corpora.<preset>; a copy of "
+            "the project (--temp) holds committed files only, so give an absolute path there"
+        )
     root = path if path.is_dir() else path.parent
-    found = sorted(path.rglob("*")) if path.is_dir() else [path]
+    files, unread = _find_files(path)
+    told = ", ".join(f"{number:,} {kind}" for kind, number in sorted(unread.items()))
+    if not files:
+        raise ValueError(
+            f"corpora.<preset>.path must hold *.txt or *.parquet files, got {path}"
+            f" with {told or 'nothing in it'}"
+        )
+    if unread:
+        note(f"not read in {path}: {told}")
     articles: list[Article] = []
-    for file in filter(Path.is_file, found):
-        if read := {".txt": _read_text, ".parquet": _read_parquet}.get(file.suffix):
-            articles += _assemble(read(file, file.relative_to(root).as_posix()), file)
-    if not articles:
-        raise ValueError(f"corpora.<preset>.path must hold *.txt or *.parquet files, got {path}")
+    for file in files:
+        # Systems store names in several Unicode forms, and some in bytes that are no text.
+        name = same_title(file.relative_to(root).as_posix()).encode(errors="backslashreplace")
+        articles += _assemble(_READERS[file.suffix](file, name.decode()), file)
     return articles
+
+
+def _find_files(path: Path) -> tuple[list[Path], Counter[str]]:
+    """List the files to read, in order, and count by kind what is not read."""
+    if path.is_file():
+        return ([path], Counter()) if path.suffix in _READERS else ([], Counter([path.suffix]))
+    files, unread = [], Counter()
+    for folder, folders, names in os.walk(path, onerror=_raise):
+        for entry in (Path(folder, name) for name in folders + names):
+            if entry.name.startswith("."):
+                unread["hidden"] += 1
+            elif entry.is_dir():
+                unread["linked folders"] += entry.is_symlink()
+            elif not entry.is_file():
+                unread["broken links or devices"] += 1
+            elif entry.suffix in _READERS:
+                files.append(entry)
+            else:
+                unread[entry.suffix or "without an ending"] += 1
+        folders[:] = [name for name in folders if not name.startswith(".")]
+    return sorted(files), +unread
+
+
+def _raise(error: OSError) -> NoReturn:
+    raise error
 
 
 def _read_parquets(paths: list[Path]) -> list[Article]:
@@ -112,30 +163,63 @@ def _read_parquets(paths: list[Path]) -> list[Article]:
 
 
 def _read_text(path: Path, name: str) -> list[Article]:
-    try:
-        return [Article(name, path.read_text(encoding="utf-8-sig"))]
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} must be UTF-8 text: {error}") from error
+    return [Article(name, _decode(path.read_bytes(), str(path)))]
 
 
 def _read_parquet(path: Path, name: str) -> list[Article]:
     try:
-        names = pq.read_schema(path).names
-        title_column = next((column for column in TITLE_COLUMNS if column in names), None)
-        columns = [column for column in ("text", title_column) if column in names]
-        table = pq.read_table(path, columns=columns)
+        with pq.ParquetFile(path) as file:
+            schema = file.schema_arrow
+            title_column = next((c for c in TITLE_COLUMNS if c in schema.names), None)
+            columns = [column for column in ("text", title_column) if column in schema.names]
+            table = file.read(columns=columns)
     except (pa.ArrowException, OSError) as error:
-        raise ValueError(f"{path} must be a parquet file, got one that cannot be read") from error
-    kinds = {str(table[column].type) for column in columns}
-    if "text" not in columns or kinds - {"string", "large_string"}:
+        raise ValueError(
+            f"{path} must be a parquet file, got one that cannot be read: {error}"
+        ) from error
+    try:
+        # Arrow makes bytes of every type of text, and text of numbers as well.
+        texts = table["text"].cast(pa.large_binary())
+        titles = table[title_column].cast(pa.large_string()) if title_column else texts[:0]
+    except (pa.ArrowException, KeyError) as error:
+        found = [f"{c.name} ({c.type})" for c in schema if not columns or c.name in columns]
         raise ValueError(
             f"{path} must have a column text (and may have a column title) of strings, "
-            f"got {', '.join(map(str, names))}"
-        )
+            f"got {', '.join(found)}"
+        ) from error
+    names = _decode_rows(titles.cast(pa.large_binary()), path) or [""] * len(texts)
     return [
-        Article(row.get(title_column) or f"{name} row {i}", row["text"] or "")
-        for i, row in enumerate(table.to_pylist())
+        Article(title or f"{name} row {i}", text)
+        for i, (title, text) in enumerate(zip(names, _decode_rows(texts, path), strict=True))
     ]
+
+
+_READERS: dict[str, Callable[[Path, str], list[Article]]] = {
+    ".txt": _read_text,
+    ".parquet": _read_parquet,
+}
+
+
+def _decode_rows(column: pa.ChunkedArray, path: Path) -> list[str]:
+    rows = enumerate(column.to_pylist())
+    return [_decode(content or b"", f"{path} row {i}") for i, content in rows]
+
+
+def _decode(content: bytes, place: str) -> str:
+    """Decode UTF-8 with or without its mark at the begin; refuse other encodings and binaries."""
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise ValueError(f"{place} must be UTF-8 text: {error}, in line {line}") from error
+    controls = [match.start() for match in _CONTROLS.finditer(text)]
+    if "\0" in text or 100 * len(controls) > len(text):
+        line = text.count("\n", 0, controls[0]) + 1
+        raise ValueError(
+            f"{place} must be UTF-8 text, got control characters from line {line} on, as UTF-16 "
+            "and binary files have"
+        )
+    return text
 
 
 def _assemble(rows: list[Article], path: Path) -> list[Article]:
@@ -150,4 +234,6 @@ def _assemble(rows: list[Article], path: Path) -> list[Article]:
             articles.append(Article(row.title, text))
     if not articles:
         raise ValueError(f"{path} must hold text, got an empty file")
+    if len(articles) < len(rows):
+        note(f"{len(rows) - len(articles):,} of {len(rows):,} rows of {path} hold no text")
     return articles

@@ -5,9 +5,11 @@ Knows neither the source of the articles (`articles`) nor how they are cleaned (
 """
 
 import hashlib
+import re
 import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
+from itertools import combinations, groupby, islice
 from pathlib import Path
 
 import numpy as np
@@ -22,10 +24,14 @@ from infini_retrofit.pipeline.files import (
     read_token_rows,
     whole_file,
 )
+from infini_retrofit.pipeline.progress import note
 
 SPLITS = ("train", "val", "test")
 MIN_ARTICLES = 2  # in each split: a memory is also tested on another article's text
-BATCH_ARTICLES = 16
+PIECE_CHARS = 1 << 15  # of a text that is encoded at once: memory is about 100 bytes a byte
+BATCH_PIECES = 16
+_PLACE = re.compile(r"\b|(?<=\S)(?=\s)")  # where a text may be cut, if its tokens stay the same
+_PLACES_TRIED, _SURROUNDINGS = 100, 100  # characters on each side of a place
 _TYPES = {  # of the columns on disk
     "title": pa.string(),
     "text": pa.large_string(),
@@ -66,13 +72,15 @@ def split_articles(
     Articles of one title stay together. The order in which they were read decides nothing.
     """
     in_order = sorted(articles, key=title_order)
-    titles = list(dict.fromkeys(article.title for article in in_order))
+    titles = list(dict.fromkeys(same_title(article.title) for article in in_order))
     num_val, num_test = (
         max(MIN_ARTICLES, int(share * len(titles) + 0.5)) for share in (val_share, test_share)
     )
     dealt = ["val"] * num_val + ["test"] * num_test + ["train"] * len(titles)
     split_of = dict(zip(titles, dealt, strict=False))
-    splits = {split: [a for a in in_order if split_of[a.title] == split] for split in SPLITS}
+    splits = {
+        split: [a for a in in_order if split_of[same_title(a.title)] == split] for split in SPLITS
+    }
     check_splits(splits)
     return splits
 
@@ -86,30 +94,106 @@ def check_splits(splits: dict[str, list[Article]]) -> None:
         )
 
 
+def drop_copies(articles: Sequence[Article]) -> list[Article]:
+    """Keep one of several equal texts, whatever their titles and order."""
+    first: dict[bytes, Article] = {}
+    in_order = sorted(articles, key=title_order)
+    copies = [a for a in in_order if first.setdefault(text_digest(a), a) is not a]
+    if copies:
+        note(
+            f"{len(copies):,} of {len(articles):,} articles are copies and left out, "
+            f"such as {copies[0].title} of {first[text_digest(copies[0])].title}"
+        )
+    return list(first.values())
+
+
+def note_copies(splits: dict[str, list[Article]]) -> None:
+    """Count the texts that stand in several splits of a corpus, whose splits are kept."""
+    digests = {split: set(map(text_digest, splits[split])) for split in SPLITS}
+    for one, other in combinations(SPLITS, 2):
+        if copies := digests[one] & digests[other]:
+            note(f"{len(copies):,} texts of {one} have copies in {other}, as the corpus is split")
+
+
+def same_title(title: str) -> str:
+    """Return the title in the Unicode form in which titles are compared."""
+    return unicodedata.normalize("NFC", title)
+
+
+def text_digest(article: Article) -> bytes:
+    """Hash a text without its title line; Unicode form, spaces and line ends make no difference."""
+    text = re.sub(r"\s+", " ", article.text.removeprefix(f"{article.title}\n\n"))
+    return hashlib.sha256(unicodedata.normalize("NFC", text).encode()).digest()
+
+
 def title_order(piece: Article | Document) -> tuple[bytes, str]:
     """Return a hash of the title that is equal in every Unicode form, and the title."""
-    normalized = unicodedata.normalize("NFC", piece.title)
-    return hashlib.sha256(normalized.encode()).digest(), piece.title
+    return hashlib.sha256(same_title(piece.title).encode()).digest(), piece.title
 
 
 def open_tokenizer(path: Path) -> Tokenizer:
     """Open a tokenizer.json without truncation and padding."""
     check_made(path, "dvc repro prepare_base")
-    tokenizer = Tokenizer.from_file(str(path))
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # tokenizers has no class of its own
+        raise ValueError(
+            f"{path} must be a tokenizer, got {error}: delete {path.parent} and run "
+            "`dvc repro prepare_base`"
+        ) from error
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
 
 
 def tokenize(tokenizer: Tokenizer, articles: Sequence[Article]) -> Iterator[TokenizedArticle]:
-    """Encode articles batch by batch, without special tokens."""
-    for begin in range(0, len(articles), BATCH_ARTICLES):
-        batch = articles[begin : begin + BATCH_ARTICLES]
-        texts = [article.text for article in batch]
-        encodings = tokenizer.encode_batch(texts, add_special_tokens=False)
-        for article, encoding in zip(batch, encodings, strict=True):
-            input_ids = np.array(encoding.ids, np.int32)
-            yield TokenizedArticle(article.title, article.text, input_ids)
+    """Encode articles without special tokens, in batches of pieces of bounded length."""
+    pieces = (
+        (number, piece)
+        for number, article in enumerate(articles)
+        for piece in cut_text(tokenizer, article.text)
+    )
+    encoded = (
+        (number, np.array(ids, np.int32))
+        for batch in iter(lambda: list(islice(pieces, BATCH_PIECES)), [])
+        for (number, _), ids in zip(batch, _encode(tokenizer, [p for _, p in batch]), strict=True)
+    )
+    for number, rows in groupby(encoded, key=lambda row: row[0]):
+        article, input_ids = articles[number], np.concatenate([ids for _, ids in rows])
+        yield TokenizedArticle(article.title, article.text, input_ids)
+
+
+def cut_text(tokenizer: Tokenizer, text: str) -> Iterator[str]:
+    """Cut a long text into pieces whose tokens, one after another, are those of the text.
+
+    A piece has about `PIECE_CHARS` characters, or all that are left where no cut is found.
+    """
+    begin = 0
+    while cut := _find_cut(tokenizer, text, begin + PIECE_CHARS):
+        yield text[begin : cut[0]]
+        begin = cut[1]
+    yield text[begin:]
+
+
+def _find_cut(tokenizer: Tokenizer, text: str, begin: int) -> tuple[int, int] | None:
+    """Return where one piece ends and the next begins: the tokens around are the same.
+
+    The second begins without its space for a tokenizer that puts one before every text.
+    """
+    for match in islice(_PLACE.finditer(text, begin, len(text) - 1), _PLACES_TRIED):
+        place = match.start()
+        left, right = text[place - _SURROUNDINGS : place], text[place : place + _SURROUNDINGS]
+        for space in ("", " "):
+            parts = [left + right, left, right.removeprefix(space)]
+            whole, before, after = _encode(tokenizer, parts)
+            if right.startswith(space) and whole == before + after:
+                return place, place + len(space)
+    return None
+
+
+def _encode(tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:
+    encodings = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+    return [encoding.ids for encoding in encodings]
 
 
 def cut_documents(articles: Sequence[TokenizedArticle], tokens_per_document: int) -> list[Document]:
