@@ -15,7 +15,7 @@ from typing import Any
 import pandas as pd
 
 from analysis.report.results import Results, read_results
-from infini_retrofit.pipeline.params import leaves
+from infini_retrofit.pipeline.schema import leaves
 from recipes.experiments import (
     Experiment,
     Source,

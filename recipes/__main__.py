@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from importlib import import_module
 from typing import Any
 
-from infini_retrofit.pipeline.params import leaves, read_params
+from infini_retrofit.pipeline.params import read_params
+from infini_retrofit.pipeline.schema import leaves
 from recipes.experiments import (
     check_finished,
     committed_params,

@@ -9,7 +9,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from infini_retrofit.pipeline.params import leaves, read_params
+from infini_retrofit.pipeline.params import read_params
+from infini_retrofit.pipeline.schema import leaves
 
 FOLDER = Path(__file__).parent
 BUDGET = "budget"  # applied before every overlay; no recipe itself

@@ -25,7 +25,7 @@ from analysis.report.table import markdown as report_table
 from analysis.table import BASE as BASE_PPL
 from analysis.table import COLUMNS, SEGMENT, STATE_BYTES
 from infini_retrofit.evaluation.bootstrap import paired_bootstrap
-from infini_retrofit.pipeline.params import leaves
+from infini_retrofit.pipeline.schema import leaves
 from recipes.experiments import Experiment
 from recipes.kept import REPORT, SCORES, kept_experiments
 from tests.tiny_checkout import commit, make_checkout, store, write

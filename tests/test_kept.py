@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from infini_retrofit.pipeline.params import leaves
+from infini_retrofit.pipeline.schema import leaves
 from recipes.__main__ import main
 from recipes.experiments import Experiment, is_in_history, list_files, read_file, read_params_of
 from recipes.kept import IF_THERE, PLOTTED, keep, kept_experiments

@@ -14,7 +14,8 @@ import pytest
 from dvc.utils.hydra import apply_overrides
 
 from analysis.__main__ import main as analysis_main
-from infini_retrofit.pipeline.params import leaves, read_params
+from infini_retrofit.pipeline.params import read_params
+from infini_retrofit.pipeline.schema import leaves
 from recipes import __main__ as command_line
 from recipes import overlays
 from recipes.experiments import newest_experiments

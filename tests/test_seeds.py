@@ -11,7 +11,8 @@ from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 from infini_retrofit.layer.form import InfiniParams
 from infini_retrofit.model.families import decoder_layers
 from infini_retrofit.model.retrofit import infini_modules, insert_infini
-from infini_retrofit.pipeline.params import leaves, read_params
+from infini_retrofit.pipeline.params import read_params
+from infini_retrofit.pipeline.schema import leaves
 from recipes.overlays import overrides, read_overlay, recipe_names
 from tests.tiny_checkout import make_checkout
 from tests.tiny_project import ROOT, run_stage, write_params

@@ -15,7 +15,7 @@ from ruamel.yaml import YAML
 
 from infini_retrofit.pipeline.device import pick_device, pick_dtype
 from infini_retrofit.pipeline.guard import SECONDS
-from infini_retrofit.pipeline.params import leaves
+from infini_retrofit.pipeline.schema import leaves
 
 PARAMS = "params.yaml"
 UNKNOWN = "-"
