@@ -1,6 +1,7 @@
 """Training on the Trainer: learning rates, stopping, resuming, and what a run leaves."""
 
 import math
+import shutil
 from collections.abc import Callable
 from itertools import count
 from pathlib import Path
@@ -10,11 +11,15 @@ import torch
 from torch import Tensor
 
 from infini_retrofit.model.retrofit import infini_modules
+from infini_retrofit.pipeline.files import MANIFEST
 from infini_retrofit.training import loop
 from infini_retrofit.training.finetuning import LrScale
 from infini_retrofit.training.loop import rate_factor
+from infini_retrofit.training.resuming import last_whole
 from infini_retrofit.training.task import TrainingTask
 from tests.tiny_training import TOKENS, finetuning, run
+
+STEPS = 4  # of an epoch
 
 
 def rates_of(folder: Path, patch: pytest.MonkeyPatch, epochs: int) -> list[tuple[float, ...]]:
@@ -95,6 +100,89 @@ def test_patience_goes_on_counting_after_a_kill(tmp_path, monkeypatch):
     metrics = start([7.0, 8.0, 9.0], last_pass=99)
     assert metrics["epochs_run"] == 3
     assert metrics["best_epoch"] == 1
+
+
+def test_a_run_that_stopped_early_and_died_trains_no_further_wherever_it_was_moved(
+    tmp_path, monkeypatch
+):
+    def start(folder: Path) -> tuple[dict, Tensor]:
+        task, values = finetuning(), iter([9.0, 5.0, 6.0, 7.0, 1.0])
+        monkeypatch.setattr(
+            task, "validate", lambda val: {"val_loss": next(values), "val_ppl": 2.0}
+        )
+        with monkeypatch.context() as patch:
+            if folder.name == "killed":
+                patch.setattr(task, "merge", lambda: die(None))
+            metrics = run(task, folder, epochs=9, patience=2)
+        return metrics, infini_modules(task.model)[0].q_proj.weight
+
+    metrics, weight = start(tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        start(tmp_path / "killed")
+    (tmp_path / "killed").rename(tmp_path / "moved")
+    (tmp_path / "moved" / "history.tsv").unlink()
+    found, resumed = start(tmp_path / "moved")
+    assert found == metrics
+    assert torch.equal(resumed, weight)
+    texts = [(tmp_path / name / "history.tsv").read_text() for name in ("whole", "moved")]
+    assert texts[0] == texts[1]
+
+
+@pytest.fixture(scope="module")
+def two_epochs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run that died in its third epoch; the first one is the best."""
+    folder = tmp_path_factory.mktemp("two_epochs")
+    task = finetuning()
+    with pytest.MonkeyPatch.context() as patch:
+        at_pass(2 * STEPS + 1, die, task, patch)
+        with pytest.raises(KeyboardInterrupt):
+            run(task, folder)
+    return folder
+
+
+DAMAGE = {
+    "missing": Path.unlink,
+    "short": lambda file: file.write_bytes(file.read_bytes()[:-2]),
+    "damaged": lambda file: file.write_bytes(bytes([file.read_bytes()[0] ^ 1]) + b"rest"),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_a_torn_checkpoint_is_deleted_and_the_one_before_is_the_last(
+    two_epochs, tmp_path, capsys, kind
+):
+    files = {file.name for file in (two_epochs / "run" / "checkpoint-8").iterdir()}
+    assert {MANIFEST, "trainer_state.json", "optimizer.pt", "rng_state.pth"} < files
+    for name in files:
+        folder = tmp_path / name
+        shutil.copytree(two_epochs / "run", folder)
+        assert last_whole(folder) == str(folder / "checkpoint-8")
+        DAMAGE[kind](folder / "checkpoint-8" / name)
+        assert last_whole(folder) == str(folder / "checkpoint-4")
+        assert capsys.readouterr().out.startswith(f"{folder}/checkpoint-8 is skipped: a file ")
+        assert [path.name for path in folder.iterdir()] == ["checkpoint-4"]
+
+
+@pytest.mark.parametrize(("torn", "num_epochs"), [("checkpoint-8", 2), ("checkpoint-4", 3)])
+def test_with_an_empty_checkpoint_a_run_ends_as_an_undisturbed_one(
+    two_epochs, tmp_path, torn, num_epochs
+):
+    """The fourth step's is the best one: without it, the eighth's is worth nothing."""
+    whole, resumed = finetuning(), finetuning()
+    metrics = run(whole, tmp_path / "whole")
+    assert metrics["best_epoch"] == 1
+    shutil.copytree(two_epochs, tmp_path / "torn")
+    shutil.rmtree(tmp_path / "torn" / "run" / torn)
+    (tmp_path / "torn" / "run" / torn).mkdir()
+    passes = []
+    resumed.register_forward_hook(lambda *_: passes.append(resumed.training))
+    assert run(resumed, tmp_path / "torn") == metrics
+    assert passes.count(True) == num_epochs * STEPS
+    want = whole.model.state_dict()
+    assert all(torch.equal(want[n], x) for n, x in resumed.model.state_dict().items())
+    for table in ("history.tsv", "memory.tsv"):
+        texts = [(tmp_path / name / table).read_text() for name in ("whole", "torn")]
+        assert texts[0] == texts[1]
 
 
 def test_a_bfloat16_model_trains_float32_weights_like_a_float32_one(tmp_path):

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
 
-from infini_retrofit.pipeline.guard import num_processes
+from infini_retrofit.pipeline.guard import is_first_process, num_processes
 from infini_retrofit.training.report import PREFIX, Log, Report, results
+from infini_retrofit.training.resuming import Sealing, is_over, last_whole, load_best, read_state
 from infini_retrofit.training.task import Schedule, TrainingTask
 
 WARMUP_SHARE = 0.05  # of all steps
@@ -43,11 +43,11 @@ def train(
 ) -> dict[str, int | float | str]:
     """Train to the weights of the epoch with the lowest val_loss and return its results.
 
-    A killed run resumes from the last epoch in `checkpoints`. Without epochs, or without a
-    parameter to train, it only validates, and prints that.
+    A killed run resumes from the last whole checkpoint. Without epochs, or without a parameter to
+    train, it only validates, and prints that.
 
     Args:
-        task: holds the weights of the best epoch in the end.
+        task: holds the weights of the best epoch in the end, in the first process.
         train_samples: token ids, one row a sample.
         val_samples: the same, of other articles.
         schedule: how long and how fast.
@@ -86,26 +86,31 @@ def _fit(
     checkpoints: Path,
     report: Report,
 ) -> Log:
-    """Run the Trainer, from its last checkpoint if there is one, and return its log."""
+    """Run the Trainer, from its last whole checkpoint if there is one, and return its log."""
     arguments = _arguments(schedule, checkpoints, task.dtype)
-    last_checkpoint = get_last_checkpoint(checkpoints) if checkpoints.is_dir() else None
-    last_checkpoint = broadcast_object_list([last_checkpoint])[0]
+    last = last_whole(checkpoints) if is_first_process() else None
+    last = broadcast_object_list([last])[0]
     # The history of a resumed run holds its first validation already, and early stopping would
     # count it twice.
-    arguments.eval_on_start = last_checkpoint is None
-    num_steps = schedule.epochs * steps_per_epoch(len(train_samples), schedule.batch_size)
-    trainer = _Trainer(
-        model=task,
-        args=arguments,
-        train_dataset=Dataset.from_dict({"input_ids": train_samples.numpy()}).with_format("torch"),
-        eval_dataset=val_samples,
-        optimizers=_optimizer(task, schedule.lr, num_steps),
-        callbacks=[EarlyStoppingCallback(schedule.patience), report],
-    )
-    trainer.remove_callback(PrinterCallback)
-    trainer.train(resume_from_checkpoint=last_checkpoint)
-    trainer.accelerator.wait_for_everyone()
-    return trainer.state.log_history
+    arguments.eval_on_start = last is None
+    state = read_state(last) if last else None
+    if state is None or not is_over(state):
+        num_steps = schedule.epochs * steps_per_epoch(len(train_samples), schedule.batch_size)
+        train_set = Dataset.from_dict({"input_ids": train_samples.numpy()}).with_format("torch")
+        trainer = _Trainer(
+            model=task,
+            args=arguments,
+            train_dataset=train_set,
+            eval_dataset=val_samples,
+            optimizers=_optimizer(task, schedule.lr, num_steps),
+            callbacks=[EarlyStoppingCallback(schedule.patience), report, Sealing()],
+        )
+        trainer.remove_callback(PrinterCallback)
+        trainer.train(resume_from_checkpoint=last)
+        state = trainer.state
+    if is_first_process():
+        load_best(task, checkpoints, state)
+    return state.log_history
 
 
 def _arguments(schedule: Schedule, checkpoints: Path, dtype: torch.dtype) -> TrainingArguments:
@@ -121,7 +126,6 @@ def _arguments(schedule: Schedule, checkpoints: Path, dtype: torch.dtype) -> Tra
         logging_nan_inf_filter=False,
         eval_strategy="epoch",
         save_strategy="epoch",
-        save_total_limit=2,
         load_best_model_at_end=True,
         metric_for_best_model="val_loss",
         restore_callback_states_from_checkpoint=True,
@@ -191,6 +195,9 @@ class _Trainer(Trainer):
             self.args, self.state, self.control, metrics
         )
         return metrics
+
+    def _load_best_model(self) -> None:
+        """Leave it to `load_best`, which verifies it and finds it where it lies."""
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
         """Expect the frozen weights to be missing from a checkpoint, and nothing else."""

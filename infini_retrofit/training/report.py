@@ -55,11 +55,11 @@ class Report(TrainerCallback):
         say(epoch_line(epochs, args.num_train_epochs, self.task.train_ppl, seconds))
 
     def end(self, log: Log, num_epochs: int) -> None:
-        """Say how a run ended; of one that trained nothing, write the tables too."""
+        """Say how a run ended, and write the tables: a run that was over logs nothing."""
+        self.write(log)
         epochs = by_epoch(log)
         run, best = max(epochs), best_epoch(epochs)
         if not run:
-            self.write(log)
             reason = "no parameter is to train" if num_epochs else "its epochs are 0"
             say(f"nothing is trained, because {reason}")
         elif run < num_epochs:
