@@ -45,7 +45,6 @@ CHOICES = {
 
 
 def infini_params(**over: object) -> InfiniParams:
-    """Return Infini-attention as published, in every layer, with some fields changed."""
     return InfiniParams(**{"segment_length": 5} | over)
 
 
@@ -119,10 +118,16 @@ def make_layer(form: dict, dtype: torch.dtype = torch.float64) -> InfiniAttentio
     return _stirred(InfiniAttention(SHAPE, infini_params(**form), LAYER).to(dtype))
 
 
+def retrofitted(family: Family = "llama", **form: object) -> PreTrainedModel:
+    """Make a tiny model with Infini layers as they start."""
+    model = tiny_model(family)
+    insert_infini(model, infini_params(**form))
+    return model
+
+
 def make_model(family: Family, form: dict, dtype: torch.dtype = torch.float64) -> PreTrainedModel:
     """Make a tiny model of which no parameter that its base lacks has its usual start."""
-    model = tiny_model(family).to(dtype)
-    insert_infini(model, infini_params(**form))
+    model = retrofitted(family, **form).to(dtype)
     for module in infini_modules(model).values():
         _stirred(module)
     for alpha in alphas(model):
@@ -140,7 +145,6 @@ def _stirred(layer: InfiniAttention) -> InfiniAttention:
 
 
 def draw_hidden(num_rows: int, num_tokens: int, dtype: torch.dtype = torch.float64) -> Tensor:
-    """Draw hidden states for `make_layer`."""
     return torch.randn(num_rows, num_tokens, WIDTH, dtype=dtype)
 
 

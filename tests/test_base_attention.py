@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 from infini_retrofit.layer import local_attention
 from infini_retrofit.model import base_attention
 from tests.reference import both_families, largest
-from tests.tiny import random_ids, tiny_model
+from tests.tiny import ids_for, tiny_model
 
 TOKENS = 13
 
@@ -19,10 +19,6 @@ def model_with(family: str, attention: str) -> PreTrainedModel:
     return model
 
 
-def ids_for(model: PreTrainedModel) -> Tensor:
-    return random_ids(model.config.vocab_size, 2, TOKENS)
-
-
 @both_families
 @pytest.mark.parametrize("longest", [TOKENS, TOKENS - 1])
 def test_logits_and_gradients_are_those_of_torch_s_own_kernel(family, longest, monkeypatch):
@@ -30,7 +26,7 @@ def test_logits_and_gradients_are_those_of_torch_s_own_kernel(family, longest, m
     outputs = []
     for attention in ("sdpa", base_attention.NAME):
         model = model_with(family, attention)
-        logits = model(input_ids=ids_for(model), use_cache=False).logits
+        logits = model(input_ids=ids_for(model, 2, TOKENS), use_cache=False).logits
         logits.sin().sum().backward()
         gradients = {name: p.grad for name, p in model.named_parameters()}
         outputs.append((logits, gradients))
@@ -50,7 +46,7 @@ def test_it_is_used_where_it_may_be_and_not_where_a_mask_is_needed(family, monke
 
     monkeypatch.setattr(base_attention, "softmax_attention", spy)
     model, torchs = model_with(family, base_attention.NAME), model_with(family, "sdpa")
-    ids = ids_for(model)
+    ids = ids_for(model, 2, TOKENS)
     with torch.no_grad():
         model(input_ids=ids, use_cache=False)
         assert len(calls) == 3

@@ -12,7 +12,6 @@ from infini_retrofit.layer.compressive_memory import CompressiveMemory
 from infini_retrofit.layer.cut import Layout
 from infini_retrofit.layer.memory import MemoryState
 from infini_retrofit.layer.state import LayerState, State
-from infini_retrofit.model.retrofit import insert_infini
 from infini_retrofit.model.running import run_folded, run_in_layer
 from tests.reference import (
     LAYER,
@@ -21,12 +20,12 @@ from tests.reference import (
     both_families,
     draw_hidden,
     every_form,
-    infini_params,
     largest,
     make_layer,
+    retrofitted,
     run_layer,
 )
-from tests.tiny import random_ids, tiny_model
+from tests.tiny import ids_for, tiny_model
 
 DOCUMENT = 3 * SEGMENT
 WRITES = ({}, {"update_rule": "delta"}, {"update_rule": "delta_gamma"}, {"decay": "feature"})
@@ -80,7 +79,6 @@ def prefix_by_subtraction(written: MemoryState, before: MemoryState, stop_gradie
 
 
 def all_keys(num_queries: int, num_keys: int, *_: object) -> Tensor:
-    """Let every query see every key."""
     return torch.ones(1, 1, num_queries, num_keys, dtype=torch.bool)
 
 
@@ -115,9 +113,8 @@ def test_a_memory_of_the_segment_itself_is_noticed(write, monkeypatch):
 @pytest.mark.parametrize("run", [run_in_layer, run_folded])
 @torch.no_grad()
 def test_no_token_of_a_whole_model_reads_a_later_one(family, run):
-    model = tiny_model(family)
-    insert_infini(model, infini_params(local_context=2))
-    ids = random_ids(model.config.vocab_size, 2, 15)
+    model = retrofitted(family, local_context=2)
+    ids = ids_for(model)
     want = run(model, ids, 5)
     for t in (1, 4, 5, 9, 10, 14):
         other = ids.clone()
@@ -138,12 +135,10 @@ def influence_of_others(form: dict) -> float:
 
 
 def averaged(state: MemoryState) -> MemoryState:
-    """Give every document the mean of a batch's memories."""
     return state.map(lambda x: x.mean(0, keepdim=True).expand_as(x))
 
 
 def states_of_the_batch(*args: object):
-    """Average the memory over the batch."""
     return tuple(averaged(state) for state in STATES(*args))
 
 
@@ -169,11 +164,10 @@ def test_a_memory_that_lives_on_or_is_averaged_mixes_documents(write, broken, mo
 
 @both_families
 def test_a_run_leaves_nothing_in_the_model(family):
-    model = tiny_model(family)
-    insert_infini(model, infini_params(local_context=2))
+    model = retrofitted(family, local_context=2)
     before = {name: x.clone() for name, x in model.state_dict().items()}
     attributes = {name: set(vars(m)) for name, m in model.named_modules()}
-    run_folded(model, random_ids(67, 2, 15), 5)
+    run_folded(model, ids_for(model), 5)
     after = model.state_dict()
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)

@@ -14,40 +14,28 @@ from infini_retrofit.generation import chat, conversation
 from infini_retrofit.generation.cache import InfiniCache
 from infini_retrofit.generation.conversation import Reader
 from infini_retrofit.generation.generation import enable_generation
-from infini_retrofit.model.base import load_base, load_tokenizer
-from infini_retrofit.model.checkpoints import load_retrofit, save_retrofit
-from infini_retrofit.model.retrofit import infini_modules, insert_infini
+from infini_retrofit.model.base import load_tokenizer
+from infini_retrofit.model.checkpoints import load_retrofit
 from infini_retrofit.pipeline.guard import run_stage
-from tests.reference import infini_params
-from tests.tiny import tiny_base_folder
+from tests.tiny_export import make_retrofit
+from tests.tiny_project import ROOT
 
-ROOT = Path(__file__).parent.parent
 TEXT = "The quick brown fox jumps over the lazy dog. " * 5
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory) -> tuple[Path, Path]:
-    """Write a base and a retrofit of it."""
-    top = tmp_path_factory.mktemp("models")
-    base = tiny_base_folder(top / "base")
-    model, params = load_base(base, torch.float32), infini_params(layers=[0, 2])
-    insert_infini(model, params)
-    with torch.no_grad():
-        for module in infini_modules(model).values():
-            module.gate_logit.add_(1.0)
-    save_retrofit(model, params, base, top / "retrofit")
-    return base, top / "retrofit"
+    top = tmp_path_factory.mktemp("top")
+    make_retrofit(top, "llama", layers=[0, 2])
+    return top / "models/base", top / "models/finetuned"
 
 
 @pytest.fixture
 def reader(folders) -> Reader:
     model, params = load_retrofit(*folders, torch.float32)
     enable_generation(model, params)
-    return Reader(
-        model,
-        load_tokenizer(folders[0]),
-        Namespace(max_new_tokens=3, temperature=0.7, template=True),
-    )
+    options = Namespace(max_new_tokens=3, temperature=0.7, template=True)
+    return Reader(model, load_tokenizer(folders[0]), options)
 
 
 @pytest.fixture
@@ -111,9 +99,7 @@ def test_the_page_s_example_and_commands_follow_each_other_with_one_cache(
     page = (ROOT / "docs" / "generation.md").read_text()
     example = page.split("```python\n")[1].split("```")[0]
     monkeypatch.chdir(document.parent)
-    Path("models").mkdir()
-    for name, folder in zip(("base", "finetuned"), folders, strict=True):
-        Path("models", name).symlink_to(folder)
+    Path("models").symlink_to(folders[0].parent)
     exec(compile(example, "generation.md", "exec"), {})
     first, second = capsys.readouterr().out.split("In short,")[1:]
     assert first == second

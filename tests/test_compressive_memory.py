@@ -20,7 +20,6 @@ every_rule = pytest.mark.parametrize("rule", ["linear", "delta", "delta_gamma"])
 
 
 def make_memory(**form: object) -> CompressiveMemory:
-    """Make a memory none of whose parameters has its usual start."""
     memory = CompressiveMemory(SHAPE, infini_params(**form), SIZE).double()
     with torch.no_grad():
         for parameter in memory.parameters():

@@ -48,17 +48,6 @@ def test_the_gap_is_the_control_s_and_articles_are_counted_by_their_titles(name,
         assert metrics[model]["gap_recovered"] == pytest.approx(won / gap)
 
 
-@both_projects
-def test_positions_are_of_each_model_s_own_protocols(name, finished):
-    drawn = {(row["model"], row["protocol"]) for row in rows_of(finished[name], "eval_positions")}
-    assert drawn == {
-        ("base", "segment"),
-        *(("control", protocol) for protocol in ("segment", "full", "segment_kv")),
-        ("finetuned", "segment"),
-        *(("finetuned", f"segment_{protocol}") for protocol in ("off", "recent", "swapped", "kv")),
-    }
-
-
 def test_where_nothing_was_distilled_the_finetuned_is_scored_alone(project):
     before = metrics_of(project, "eval_sliding")
     write_params(project, SMALL | LINEAR | {"distill.epochs": 0})

@@ -41,7 +41,6 @@ LAYER_BYTES = {
 def make(
     family: str = "llama", inserted: bool = True, infini: InfiniParams = INFINI
 ) -> tuple[PreTrainedModel, Setting]:
-    """Make a model, and texts to score it on."""
     model = tiny_model(family)
     if inserted:
         insert_infini(model, infini)

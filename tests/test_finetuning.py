@@ -24,7 +24,6 @@ def ids_of(task: Finetuning, num_documents: int = 2) -> Tensor:
 
 
 def assert_same(task: Finetuning, loss: Tensor, want: Tensor) -> None:
-    """Compare two losses and their gradients."""
     assert loss.item() == pytest.approx(want.item(), rel=1e-5)
     trained = [p for p in task.parameters() if p.requires_grad]
     gradients = [torch.autograd.grad(x, trained, allow_unused=True) for x in (loss, want)]

@@ -6,7 +6,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 import pytest
 
-from infini_retrofit.layer.form import AttentionShape, InfiniParams
+from infini_retrofit.layer.form import InfiniParams
 from infini_retrofit.model.checkpoints import FORMAT
 from tests.reference import infini_params
 
@@ -37,9 +37,6 @@ TAKEN = [
     {"heads": "single", "init": "random_attention", "positions": "alibi"},
     {"seed_scaling": True, "decay": "feature", "local": "linear", "positions": "none"},
 ]
-SHAPE = AttentionShape(
-    hidden_size=24, num_heads=4, num_kv_heads=2, head_dim=6, qkv_bias=True, o_bias=True
-)
 # What `InfiniParams` was when files of each format were written.
 FIELDS = {
     4: {
@@ -74,34 +71,6 @@ def test_values_that_no_base_could_make_sense_of_are_refused_by_name(over, messa
 def test_values_at_the_edge_of_what_makes_sense_are_taken(over):
     params = infini_params(**over)
     assert {name: getattr(params, name) for name in over} == over
-
-
-def test_what_a_form_says_of_itself():
-    assert infini_params().has_memory
-    assert not infini_params(memory="off").has_memory
-    assert not infini_params(layers=[]).has_memory
-    assert infini_params(init="random_layer").whole_layers
-    assert not infini_params(init="random_attention").whole_layers
-    every = [infini_params(bptt_segments=n).stop_gradient_every for n in ("all", 1, 3)]
-    assert every == [None, 1, 3]
-
-
-def test_a_single_head_has_the_full_width_and_no_biases():
-    single = SHAPE.of_heads("single")
-    assert (single.num_heads, single.num_kv_heads, single.head_dim) == (1, 1, 24)
-    assert not single.qkv_bias
-    assert not single.o_bias
-    assert SHAPE.of_heads("base") == SHAPE
-
-
-def test_features_are_counted_and_more_than_a_head_has_directions_for_are_refused():
-    assert infini_params().count_features(6) == 6
-    assert infini_params(**HEDGEHOG).count_features(6) == 12
-    params = infini_params(num_features=14, **HEDGEHOG)
-    assert params.count_features(7) == 14
-    message = r"^infini\.num_features must be at most 12 for heads of 6 channels, got 14$"
-    with pytest.raises(ValueError, match=message):
-        params.count_features(6)
 
 
 def choices_of(kind: Any) -> str:

@@ -10,12 +10,10 @@ from torch import Tensor
 from infini_retrofit.layer import attention
 from infini_retrofit.layer.attention import InfiniAttention
 from infini_retrofit.layer.probe import Probe
-from infini_retrofit.model.retrofit import infini_modules, insert_infini
+from infini_retrofit.model.retrofit import infini_modules
 from infini_retrofit.model.running import run_folded
 from tests.reference import (
-    LAYER,
     MODEL_FORMS,
-    PUBLISHED,
     SEGMENT,
     SHAPE,
     both_families,
@@ -25,10 +23,11 @@ from tests.reference import (
     infini_params,
     largest,
     make_layer,
+    retrofitted,
     run_layer,
     set_share,
 )
-from tests.tiny import random_ids, tiny_model
+from tests.tiny import ids_for
 
 ITEMS, START = 7, 0.02
 
@@ -53,11 +52,7 @@ def recall_layer(share: float) -> InfiniAttention:
 
 
 def train_gates(share: float, lr: float, num_steps: int = 100) -> tuple[float, float]:
-    """Train two gates to recall, in the second segment, the pairs of the first.
-
-    Returns:
-        The smallest gradient of a gate at the start, and the least that a gate rises.
-    """
+    """Train two gates to recall; return the least first gradient, and the least that one rises."""
     layer, keys = recall_layer(share), torch.eye(ITEMS).expand(3, -1, -1)
     answers = torch.stack([torch.randperm(ITEMS) for _ in keys])
     pairs = torch.cat([keys, torch.eye(ITEMS)[answers]], dim=2)
@@ -93,9 +88,8 @@ def test_gates_start_at_a_share_of_two_percent_in_float32(monkeypatch, initial_m
 
 def gradients_at_the_start(family: str, form: dict) -> dict[str, Tensor]:
     """Take one step's gradient of a loss that all outputs matter to, by name in layer 1."""
-    model = tiny_model(family)
-    insert_infini(model, infini_params(**form | {"layers": [1]}))
-    ids = random_ids(model.config.vocab_size, 2, 20)
+    model = retrofitted(family, **form | {"layers": [1]})
+    ids = ids_for(model)
     logits = model.get_output_embeddings()(run_folded(model, ids, 5))
     F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).backward()
     return {n: p.grad for n, p in infini_modules(model)[1].named_parameters()}
@@ -119,13 +113,12 @@ def test_a_branch_waits_for_its_factor_which_feels_the_loss_at_once(family, form
 
 @pytest.mark.parametrize("zeroed", [False, True])
 def test_a_branch_learns_once_its_factor_moved_unless_a_second_one_starts_at_zero(zeroed):
-    model = tiny_model("llama")
-    insert_infini(model, infini_params(insertion="parallel", layers=[1]))
+    model = retrofitted(insertion="parallel", layers=[1])
     layer = infini_modules(model)[1]
     if zeroed:
         layer.o_proj.weight.data[:] = 0
     optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
-    ids = random_ids(67, 2, 15)
+    ids = ids_for(model)
     for _ in range(2):
         optimizer.zero_grad()
         run_folded(model, ids, 5)[..., 0].sin().sum().backward()
@@ -149,10 +142,3 @@ def test_a_layer_notes_what_each_query_makes_of_its_memory_if_it_is_asked(form):
         assert tensor[:, 1:].min() > 0
     assert reading.share.max() < 1
     assert reading.local_norm.min() > 0
-
-
-def test_the_shares_noted_are_those_that_the_gates_give():
-    layer, probe = make_layer(PUBLISHED), Probe(readings={})
-    run_layer(layer, draw_hidden(1, 2 * SEGMENT), probe=probe)
-    want = layer.gate_logit.detach().sigmoid()[:, None].expand(-1, SEGMENT).float()
-    torch.testing.assert_close(probe.readings[LAYER].share[0, 1], want)

@@ -24,7 +24,6 @@ BATCHES = ((9, 2, 5, 1), (4, 6, 1, 7), (3, 21, 10, 16))
 
 
 def row_of(batch: int, row: int) -> Tensor:
-    """Return one prompt without padding."""
     return draw_ids(1, BATCHES[batch][row], seed=10 * batch + row)[0]
 
 
@@ -74,7 +73,6 @@ def test_segments_counted_from_the_padding_are_noticed(monkeypatch):
 
 
 def filled_cache(model: PreTrainedModel, num_batches: int = 2) -> InfiniCache:
-    """Read padded batches, one after the other."""
     cache = InfiniCache(model)
     for batch in range(num_batches):
         ids, mask = padded_batch(batch)
@@ -87,7 +85,6 @@ def filled_cache(model: PreTrainedModel, num_batches: int = 2) -> InfiniCache:
 def go_on(
     model: PreTrainedModel, cache: InfiniCache, chunk: int | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Generate after the last padded batch."""
     ids, mask = padded_batch(2)
     about = {"past_key_values": cache, "attention_mask": cache.mask_for(ids, mask)}
     return generate(model, ids, prefill_chunk_size=chunk, **about)

@@ -13,13 +13,11 @@ import pytest
 import torch
 
 from infini_retrofit.layer.state import State
-from infini_retrofit.model.checkpoints import save_retrofit
-from infini_retrofit.model.retrofit import insert_infini
 from infini_retrofit.model.running import run_folded
 from infini_retrofit.pipeline.guard import run_stage
 from infini_retrofit.scoring.score import next_token_nlls
-from tests.reference import infini_params
-from tests.tiny import FAMILIES, tiny_base_folder, tiny_model, tiny_tokenizer
+from tests.tiny import FAMILIES
+from tests.tiny_export import make_retrofit
 
 if importlib.util.find_spec("lm_eval") is None:
     pytest.skip("lm_eval is not installed: pip install lm-eval==0.4.13", allow_module_level=True)
@@ -32,7 +30,6 @@ from infini_retrofit.share.lm_eval import InfiniLM
 
 TASKS = Path(__file__).parent.parent / "eval_tasks"
 SEGMENT = 16
-INFINI = infini_params(layers=[0, 2], segment_length=SEGMENT, local_context=4)
 WORDS = "the quick brown fox jumps over the lazy dog and the river sleeps. "
 TEXT = "".join(f"{number} {WORDS}" for number in range(5, 12))
 
@@ -41,20 +38,14 @@ TEXT = "".join(f"{number} {WORDS}" for number in range(5, 12))
 def lm(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> InfiniLM:
     """A tiny retrofit as the harness loads it, with few segments in a piece."""
     monkeypatch.setattr(harness, "SEGMENTS_PER_PIECE", 2)
-    base = tiny_base_folder(tmp_path / "base", request.param)
-    model = tiny_model(request.param, vocab_size=len(tiny_tokenizer()))
-    insert_infini(model, INFINI)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "gate" in name:
-                parameter.fill_(1.0)
-    save_retrofit(model, INFINI, base, tmp_path / "retrofit")
-    arguments = f"retrofit={tmp_path}/retrofit,base={base},dtype=float32"
+    form = {"layers": [0, 2], "segment_length": SEGMENT, "local_context": 4}
+    make_retrofit(tmp_path, request.param, **form)
+    models = tmp_path / "models"
+    arguments = f"retrofit={models}/finetuned,base={models}/base,dtype=float32"
     return InfiniLM.create_from_arg_string(arguments, {"batch_size": 1, "device": "cuda:0"})
 
 
 def rolling(lm: InfiniLM, text: str) -> float:
-    """Return what the harness is told about a text."""
     (score,) = lm.loglikelihood_rolling(
         [Instance("loglikelihood_rolling", {}, (text,), 0)], disable_tqdm=True
     )
@@ -112,7 +103,7 @@ def test_our_tasks_ask_about_the_project_s_articles(lm, tmp_path, monkeypatch, c
     texts = [9 * TEXT, TEXT]
     Path("data/wikitext").mkdir(parents=True)
     pq.write_table(pa.table({"text": texts}), "data/wikitext/test.parquet")
-    model = "--model infini --model_args retrofit=retrofit,base=base,dtype=float32"
+    model = "--model infini --model_args retrofit=models/finetuned,base=models/base,dtype=float32"
     tasks = f"--include_path {TASKS} --tasks article_perplexity,article_last_word"
     monkeypatch.setattr(sys, "argv", f"harness {model} {tasks} --output_path out".split())
     run_stage(harness.main)

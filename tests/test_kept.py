@@ -35,7 +35,6 @@ def run_experiment(name: str = "x", stages: dict = STAGES, **edits: str) -> Expe
 
 
 def refusal(run: Experiment) -> str:
-    """Return why an experiment cannot be kept; nothing is left of it."""
     with pytest.raises(ValueError, match=r"^x cannot be kept: ") as error:
         keep("x", run)
     assert not Path("results").exists()

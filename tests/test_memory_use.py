@@ -11,29 +11,17 @@ from transformers import PreTrainedModel
 from infini_retrofit.evaluation.evaluation import share_histogram
 from infini_retrofit.layer.naive import NaiveLayer
 from infini_retrofit.layer.probe import MemoryReading
-from infini_retrofit.model.retrofit import infini_modules, insert_infini
+from infini_retrofit.model.retrofit import infini_modules
 from infini_retrofit.scoring import memory_use as module
 from infini_retrofit.scoring.memory_use import memory_use, run_and_read
 from infini_retrofit.scoring.score import Score, score_runs, score_segments, segment_runs, total
-from tests.reference import both_families, infini_params, record_layers, set_share
-from tests.tiny import random_ids, tiny_model
+from tests.reference import both_families, infini_params, record_layers, retrofitted, set_share
+from tests.tiny import ids_for
 
 SEGMENT, DOCUMENT = 5, 15
 
 
-def retrofitted(family: str = "llama", share: float = 0.3, **over: object) -> PreTrainedModel:
-    model = tiny_model(family)
-    insert_infini(model, infini_params(**over))
-    set_share(model, share)
-    return model
-
-
-def ids_for(model: PreTrainedModel, num_documents: int = 3) -> Tensor:
-    return random_ids(model.config.vocab_size, num_documents, DOCUMENT)
-
-
 def use_of(model: PreTrainedModel, ids: Tensor) -> dict[str, float]:
-    """Run documents and sum up what is read."""
     runs, readings = run_and_read(model, ids, SEGMENT)
     return memory_use(model, ids, SEGMENT, total(score_runs(model, runs)), readings)
 
@@ -41,8 +29,9 @@ def use_of(model: PreTrainedModel, ids: Tensor) -> dict[str, float]:
 @both_families
 @pytest.mark.parametrize("share", [0.02, 0.9])
 def test_a_fixed_gate_is_the_share_of_every_query(family, share):
-    model = retrofitted(family, share)
-    used = use_of(model, ids_for(model))
+    model = retrofitted(family)
+    set_share(model, share)
+    used = use_of(model, ids_for(model, 3))
     shares = [used.pop(f"memory_share_{name}") for name in ("mean", "p05", "p50", "p95")]
     assert shares == [torch.sigmoid(torch.tensor(math.log(share / (1 - share)))).item()] * 4
     assert set(used) == {"recalled_over_local", "segment_val_ppl", "segment_off_val_ppl"}
@@ -54,7 +43,7 @@ def test_shares_are_pooled_over_layers_heads_and_queries():
     shares = torch.arange(1, 9) / 10  # of 2 layers with 4 heads each
     for layer, share in zip(infini_modules(model).values(), shares.split(4), strict=True):
         layer.gate_logit.data = torch.logit(share)
-    used = use_of(model, ids_for(model))
+    used = use_of(model, ids_for(model, 3))
     assert used["memory_share_mean"] == pytest.approx(0.45)
     assert used["memory_share_p05"] == pytest.approx(0.1)
     assert 0.4 < used["memory_share_p50"] < 0.5
@@ -116,7 +105,7 @@ def test_every_document_is_read_by_itself_but_for_its_first_segment():
 @pytest.mark.parametrize("form", [{"layers": []}, {"memory": "off"}])
 def test_a_model_without_memory_has_no_readings(form, monkeypatch):
     model = retrofitted(**form)
-    ids = ids_for(model)
+    ids = ids_for(model, 3)
     runs, readings = run_and_read(model, ids, SEGMENT)
     assert (len(runs), readings) == (3, {})
     assert share_histogram(readings) == []
@@ -126,7 +115,7 @@ def test_a_model_without_memory_has_no_readings(form, monkeypatch):
 
 def test_documents_of_one_segment_have_nothing_to_recall():
     model = retrofitted()
-    assert use_of(model, ids_for(model)[:, :SEGMENT]) == {}
+    assert use_of(model, ids_for(model, 3)[:, :SEGMENT]) == {}
 
 
 def reading_of(*shares: float) -> MemoryReading:

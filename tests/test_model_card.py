@@ -2,8 +2,6 @@
 
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,7 +11,7 @@ from infini_retrofit.pipeline.files import write_manifest
 from infini_retrofit.share.card import About, card_text
 from infini_retrofit.share.export import TRAINING, dvc_vouches_for
 from tests.reference import infini_params
-from tests.tiny_checkout import keep_settings_apart
+from tests.tiny_checkout import dvc, keep_settings_apart
 from tests.tiny_export import export, make_retrofit
 from tests.tiny_project import ROOT
 
@@ -88,10 +86,6 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def write_json(path: str, content: object) -> None:
     Path(path).parent.mkdir(exist_ok=True)
     Path(path).write_text(json.dumps(content))
-
-
-def dvc(*words: str) -> None:
-    subprocess.run([sys.executable, "-m", "dvc", *words], check=True)
 
 
 def test_results_and_parameters_of_a_recorded_model_are_on_its_card(project, capsys):

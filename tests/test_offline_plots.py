@@ -1,22 +1,18 @@
 """The page of `dvc plots show` draws without internet."""
 
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 from analysis import offline_plots
+from tests.tiny_checkout import dvc
+from tests.tiny_project import ROOT
 
-ROOT = Path(__file__).parent.parent
 CDN = "cdn.jsdelivr.net/npm/vega"
 PLOT = "plots: [finetune.tsv: {template: curves, x: epoch, y: ppl, title: About curves}]\n"
 
 
 def show() -> str:
-    """Return the page that `dvc plots show` makes."""
-    command = [sys.executable, "-m", "dvc", "plots", "show"]
-    run = subprocess.run(command, capture_output=True, text=True, check=True)
-    return Path(run.stdout.strip().removeprefix("file://")).read_text()
+    return Path(dvc("plots", "show").strip().removeprefix("file://")).read_text()
 
 
 def test_the_page_loads_nothing_after_the_set_up(tmp_path, monkeypatch):

@@ -2,17 +2,15 @@
 
 import importlib
 import re
-import subprocess
-import sys
 import tomllib
-from pathlib import Path
 
 from packaging.requirements import Requirement
 
 import infini_retrofit
 from tests.tiny import tiny_base_folder
+from tests.tiny_checkout import python
+from tests.tiny_project import ROOT
 
-ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 PACKAGE = ROOT / "infini_retrofit"
 LIGHT = {"torch", "transformers", "safetensors", "jaxtyping", "pydantic"}
@@ -24,9 +22,8 @@ def names_of(requirements: list[str]) -> set[str]:
     return {Requirement(line).name.lower().replace("_", "-") for line in requirements}
 
 
-def run(program: str, **more: object) -> str:
-    command = [sys.executable, "-c", program]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, **more)
+def run(program: str) -> str:
+    done = python("-c", program)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

@@ -31,17 +31,11 @@ def memory_of(state: State, row: int) -> Tensor:
 
 
 def real_tokens(side: str) -> list[slice]:
-    """Return where the tokens of each row are."""
     return [slice(TOKENS - n, None) if side == "left" else slice(0, n) for n in LENGTHS]
 
 
 def run_padded(layer: InfiniAttention, side: str) -> tuple[float, float, float]:
-    """Pad rows of a batch; compare each with the row alone.
-
-    Returns:
-        How far outputs are, how far memories, and how far the memory of a layer that is not told
-        is at least.
-    """
+    """Return how far padded rows are from rows alone, their memories, and memories not told."""
     x, real = draw_hidden(len(LENGTHS), TOKENS), real_tokens(side)
     is_token = torch.zeros(len(LENGTHS), TOKENS, dtype=torch.bool)
     for row, tokens in enumerate(real):

@@ -41,7 +41,6 @@ def is_hidden(kind: tuple[str, ...]) -> bool:
 
 
 def draw(path: str, rows: list[dict[str, str]], *revisions: str) -> str:
-    """Return the drawing that DVC makes of rows."""
     options = PLOTS[path] | {"template_dir": str(TEMPLATES)}
     spec = VegaRenderer([dict.fromkeys(COLUMNS[path], "")], path, **options).get_filled_template()
     assert "<DVC_METRIC" not in json.dumps(spec)

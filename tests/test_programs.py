@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from analysis import carried_context, fixed_share, memory_reach, zero_cost
-from analysis.programs import BASE, DOCUMENTS, at_least, print_growing
+from analysis.programs import BASE, DOCUMENTS
 from infini_retrofit.layer.form import InfiniParams
 from infini_retrofit.model.base import load_base
 from infini_retrofit.model.checkpoints import load_retrofit
@@ -27,41 +27,23 @@ RETROFIT, CONTROL = Path("models/finetuned"), Path("models/control")
 
 
 def table(said: str) -> dict[str, list[str]]:
-    """Return the rows of a table by their first cell."""
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in said.splitlines()[2:]]
     return {row[0]: row[1:] for row in rows}
 
 
-def test_a_number_that_is_too_small_is_refused(capsys):
-    refused = {
-        "--documents 0": "--documents: must be at least 1 document, got 0",
-        "--scored 0": "--scored: must be at least 1 segment, got 0",
-        "--segments 1 -1": "--segments: must be at least 0 segments, got -1",
-    }
-    for words, message in refused.items():
-        with pytest.raises(SystemExit, match="2"):
-            memory_reach.main(words.split())
-        assert message in capsys.readouterr().err
-    for words, message in (("--documents 1", "2 documents, got 1"), ("--shares 0.1 1", "below 1")):
-        with pytest.raises(SystemExit, match="2"):
-            fixed_share.main(words.split())
-        assert message in capsys.readouterr().err
-    assert at_least(2, "document")("2") == 2
-
-
-def test_each_row_of_a_slow_table_is_printed_once_as_soon_as_it_is_there(capsys):
-    def rows():
-        yield ["1", "12,345"]
-        said = capsys.readouterr()
-        assert said.err == ""
-        assert [line.split() for line in said.out.splitlines()][::2] == [
-            ["|", "tokens", "|", "bytes", "|"],
-            ["|", "1", "|", "12,345", "|"],
-        ]
-        yield ["2", "-"]
-
-    print_growing(["tokens", "bytes"], rows())
-    assert capsys.readouterr().out.split() == ["|", "2", "|", "-", "|"]
+@pytest.mark.parametrize(
+    ("program", "words", "message"),
+    [
+        (memory_reach, "--documents 0", "--documents: must be at least 1 document, got 0"),
+        (memory_reach, "--segments 1 -1", "--segments: must be at least 0 segments, got -1"),
+        (fixed_share, "--documents 1", "--documents: must be at least 2 documents, got 1"),
+        (fixed_share, "--shares 0.1 1", "below 1"),
+    ],
+)
+def test_a_number_that_is_too_small_or_too_large_is_refused(program, words, message, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        program.main(words.split())
+    assert message in capsys.readouterr().err
 
 
 def test_carried_tokens_are_told_by_the_share_of_the_gap_that_they_win():

@@ -29,17 +29,13 @@ from infini_retrofit.scoring.score import (
     total,
 )
 from tests.reference import both_families, make_model, segment_loop
-from tests.tiny import random_ids, tiny_llama, tiny_model
+from tests.tiny import ids_for, tiny_llama, tiny_model
 
 SEGMENT, DOCUMENT, STREAM = 5, 15, 47
 
 
 def retrofitted(family: str = "llama", **form: object) -> PreTrainedModel:
     return make_model(family, form, torch.float32)
-
-
-def ids_for(model: PreTrainedModel, *shape: int) -> Tensor:
-    return random_ids(model.config.vocab_size, *shape)
 
 
 @torch.no_grad()
@@ -60,7 +56,7 @@ def slide(model: PreTrainedModel, ids: Tensor, window: int = 11, stride: int = 4
 @pytest.mark.parametrize(("window", "stride"), [(11, 4), (STREAM, 7), (100, 7), (16, 15), (11, 10)])
 def test_sliding_equals_a_loop_over_windows_divided_once(family, window, stride):
     model, nlls, means = tiny_model(family), [], []
-    ids = ids_for(model, STREAM)
+    ids = ids_for(model, 1, STREAM)[0]
     for begin in range(0, STREAM, stride):
         new = plain_nlls(model, ids[begin : begin + window])[len(nlls) - begin :]
         nlls += new.tolist()
@@ -78,7 +74,7 @@ def test_sliding_equals_a_loop_over_windows_divided_once(family, window, stride)
 
 def future_changed(model: PreTrainedModel, num_tokens: int) -> tuple[Tensor, Tensor]:
     """Return two streams that differ from token 30 on."""
-    ids = ids_for(model, num_tokens)
+    ids = ids_for(model, 1, num_tokens)[0]
     other = ids.clone()
     other[30:] = (other[30:] + 1) % model.config.vocab_size
     return ids, other

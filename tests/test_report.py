@@ -1,6 +1,7 @@
 """Stage `report`: the verdict for each sign, the summary, the page and the continuations."""
 
 import json
+import math
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -22,22 +23,11 @@ from tests.tiny_project import metrics_of, run_stage
 
 KEYS = {"base", "control", "full", "gain", "kv", "off", "own", "ppl", "sliding"}
 PPLS = {
-    ("base", "segment"): 30.0,
-    ("base", "full"): 20.0,
-    ("base", "sliding"): 25.0,
-    ("base", "segment_kv"): 28.0,
-    ("control", "segment"): 29.0,
-    ("control", "full"): 19.0,
-    ("control", "sliding"): 24.0,
-    ("control", "segment_kv"): 27.0,
-    ("finetuned", "full"): 19.5,
-    ("finetuned", "sliding"): 24.5,
-    ("finetuned", "segment_kv"): 27.5,
-    ("finetuned", "segment_off"): 29.5,
-    ("finetuned", "segment_swapped"): 31.0,
+    "base": {"segment": 30.0, "full": 20.0, "sliding": 25.0, "segment_kv": 28.0},
+    "control": {"segment": 29.0, "full": 19.0, "sliding": 24.0, "segment_kv": 27.0},
+    "finetuned": {"full": 19.5, "sliding": 24.5, "segment_kv": 27.5, "segment_off": 29.5}
+    | {"segment_swapped": 31.0},
 }
-
-
 ALL_TRAINED = {
     "infini": {
         **{"segment_length": 16, "init": "base", "local": "softmax", "positions": "rope"},
@@ -49,25 +39,18 @@ ALL_TRAINED = {
 
 
 def measured(segment: float, articles: int = 12, spread: float = 0.0, **changes: float) -> Results:
-    """Return results in which the finetuned model has a perplexity under `segment`.
-
-    Args:
-        segment: the perplexity.
-        articles: each one document.
-        spread: nats by which every other document is better, and the rest worse.
-        changes: other perplexities of the finetuned, by protocol.
-    """
-    ppls = PPLS | {("finetuned", k): v for k, v in {"segment": segment, **changes}.items()}
-    scores: dict[str, dict[str, float]] = {}
-    rows = []
-    for (model, protocol), ppl in ppls.items():
-        scores.setdefault(model, {})[f"{protocol}_test_ppl"] = ppl
-        nll = float(torch.tensor(ppl, dtype=torch.float64).log())
-        is_own = (model, protocol) == ("finetuned", "segment")
-        for i in range(articles):
-            moved = nll + (spread * (-1) ** i if is_own else 0)
-            row = {"model": model, "protocol": protocol, "document": i, "article": i, "nll": moved}
-            rows.append(row)
+    """Return results; of the finetuned every other document is better by `spread`, others worse."""
+    ppls = PPLS | {"finetuned": PPLS["finetuned"] | {"segment": segment, **changes}}
+    scores = {m: {f"{name}_test_ppl": x for name, x in of.items()} for m, of in ppls.items()}
+    rows = [
+        {"model": model, "protocol": protocol, "document": i, "article": i, "nll": math.log(ppl)}
+        for model, of in ppls.items()
+        for protocol, ppl in of.items()
+        for i in range(articles)
+    ]
+    for row in rows:
+        if (row["model"], row["protocol"]) == ("finetuned", "segment"):
+            row["nll"] += spread * (-1) ** row["document"]
     scores["finetuned"]["num_articles"] = articles
     return Results(scores, {}, pd.DataFrame(rows), pd.DataFrame(), pd.DataFrame(), ALL_TRAINED)
 
@@ -185,18 +168,13 @@ def test_curves_are_read_from_each_stage_or_from_the_rows_of_all(project):
     pd.testing.assert_frame_equal(read_results(read).curves, curves)
 
 
-def test_the_stage_ends_with_the_table_on_the_terminal(project, capsys):
-    run_stage("report")
-    shown = capsys.readouterr().out
-    assert "| finetuned " in shown
-    assert "## " not in shown
-
-
-def test_seconds_are_those_that_a_stage_noted_here(project):
+def test_seconds_are_those_noted_here_and_the_table_ends_on_the_terminal(project, capsys):
     setting.SECONDS.mkdir(parents=True)
     (setting.SECONDS / "distill").write_text("31.4\n")
     before = {path: path.read_bytes() for path in Path("metrics").iterdir()}
     run_stage("report")
+    shown = capsys.readouterr().out
+    assert ("| finetuned " in shown, "## " in shown) == (True, False)
     lines = [line.split() for line in Path("report/report.md").read_text().splitlines()]
     assert ["|", "distill", "|", "31", "|"] in lines
     assert ["|", "finetune", "|", "-", "|"] in lines

@@ -5,7 +5,6 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from infini_retrofit.layer.state import State
 from infini_retrofit.model import families
@@ -20,20 +19,10 @@ from infini_retrofit.model.retrofit import (
     state_bytes,
 )
 from infini_retrofit.model.running import run_folded, run_in_layer
-from tests.reference import MODEL_FORMS, both_families, infini_params, largest, name_of
-from tests.tiny import random_ids, tiny_model
+from tests.reference import MODEL_FORMS, both_families, infini_params, largest, name_of, retrofitted
+from tests.tiny import ids_for, tiny_model
 
 SEGMENT, DOCUMENT = 5, 15
-
-
-def retrofitted(family: str, **form: object) -> PreTrainedModel:
-    model = tiny_model(family)
-    insert_infini(model, infini_params(**form))
-    return model
-
-
-def ids_for(model: PreTrainedModel, num_rows: int = 2) -> Tensor:
-    return random_ids(model.config.vocab_size, num_rows, DOCUMENT)
 
 
 @torch.no_grad()

@@ -1,8 +1,6 @@
 """Kept results as revisions of DVC: what they hold, and that nothing else changes."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -10,7 +8,7 @@ import pytest
 from recipes.__main__ import main
 from recipes.experiments import newest_experiments, read_file
 from recipes.kept import IF_THERE, PLOTTED
-from tests.tiny_checkout import commit, git, make_checkout, store, write
+from tests.tiny_checkout import commit, dvc, git, make_checkout, store, write
 
 PIPELINE = """stages:
   finetune:
@@ -27,7 +25,6 @@ ROWS = "model\tprotocol\tdocument\tnll\n"
 
 
 def kept(name: str, code: str, ppl: float, **more: str) -> None:
-    """Write an experiment into results/."""
     names = ("base", "control", "finetuned")
     protocols = ("segment", "segment_off", "segment_kv", "full", "sliding")
     scores = {model: {f"{name}_test_ppl": ppl for name in protocols} for model in names}
@@ -37,19 +34,11 @@ def kept(name: str, code: str, ppl: float, **more: str) -> None:
     write(**{f"results/{name}/{path}": text for path, text in files.items()})
 
 
-def dvc(*words: str) -> str:
-    """Run DVC and return what it prints."""
-    command = [sys.executable, "-m", "dvc", *words]
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
-
-
 def state() -> list[str]:
-    """Return what git says of HEAD, the index and the working tree."""
     return [git("rev-parse", "HEAD"), git("ls-files", "--stage"), git("status", "--porcelain")]
 
 
 def refs() -> list[str]:
-    """Return the names of all git references."""
     return git("for-each-ref", "--format=%(refname)").split()
 
 

@@ -18,10 +18,7 @@ SEGMENT, DOCUMENT = 5, 15
 def carried_cache(
     model: PreTrainedModel, cache: DynamicCache, first: DynamicCache, begin: int, num_carried: int
 ) -> DynamicCache:
-    """Keep of a cache the last tokens and, next to them, the document's first.
-
-    The first token's key was never turned: it stood at position 0.
-    """
+    """Keep the last tokens and, next to them, the first, whose key position 0 never turned."""
     at, carried = begin - num_carried, DynamicCache()
     tables = model.base_model.rotary_emb(torch.zeros(1, dtype=torch.float64), torch.tensor([[at]]))
     tables = tuple(table[0].expand(at + 1, -1) for table in tables)

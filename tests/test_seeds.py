@@ -46,12 +46,10 @@ PAGE = (ROOT / "docs" / "seeds.md").read_text()
 
 
 def parameters(recipe: str) -> dict[str, Any]:
-    """Return all parameters of a recipe."""
     return dict(leaves(read_params(ROOT / "params.yaml"))) | read_overlay(recipe)
 
 
 def differing(one: str, other: str) -> set[str]:
-    """Return the parameters in which two recipes differ."""
     values, others = parameters(one), parameters(other)
     return {key for key in values if values[key] != others[key]}
 
@@ -76,7 +74,6 @@ def test_no_other_recipe_and_no_default_repeats_their_mistakes():
 
 
 def pythia_70m() -> GPTNeoXForCausalLM:
-    """Build EleutherAI/pythia-70m from its sizes, with weights of no meaning."""
     config = GPTNeoXConfig(
         vocab_size=50304,
         hidden_size=512,

@@ -83,18 +83,15 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
 
 
 def losses(project: Path, stage: str) -> list[float]:
-    """Return a run's training and validation losses."""
     with (project / f"plots/{stage}.tsv").open() as file:
         return [float(row["loss"]) for row in csv.DictReader(file, delimiter="\t")]
 
 
 def weights(project: Path, stage: str) -> dict[str, torch.Tensor]:
-    """Return what a stage saved."""
     return load_file(project / "models" / MODELS[stage] / "retrofit.safetensors")
 
 
 def assert_alike(project: Path, reference: Path, stage: str) -> None:
-    """Check losses, weights and results of a stage in two projects."""
     assert losses(project, stage) == pytest.approx(losses(reference, stage), rel=1e-5)
     torch.testing.assert_close(
         weights(project, stage), weights(reference, stage), rtol=1e-5, atol=1e-6

@@ -75,7 +75,6 @@ def tiny_neox(seed: int = 0, **over: object) -> GPTNeoXForCausalLM:
 
 
 def tiny_model(family: Family, seed: int = 0, **over: object) -> PreTrainedModel:
-    """Make the tiny model of a family."""
     return {"llama": tiny_llama, "gpt_neox": tiny_neox}[family](seed, **over)
 
 
@@ -120,8 +119,12 @@ def assert_same_model(folder: Path, want: PreTrainedModel) -> None:
     assert all(torch.equal(got.state_dict()[name], x) for name, x in want.state_dict().items())
 
 
+def ids_for(model: PreTrainedModel, num_rows: int = 2, num_tokens: int = 15) -> torch.Tensor:
+    """Draw token ids that a model knows."""
+    return random_ids(model.config.vocab_size, num_rows, num_tokens)
+
+
 def random_ids(vocab_size: int, *shape: int, seed: int = 0) -> torch.Tensor:
-    """Draw token ids."""
     return torch.randint(vocab_size, shape, generator=torch.Generator().manual_seed(seed))
 
 

@@ -3,6 +3,7 @@
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -32,8 +33,20 @@ def make_checkout(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def git(*words: str) -> str:
-    """Run git in the working folder and return its output."""
     return subprocess.run(["git", *words], check=True, capture_output=True, text=True).stdout
+
+
+def python(*words: str) -> subprocess.CompletedProcess[str]:
+    """Run Python in the working folder, with this project's code at hand."""
+    about = {"env": {**os.environ, "PYTHONPATH": str(ROOT)}, "capture_output": True, "text": True}
+    return subprocess.run([sys.executable, *words], **about)
+
+
+def dvc(*words: str) -> str:
+    """Run DVC in the working folder and return what it prints."""
+    done = python("-m", "dvc", *words)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 def commit() -> str:
@@ -54,7 +67,6 @@ def store(name: str, **files: str) -> str:
 
 
 def write(**files: str) -> None:
-    """Write files of the working folder."""
     for name, text in files.items():
         Path(name).parent.mkdir(parents=True, exist_ok=True)
         Path(name).write_text(text, encoding="utf-8")

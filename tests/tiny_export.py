@@ -27,7 +27,6 @@ def make_retrofit(folder: Path, family: str, **form: object) -> PreTrainedModel:
 
 
 def export(models: Path, out: Path, *options: str) -> Path:
-    """Export models/finetuned by the command; return the new folder."""
     arguments = [str(models / "finetuned"), str(out), "--base", str(models / "base"), *options]
     run_stage(lambda: main(arguments))
     return out

@@ -58,7 +58,6 @@ def draw_ids(num_rows: int, num_tokens: int, seed: int = 0) -> Tensor:
 
 @torch.inference_mode()
 def at_once(model: PreTrainedModel, ids: Tensor, **kwargs: object) -> Tensor:
-    """Return the logits of one forward pass without a cache."""
     return model(ids, use_cache=False, **kwargs).logits
 
 
@@ -71,6 +70,5 @@ def generate(model: PreTrainedModel, ids: Tensor, **kwargs: object) -> tuple[Ten
 
 
 def assert_same(got: tuple[Tensor, Tensor], want: tuple[Tensor, Tensor]) -> None:
-    """Compare tokens, and the logits that they were chosen by."""
     assert torch.equal(got[0], want[0])
     assert largest(got[1] - want[1]) < 1e-5

@@ -57,7 +57,6 @@ def repositories() -> list[Repository]:
 
 
 def pythia() -> GPTNeoXForCausalLM:
-    """Make the model of the repository, its weights rounded to 16 bits."""
     rope = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.25}
     return tiny_neox(**SIZES, rope_parameters=rope).half().float()
 
@@ -106,7 +105,6 @@ def _wikitext_files() -> dict[str, bytes]:
 
 
 def _parquet(**columns: list[object]) -> bytes:
-    """Write a parquet file into memory."""
     file = io.BytesIO()
     pq.write_table(pa.table(columns), file)
     return file.getvalue()

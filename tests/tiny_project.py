@@ -70,11 +70,7 @@ PUBLISHED = {
 }
 PROJECTS = {"linear": LINEAR, "published": {"family": "gpt_neox", **PUBLISHED}}
 both_projects = pytest.mark.parametrize("name", PROJECTS)
-STAGES = [
-    *("check_params", "prepare_base", "prepare_wikitext", "prepare_longdocs"),
-    *("prepare_comparison", "baseline_eval", "distill", "finetune"),
-    *("finetune_control", "control_eval", "eval_sliding", "report"),
-]
+STAGES = [*YAML(typ="safe").load(ROOT / "dvc.yaml")["stages"]]
 
 
 def write_params(folder: Path, changes: dict[str, object]) -> None:
@@ -106,12 +102,10 @@ def make_project(folder: Path, family: Family = "llama", **changes: object) -> N
 
 
 def run_stage(stage: str) -> None:
-    """Run one stage in the working folder."""
     import_module(f"stages.{stage}").main()
 
 
 def run_stages(folder: Path) -> None:
-    """Run all stages, one after another, without DVC."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.delenv("DVC_ROOT", raising=False)
@@ -120,7 +114,6 @@ def run_stages(folder: Path) -> None:
 
 
 def contents(folder: Path) -> dict[str, str]:
-    """Return a digest of every file below a folder."""
     files = [p for p in folder.rglob("*") if p.is_file()]
     return {str(p.relative_to(folder)): hashlib.md5(p.read_bytes()).hexdigest() for p in files}
 
@@ -140,11 +133,9 @@ def _train(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, texts: Pa
 
 
 def metrics_of(folder: Path, stage: str) -> dict:
-    """Read the metrics that a stage wrote."""
     return json.loads((folder / "metrics" / f"{stage}.json").read_text())
 
 
 def rows_of(folder: Path, stage: str) -> list[dict[str, str]]:
-    """Read the rows of a plot."""
     with (folder / "plots" / f"{stage}.tsv").open() as file:
         return list(csv.DictReader(file, delimiter="\t"))

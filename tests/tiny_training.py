@@ -45,7 +45,6 @@ DISTILL = SCHEDULE | {
 
 
 def finetune_params(**over: object) -> FinetuneParams:
-    """Return section `finetune` with some fields changed."""
     return FinetuneParams(**FINETUNE | over)
 
 

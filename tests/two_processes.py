@@ -77,7 +77,6 @@ def resume(folder: Path) -> int:
 
 
 def train_in_stages(folder: Path) -> None:
-    """Run the training stages."""
     for stage in TRAINING_STAGES:
         run_in_float32(folder / "two", stage)
         torch.distributed.barrier()  # the first process is still writing
@@ -152,7 +151,6 @@ TASKS = (train_in_stages, kill, resume, train_unweighted, stop_early, diverge, s
 
 
 def main(folder: Path) -> None:
-    """Do all tasks; the last one ends both processes."""
     torch.set_num_threads(1)
     if RANK:
         safetensors.torch.serialize_file = None
