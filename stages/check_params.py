@@ -15,6 +15,7 @@ from infini_retrofit.bases.sources import BASE_KINDS, LocalBase
 from infini_retrofit.evaluation.protocols import EvalParams
 from infini_retrofit.layer.form import InfiniParams
 from infini_retrofit.model.retrofit import check_form, resolve_layers
+from infini_retrofit.pipeline.fields import Launcher
 from infini_retrofit.pipeline.files import write_text
 from infini_retrofit.pipeline.guard import run_stage
 from infini_retrofit.pipeline.params import load_choice, load_section
@@ -32,7 +33,7 @@ class Params:
 
     model: str
     corpus: str
-    launcher: str
+    launcher: Launcher
     models: dict[str, dict[str, Any]]
     corpora: dict[str, dict[str, Any]]
     longdocs: LongdocsParams
@@ -41,11 +42,6 @@ class Params:
     finetune: FinetuneParams
     finetune_control: ControlParams
     eval: EvalParams
-
-    def __post_init__(self) -> None:
-        """Refuse a launcher with which DVC would have nothing to start."""
-        if not self.launcher.strip():
-            raise ValueError(f"launcher must be a command such as python, got {self.launcher!r}")
 
 
 def main() -> str:

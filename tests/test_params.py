@@ -139,6 +139,8 @@ def test_the_chosen_preset_is_read_as_its_source_says(tmp_path):
     ("old", "new", "message"),
     [
         ("model: small", "model: tiny", r"model must be one of large, small .* got 'tiny'"),
+        ("source: local", "source: []", r"small\.source must be one of hub, local, got \[\]"),
+        ("small: {", "a.b: {", r"models must have keys of letters, digits, - and _, got 'a\.b'"),
         ("source: local", "source: zip", r"models\.small\.source must be one of hub, local, got"),
         ("source: local, ", "", r"models\.small\.source must be one of hub, local, got None"),
         ("path: here", "path: 3", r"models\.small\.path must be a valid string, got 3"),
@@ -155,7 +157,7 @@ def test_yaml_means_what_it_means_to_dvc(tmp_path):
     from dvc.utils.serialize import load_yaml
 
     path = tmp_path / "params.yaml"
-    path.write_text("a: 1e-4\nb: on\nc: yes\nd: 010\ne: 0o10\nf: ~\ng: 1:30\nh: '1'\ni: .5\n")
+    path.write_text("\ufeffa: 1e-4\nb: on\nc: yes\nd: 010\ne: 0o10\nf: ~\ng: 1:30\nh: '1'\ni: .5\n")
     assert read_params(path) == load_yaml(str(path))
     assert (read_params(path)["a"], read_params(path)["b"]) == (1e-4, "on")
 
@@ -163,10 +165,21 @@ def test_yaml_means_what_it_means_to_dvc(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (b"a: 1\nb: 2\na: 3\n", r"is not valid YAML in UTF-8: .* found duplicate key .*, line 3,"),
-        (b"a: [1\n", r"is not valid YAML"),
+        (b"a: 1\nb: 2\na: 3\n", r"must be plain YAML in UTF-8: found duplicate key .*, line 3$"),
+        (b"a: [1\n", r"must be plain YAML"),
         (b"- 1\n", r"must be a mapping of keys to values, got \[1\]"),
-        (b"a: \xff\n", r"is not valid YAML in UTF-8: "),
+        (b"a: \xff\n", r"must be plain YAML in UTF-8: "),
+        (b"", r"must be a mapping of keys to values, got an empty file"),
+        (b"a: " + b"9" * 5000, r"must be plain YAML in UTF-8: Exceeds the limit"),
+        (b"a:\n- " + b"[" * 20_000, r"line 2 is nested more than 10 levels deep"),
+        (b"a: &x {b: 1}\nc: *x\n", r"line 2 has the alias \*x: write its value out"),
+        (b"a: !!python/name:os.system\n", r"line 1 has the tag \S*os\.system: write the value"),
+        (b"#" * 100_001, r"must have at most 100,000 bytes, got 100,001"),
+        (b"a: {b: 2020-01-01}\n", r"^a\.b must be a plain value, got a date: quote it"),
+        (b"a: {2: 1}\n", r"^'a\.2' must be a key of text, got 2"),
+        (b'a: [1, "x\\ny"]\n', r"^a\.1 must be text without control characters, got 'x\\ny'"),
+        (b"a: " + b"x" * 1001, r"^a must have at most 1000 characters"),
+        (b"a: 9" + b"0" * 18, r"^a must be at most 4,294,967,296 in size, got 9000"),
     ],
 )
 def test_a_missing_or_broken_file_is_refused_in_one_line(tmp_path, text, message):

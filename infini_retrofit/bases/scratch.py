@@ -15,7 +15,7 @@ from typing import Annotated
 
 import torch
 from jaxtyping import Int
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from transformers import (
@@ -27,6 +27,7 @@ from transformers import (
 
 from infini_retrofit.bases.folder import BaseModel
 from infini_retrofit.pipeline.device import start_run
+from infini_retrofit.pipeline.fields import Batch, Count, EpochsOrZero, LearningRate, Seed
 from infini_retrofit.texts.corpora import Corpus
 
 END_OF_TEXT = "<|endoftext|>"
@@ -36,16 +37,16 @@ END_OF_TEXT = "<|endoftext|>"
 class ScratchBase:
     """A GPT-NeoX with its own byte-level tokenizer, pretrained on the corpus."""
 
-    num_layers: PositiveInt
-    hidden_size: PositiveInt
-    num_heads: PositiveInt
-    vocab_size: Annotated[int, Field(ge=257)]  # every byte, and the end of a text
-    tokens_per_sample: Annotated[int, Field(ge=2)]  # in a row, and the model's number of positions
-    samples: PositiveInt  # rows, at most
-    epochs: NonNegativeInt  # 0: random weights
-    batch_size: PositiveInt  # rows per step
-    lr: PositiveFloat  # at its peak
-    seed: Annotated[int, Field(ge=0, lt=2**32)]
+    num_layers: Annotated[int, Field(gt=0, le=1000)]
+    hidden_size: Annotated[int, Field(gt=0, le=65_536)]
+    num_heads: Count
+    vocab_size: Annotated[int, Field(ge=257, le=2**20)]  # every byte, and the end of a text
+    tokens_per_sample: Annotated[int, Field(ge=2, le=2**20)]  # and positions
+    samples: Count  # rows, at most
+    epochs: EpochsOrZero  # 0: random weights
+    batch_size: Batch  # rows per step
+    lr: LearningRate  # at its peak
+    seed: Seed
 
     def __post_init__(self) -> None:
         """Refuse heads whose channels cannot be rotated: a quarter of each, in pairs."""

@@ -15,8 +15,17 @@ from huggingface_hub import try_to_load_from_cache
 from infini_retrofit.bases.folder import WEIGHTS, BaseModel, check_config, read_base, read_config
 from infini_retrofit.bases.gguf import read_gguf, read_metadata
 from infini_retrofit.bases.scratch import ScratchBase
+from infini_retrofit.pipeline.fields import (
+    Commit,
+    InnerPath,
+    LocalPath,
+    Package,
+    RepoId,
+    Sha256,
+    Version,
+)
 from infini_retrofit.pipeline.files import sha256, whole_folder, write_manifest, write_text
-from infini_retrofit.texts.corpora import Commit, Corpus
+from infini_retrofit.texts.corpora import Corpus
 from infini_retrofit.texts.hub import fetch_snapshot
 
 
@@ -24,10 +33,10 @@ from infini_retrofit.texts.hub import fetch_snapshot
 class WheelBase:
     """A GGUF file inside an installed Python package; needs no network."""
 
-    package: str
-    version: str
-    file: str  # as in the package's list of files
-    sha256: str  # of the file
+    package: Package
+    version: Version
+    file: InnerPath  # as in the package's list of files
+    sha256: Sha256  # of the file
 
     def known_depth(self) -> int | None:
         """Read the file, if it is installed."""
@@ -64,7 +73,7 @@ class WheelBase:
 class HubBase:
     """A repository of the Hugging Face Hub; safetensors only, no remote code."""
 
-    repo_id: str
+    repo_id: RepoId
     revision: Commit  # so that the weights cannot change unnoticed
 
     def known_depth(self) -> int | None:
@@ -87,7 +96,7 @@ class HubBase:
 class LocalBase:
     """A folder in Hugging Face form."""
 
-    path: str  # relative to the project's top folder, or absolute
+    path: LocalPath  # relative to the project's top folder, or absolute
 
     def known_depth(self) -> int | None:
         """Read the configuration, if it is there."""

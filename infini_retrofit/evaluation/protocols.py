@@ -18,13 +18,14 @@ from typing import Annotated
 
 import torch
 from jaxtyping import Int
-from pydantic import Field, PositiveInt
+from pydantic import Field
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from infini_retrofit.evaluation.rival import Rival, make_rival
 from infini_retrofit.model.retrofit import has_memory
 from infini_retrofit.model.running import run_in_layer
+from infini_retrofit.pipeline.fields import Count
 from infini_retrofit.pipeline.progress import progress
 from infini_retrofit.pipeline.tokens import TestText
 from infini_retrofit.scoring.score import (
@@ -51,7 +52,7 @@ class EvalParams:
     """Section `eval` of params.yaml."""
 
     window: int  # tokens
-    stride: PositiveInt  # tokens
+    stride: Count  # tokens
     sliding_tokens: Annotated[int, Field(ge=2)]  # at most, of the test split's stream
     documents: Annotated[int, Field(ge=2)]  # at most, of the test split
 

@@ -3,27 +3,14 @@
 Knows neither how a corpus is read (`articles`) nor how it is split and stored (`splits`).
 """
 
-import re
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field
+from pydantic import Field
+
+from infini_retrofit.pipeline.fields import Commit, InnerPath, LocalPath, RepoId, Share
 
 SAME = "same"
-Share = Annotated[float, Field(gt=0, lt=1)]
-
-
-def _check_commit(revision: str) -> str:
-    if not re.fullmatch("[0-9a-f]{40}", revision):
-        raise ValueError(
-            f"must be a commit of 40 lower-case hexadecimal digits, got {revision!r}: copy one "
-            "from the history of the repository on the Hugging Face Hub"
-        )
-    return revision
-
-
-Commit = Annotated[str, AfterValidator(_check_commit)]  # no branch or tag, which moves
-
 
 @dataclass(frozen=True, kw_only=True)
 class CorpusShares:
@@ -49,9 +36,9 @@ class GensimCorpus(CorpusShares):
 class HubSplits:
     """Parquet files of a data set on the Hub, each of the split that begins its name."""
 
-    repo_id: str
+    repo_id: RepoId
     revision: Commit
-    files: str  # a pattern; other files are not downloaded
+    files: InnerPath  # a pattern; other files are not downloaded
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +50,7 @@ class HubCorpus(CorpusShares, HubSplits):
 class FilesCorpus(CorpusShares):
     """The user's own text or parquet files."""
 
-    path: str
+    path: LocalPath
 
 
 Corpus = CorpusShares | HubSplits

@@ -6,11 +6,11 @@ Knows nothing of files and stages.
 from dataclasses import asdict, dataclass, replace
 from typing import Literal
 
-from pydantic import PositiveFloat
 from transformers import PreTrainedModel
 
 from infini_retrofit.layer.form import InfiniParams
 from infini_retrofit.model.retrofit import insert_infini, resolve_layers, without_memory
+from infini_retrofit.pipeline.fields import LearningRate
 from infini_retrofit.training.finetuning import FinetuneParams, Trainable
 
 
@@ -19,7 +19,7 @@ class ControlParams:
     """Section `finetune_control` of params.yaml: where the control trains differently."""
 
     trainable: Trainable | Literal["same"]  # same: as `finetune` says
-    lr: PositiveFloat | Literal["same"]
+    lr: LearningRate | Literal["same"]
 
     def applied_to(self, params: FinetuneParams) -> FinetuneParams:
         """Return section `finetune` as it holds for the control."""

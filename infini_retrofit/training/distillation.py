@@ -15,7 +15,7 @@ from typing import Annotated, Literal
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
-from pydantic import Field, NonNegativeInt, PositiveInt
+from pydantic import Field
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -28,6 +28,7 @@ from infini_retrofit.model.retrofit import (
     insert_infini,
     resolve_layers,
 )
+from infini_retrofit.pipeline.fields import Count, EpochsOrZero
 from infini_retrofit.pipeline.progress import progress
 from infini_retrofit.scoring.memory_use import memory_use, run_and_read
 from infini_retrofit.scoring.score import score_rows, score_runs, total
@@ -41,11 +42,11 @@ Objective = Literal["layer_output", "attention_output"]
 class DistillParams(Schedule):
     """Section `distill` of params.yaml."""
 
-    epochs: NonNegativeInt  # 0: insert the layers, fit nothing
+    epochs: EpochsOrZero  # 0: insert the layers, fit nothing
     objective: Objective  # the output that is to be like the base's
     trainable: Literal["memory", "infini"]
-    samples: PositiveInt  # at most, of the train split
-    val_samples: PositiveInt  # at most, of the val split
+    samples: Count  # at most, of the train split
+    val_samples: Count  # at most, of the val split
     tokens_per_sample: Annotated[int, Field(ge=2)]  # several segments: the memory learns too
 
 

@@ -9,16 +9,16 @@ Axes:
 
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Annotated, Literal
+from typing import Literal
 
 import torch
 from jaxtyping import Int
-from pydantic import Field, NonNegativeFloat, PositiveInt
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from infini_retrofit.layer.form import InfiniParams
 from infini_retrofit.model.running import run_folded
+from infini_retrofit.pipeline.fields import Count, Factor, Weight
 from infini_retrofit.scoring.losses import Prediction, mixed_losses, token_nlls
 from infini_retrofit.scoring.memory_use import memory_use, run_and_read
 from infini_retrofit.scoring.score import (
@@ -39,9 +39,9 @@ Trainable = Literal["memory", "infini", "attention", "all", "lora"]
 class LrScale:
     """Section `finetune.lr_scale` of params.yaml: factors on `lr`, by the parameters' group."""
 
-    memory: NonNegativeFloat  # of feature maps and the like, gates apart
-    infini: NonNegativeFloat  # of the Infini layers' projections
-    rest: NonNegativeFloat  # of everything else that trains
+    memory: Factor  # of feature maps and the like, gates apart
+    infini: Factor  # of the Infini layers' projections
+    rest: Factor  # of everything else that trains
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,9 +52,9 @@ class FinetuneParams(Schedule):
     lora: LoraParams  # used where `trainable` is lora
     label_shift: Literal[1, 2] = 1  # 2: the seeds' mistake, learning the token after the next
     # Of the divergence from the base's prediction; the rest is cross-entropy's.
-    kl_weight: Annotated[float, Field(ge=0, le=1)]
-    train_documents: PositiveInt  # at most
-    val_documents: PositiveInt  # at most
+    kl_weight: Weight
+    train_documents: Count  # at most
+    val_documents: Count  # at most
     lr_scale: LrScale
 
     def __post_init__(self) -> None:

@@ -5,10 +5,10 @@ Knows nothing of rates and losses.
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import torch
-from pydantic import PositiveFloat, PositiveInt
+from pydantic import Field
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -73,8 +73,8 @@ def set_trainable(
 class LoraParams:
     """Section `finetune.lora` of params.yaml."""
 
-    rank: PositiveInt
-    alpha: PositiveFloat  # the adapters' scale is alpha / rank
+    rank: Annotated[int, Field(gt=0, le=4096)]
+    alpha: Annotated[float, Field(gt=0, le=1e6)]  # the adapters' scale is alpha / rank
 
 
 def add_lora(

@@ -6,13 +6,13 @@ Knows no loss, no Trainer and no path.
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Any
 
 import torch
-from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from infini_retrofit.pipeline.fields import Batch, Count, Epochs, LearningRate, Seed
 from infini_retrofit.scoring.score import perplexity
 
 
@@ -20,11 +20,11 @@ from infini_retrofit.scoring.score import perplexity
 class Schedule:
     """How long and how fast to train: the keys that all training sections share."""
 
-    batch_size: PositiveInt  # samples a step and process
-    epochs: PositiveInt
-    lr: PositiveFloat  # at its peak
-    patience: PositiveInt  # epochs without a lower val_loss before stopping
-    seed: Annotated[int, Field(ge=0, lt=2**32)]
+    batch_size: Batch  # samples a step and process
+    epochs: Epochs
+    lr: LearningRate  # at its peak
+    patience: Count  # epochs without a lower val_loss before stopping
+    seed: Seed
 
 
 class TrainingTask(nn.Module, ABC):

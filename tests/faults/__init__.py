@@ -1,0 +1,1 @@
+"""Tests that break files, disks and processes; `pytest -m faults` runs them."""
