@@ -11,7 +11,7 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from infini_retrofit.model.base import load_base
+from infini_retrofit.model.base import load_base, vocab_size
 from infini_retrofit.model.checkpoints import load_retrofit
 from infini_retrofit.pipeline.device import start_run
 from infini_retrofit.pipeline.files import verify_manifest
@@ -55,7 +55,7 @@ def open_documents(number: int) -> Int[Tensor, "B T"]:
         ValueError: if the base differs from its manifest.
     """
     verify_manifest(BASE, made_by="dvc repro prepare_base")
-    return read_documents(DOCUMENTS, number)
+    return read_documents(DOCUMENTS, vocab_size(BASE), number)
 
 
 def open_model(folder: Path) -> tuple[PreTrainedModel, int]:

@@ -10,9 +10,9 @@ from pathlib import Path
 from infini_retrofit.evaluation.evaluation import evaluate
 from infini_retrofit.evaluation.protocols import EvalParams, Setting, score_unigram
 from infini_retrofit.evaluation.rival import Rival
-from infini_retrofit.model.base import load_base
+from infini_retrofit.model.base import load_base, vocab_size
 from infini_retrofit.pipeline.device import start_run
-from infini_retrofit.pipeline.files import read_json
+from infini_retrofit.pipeline.files import read_sealed
 from infini_retrofit.pipeline.guard import run_stage, stage_code, unchanged
 from infini_retrofit.pipeline.params import load_section
 from infini_retrofit.pipeline.tokens import read_stream, read_test_text
@@ -25,8 +25,10 @@ TEST_DOCUMENTS = Path("data/longdocs/test.parquet")
 def main() -> str:
     """Run the stage and return what it made."""
     params = load_section(EvalParams, "eval")
-    rival = read_json(RIVAL, Rival, "dvc repro prepare_comparison")
-    text = read_test_text(TEST_TEXT, TEST_DOCUMENTS, params.sliding_tokens, params.documents)
+    rival = read_sealed(RIVAL, Rival, "dvc repro prepare_comparison")
+    text = read_test_text(
+        TEST_TEXT, TEST_DOCUMENTS, vocab_size(BASE), params.sliding_tokens, params.documents
+    )
     device, dtype = start_run()
     model = load_base(BASE, dtype).to(device)
     num_positions, num_tokens = model.config.max_position_embeddings, text.documents.shape[1]
@@ -36,7 +38,8 @@ def main() -> str:
             "the base was trained on: full_test_ppl and gap_recovered extrapolate",
             file=sys.stderr,
         )
-    unigram = score_unigram(read_stream(TRAIN_TEXT), text.stream, model.config.vocab_size)
+    num_ids = model.config.vocab_size
+    unigram = score_unigram(read_stream(TRAIN_TEXT, num_ids), text.stream, num_ids)
     code = stage_code("baseline_eval")
     with unchanged("baseline_eval", {"eval": params}, [*code, RIVAL]):
         base = evaluate("base", model, Setting(params, text, rival))

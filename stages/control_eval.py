@@ -11,9 +11,10 @@ from infini_retrofit.evaluation.evaluation import evaluate
 from infini_retrofit.evaluation.gains import gap_test_nats
 from infini_retrofit.evaluation.protocols import EvalParams, Setting
 from infini_retrofit.evaluation.rival import Rival
+from infini_retrofit.model.base import vocab_size
 from infini_retrofit.model.checkpoints import load_retrofit
 from infini_retrofit.pipeline.device import start_run
-from infini_retrofit.pipeline.files import read_json
+from infini_retrofit.pipeline.files import read_sealed
 from infini_retrofit.pipeline.guard import run_stage, stage_code, unchanged
 from infini_retrofit.pipeline.params import load_section
 from infini_retrofit.pipeline.tokens import read_test_text
@@ -26,8 +27,10 @@ TEST_TEXT, TEST_DOCUMENTS = Path("data/wikitext/test.parquet"), Path("data/longd
 def main() -> str:
     """Run the stage and return what it made."""
     params = load_section(EvalParams, "eval")
-    rival = read_json(RIVAL, Rival, "dvc repro prepare_comparison")
-    text = read_test_text(TEST_TEXT, TEST_DOCUMENTS, params.sliding_tokens, params.documents)
+    rival = read_sealed(RIVAL, Rival, "dvc repro prepare_comparison")
+    text = read_test_text(
+        TEST_TEXT, TEST_DOCUMENTS, vocab_size(BASE), params.sliding_tokens, params.documents
+    )
     device, dtype = start_run()
     model, _ = load_retrofit(BASE, CONTROL, dtype, "dvc repro finetune_control")
     code = stage_code("control_eval")

@@ -9,10 +9,10 @@ from pathlib import Path
 import torch
 
 from infini_retrofit.layer.form import InfiniParams
-from infini_retrofit.model.base import load_base
+from infini_retrofit.model.base import load_base, vocab_size
 from infini_retrofit.model.checkpoints import save_retrofit
 from infini_retrofit.pipeline.device import start_run
-from infini_retrofit.pipeline.files import write_metrics
+from infini_retrofit.pipeline.files import seal_results, write_metrics
 from infini_retrofit.pipeline.guard import is_first_process, run_stage, stage_code, training_run
 from infini_retrofit.pipeline.params import load_section
 from infini_retrofit.pipeline.tokens import read_samples
@@ -28,9 +28,9 @@ def main() -> str:
     """Run the stage and return what it made."""
     infini, params = load_section(InfiniParams, "infini"), load_section(DistillParams, "distill")
     sections = {"infini": infini, "distill": params}
-    length = params.tokens_per_sample
-    train_samples = read_samples(TEXT / "train.parquet", length, params.samples)
-    val_samples = read_samples(TEXT / "val.parquet", length, params.val_samples)
+    num_ids, length = vocab_size(BASE), params.tokens_per_sample
+    train_samples = read_samples(TEXT / "train.parquet", num_ids, length, params.samples)
+    val_samples = read_samples(TEXT / "val.parquet", num_ids, length, params.val_samples)
     device, dtype = start_run()
     with training_run("distill", [BASE, TEXT], sections, stage_code("distill")) as folder:
         model = load_base(BASE, torch.float32).to(device)
@@ -39,6 +39,7 @@ def main() -> str:
         if is_first_process():
             save_retrofit(model, infini, BASE, DISTILLED)
             write_metrics(METRICS, metrics)
+            seal_results("distill", [METRICS, HISTORY, MEMORY])
     return f"distill: {outcome(metrics)}"
 
 

@@ -18,9 +18,10 @@ from infini_retrofit.evaluation.gains import gains, gap_recovered, gap_test_nats
 from infini_retrofit.evaluation.protocols import EvalParams, Setting
 from infini_retrofit.evaluation.rival import rival_of
 from infini_retrofit.layer.form import InfiniParams
+from infini_retrofit.model.base import vocab_size
 from infini_retrofit.model.checkpoints import load_retrofit
 from infini_retrofit.pipeline.device import start_run
-from infini_retrofit.pipeline.files import verify_manifest, write_metrics, write_rows
+from infini_retrofit.pipeline.files import seal_results, verify_manifest, write_metrics, write_rows
 from infini_retrofit.pipeline.guard import run_stage, stage_code, unchanged
 from infini_retrofit.pipeline.params import load_section
 from infini_retrofit.pipeline.tokens import read_test_text
@@ -39,7 +40,9 @@ def main() -> str:
     """Run the stage and return what it made."""
     params, infini = load_section(EvalParams, "eval"), load_section(InfiniParams, "infini")
     epochs = load_section(int, "distill.epochs")
-    text = read_test_text(TEST_TEXT, TEST_DOCUMENTS, params.sliding_tokens, params.documents)
+    text = read_test_text(
+        TEST_TEXT, TEST_DOCUMENTS, vocab_size(BASE), params.sliding_tokens, params.documents
+    )
     reports = {"base": Report.read("baseline"), "control": Report.read("control")}
     retrofits = [DISTILLED, FINETUNED] if epochs else [FINETUNED]
     for folder in retrofits:
@@ -61,6 +64,7 @@ def main() -> str:
     write_rows(POSITIONS, [row for report in reports.values() for row in report.positions])
     columns = ("layer", "memory_share", "share_of_pairs")
     write_rows(MEMORY_SHARE, share_histogram(readings), columns)
+    seal_results("eval_sliding", [METRICS, PERPLEXITIES, DOCUMENTS, POSITIONS, MEMORY_SHARE])
     made = "; ".join(f"{folder.name} {reports[folder.name]}" for folder in retrofits)
     return f"eval_sliding: {made}"
 

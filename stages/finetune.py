@@ -8,10 +8,10 @@ from pathlib import Path
 
 import torch
 
-from infini_retrofit.model.base import load_base
+from infini_retrofit.model.base import load_base, vocab_size
 from infini_retrofit.model.checkpoints import load_retrofit, save_retrofit
 from infini_retrofit.pipeline.device import start_run
-from infini_retrofit.pipeline.files import write_metrics
+from infini_retrofit.pipeline.files import seal_results, write_metrics
 from infini_retrofit.pipeline.guard import is_first_process, run_stage, stage_code, training_run
 from infini_retrofit.pipeline.params import load_section
 from infini_retrofit.pipeline.tokens import read_documents
@@ -27,8 +27,9 @@ HISTORY, MEMORY = Path("plots/finetune.tsv"), Path("plots/finetune_memory.tsv")
 def main() -> str:
     """Run the stage and return what it made."""
     params = load_section(FinetuneParams, "finetune")
-    train_documents = read_documents(DOCUMENTS / "train.parquet", params.train_documents)
-    val_documents = read_documents(DOCUMENTS / "val.parquet", params.val_documents)
+    num_ids = vocab_size(BASE)
+    train_documents = read_documents(DOCUMENTS / "train.parquet", num_ids, params.train_documents)
+    val_documents = read_documents(DOCUMENTS / "val.parquet", num_ids, params.val_documents)
     device, dtype = start_run()
     inputs, code = [BASE, DISTILLED, DOCUMENTS], stage_code("finetune")
     with training_run("finetune", inputs, {"finetune": params}, code) as folder:
@@ -39,6 +40,7 @@ def main() -> str:
         if is_first_process():
             save_retrofit(model, infini, BASE, FINETUNED)
             write_metrics(METRICS, metrics)
+            seal_results("finetune", [METRICS, HISTORY, MEMORY])
     return f"finetune: {outcome(metrics)}"
 
 

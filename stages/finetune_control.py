@@ -8,10 +8,10 @@ from pathlib import Path
 
 import torch
 
-from infini_retrofit.model.base import load_base
+from infini_retrofit.model.base import load_base, vocab_size
 from infini_retrofit.model.checkpoints import save_retrofit
 from infini_retrofit.pipeline.device import start_run
-from infini_retrofit.pipeline.files import read_json, write_metrics
+from infini_retrofit.pipeline.files import read_sealed, seal_results, write_metrics
 from infini_retrofit.pipeline.guard import is_first_process, run_stage, stage_code, training_run
 from infini_retrofit.pipeline.tokens import read_documents
 from infini_retrofit.training.control import Control, make_control
@@ -25,10 +25,11 @@ METRICS, HISTORY = Path("metrics/finetune_control.json"), Path("plots/finetune_c
 
 def main() -> str:
     """Run the stage and return what it made."""
-    plan = read_json(PLAN, Control, "dvc repro prepare_comparison")
+    plan = read_sealed(PLAN, Control, "dvc repro prepare_comparison")
     infini, params = plan.infini, plan.finetune
-    train_documents = read_documents(DOCUMENTS / "train.parquet", params.train_documents)
-    val_documents = read_documents(DOCUMENTS / "val.parquet", params.val_documents)
+    num_ids = vocab_size(BASE)
+    train_documents = read_documents(DOCUMENTS / "train.parquet", num_ids, params.train_documents)
+    val_documents = read_documents(DOCUMENTS / "val.parquet", num_ids, params.val_documents)
     device, dtype = start_run()
     inputs, code = [BASE, DOCUMENTS], stage_code("finetune_control")
     with training_run("finetune_control", inputs, {}, [*code, PLAN]) as folder:
@@ -40,6 +41,7 @@ def main() -> str:
         if is_first_process():
             save_retrofit(model, control, BASE, CONTROL)
             write_metrics(METRICS, metrics)
+            seal_results("finetune_control", [METRICS, HISTORY])
     return f"finetune_control: {outcome(metrics)}"
 
 

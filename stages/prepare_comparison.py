@@ -7,15 +7,12 @@ Reads:  params.yaml (infini, finetune, finetune_control), models/base
 Writes: data/control.json, data/rival.json
 """
 
-import json
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from infini_retrofit.evaluation.rival import rival_of
 from infini_retrofit.layer.form import InfiniParams
 from infini_retrofit.model.base import load_weightless
-from infini_retrofit.pipeline.files import write_text
+from infini_retrofit.pipeline.files import write_sealed
 from infini_retrofit.pipeline.guard import run_stage
 from infini_retrofit.pipeline.params import load_section
 from infini_retrofit.training.control import ControlParams, plan_control
@@ -33,17 +30,12 @@ def main() -> str:
     model = load_weightless(BASE)
     control = plan_control(infini, params, own, model.config.num_hidden_layers)
     rival = rival_of(model, infini)
-    write(CONTROL, control)
-    write(RIVAL, rival)
+    write_sealed(CONTROL, control)
+    write_sealed(RIVAL, rival)
     return (
         f"prepare_comparison: a control that trains {control.finetune.trainable}, "
         f"a rival that carries {rival.num_tokens} tokens"
     )
-
-
-def write(path: Path, values: Any) -> None:
-    """Write a dataclass as JSON."""
-    write_text(path, json.dumps(asdict(values), indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -4,12 +4,13 @@ A document is in the split in which the sliding text has its article.
 
 Reads:  params.yaml (longdocs, corpora), data/wikitext/{train,val,test}.parquet,
         models/base/tokenizer.json
-Writes: data/longdocs/{train,val,test}.parquet
+Writes: data/longdocs/{train,val,test}.parquet and their manifest.json
 """
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from infini_retrofit.pipeline.files import write_manifest
 from infini_retrofit.pipeline.guard import run_stage
 from infini_retrofit.pipeline.params import load_choice, load_section
 from infini_retrofit.pipeline.progress import note, progress
@@ -54,6 +55,7 @@ def main() -> str:
     check_sources(documents["test"], params.tokens_per_document)
     for split in SPLITS:
         write_rows(LONGDOCS, split, documents[split])
+    write_manifest(LONGDOCS)
     made = [f"documents of {params.tokens_per_document:,} tokens"]
     for split, of_split in documents.items():
         num_articles = len({document.title for document in of_split})

@@ -1,11 +1,12 @@
 """Stage `prepare_wikitext`: clean, split and tokenise the corpus.
 
 Reads:  params.yaml (corpus, corpora), models/base/tokenizer.json
-Writes: data/wikitext/{train,val,test}.parquet
+Writes: data/wikitext/{train,val,test}.parquet and their manifest.json
 """
 
 from pathlib import Path
 
+from infini_retrofit.pipeline.files import write_manifest
 from infini_retrofit.pipeline.guard import run_stage
 from infini_retrofit.pipeline.params import load_choice
 from infini_retrofit.pipeline.progress import progress
@@ -28,6 +29,7 @@ def main() -> str:
         write_rows(WIKITEXT, split, tokenized)
         num_tokens = sum(len(article.input_ids) for article in tokenized)
         made.append(f"{split} {len(tokenized):,} articles with {num_tokens:,} tokens")
+    write_manifest(WIKITEXT)
     return f"prepare_wikitext: {', '.join(made)}"
 
 

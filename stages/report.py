@@ -27,10 +27,10 @@ from analysis.report.page import Report, as_html, as_markdown
 from analysis.report.results import INPUTS, read_results
 from analysis.report.rows import summary_rows
 from analysis.report.verdict import summarize
-from infini_retrofit.model.base import load_base, load_tokenizer
+from infini_retrofit.model.base import load_base, load_tokenizer, vocab_size
 from infini_retrofit.model.checkpoints import load_retrofit
 from infini_retrofit.pipeline.device import pick_device, pick_dtype
-from infini_retrofit.pipeline.files import check_made, write_metrics, write_rows, write_text
+from infini_retrofit.pipeline.files import verify_results, write_metrics, write_rows, write_text
 from infini_retrofit.pipeline.guard import run_stage
 from infini_retrofit.pipeline.params import load_section
 from infini_retrofit.pipeline.tokens import read_documents, read_titles
@@ -46,8 +46,8 @@ PIPELINE = Path(__file__).parents[1] / "dvc.yaml"
 def main() -> str:
     """Run the stage and return what it made."""
     params = load_section(dict, "")
-    for path in INPUTS:
-        check_made(Path(path), "dvc repro")
+    for stage, files in INPUTS.items():
+        verify_results(stage, [Path(file) for file in files])
     results = read_results(lambda path: Path(path).read_text(encoding="utf-8"))
     prefix, continuations = continue_prefix(params)
     report = Report(
@@ -75,7 +75,7 @@ def main() -> str:
 
 def continue_prefix(params: dict[str, Any]) -> tuple[str, list[tuple[str, str]]]:
     """Return the end of the prefix, and how each model continues it."""
-    documents = read_documents(DOCUMENTS, params["eval"]["documents"])
+    documents = read_documents(DOCUMENTS, vocab_size(BASE), params["eval"]["documents"])
     titles = read_titles(DOCUMENTS, len(documents))
     other = next((i for i, title in enumerate(titles) if title != titles[0]), 1)
     prefix = Prefix.of(documents, other, params["infini"]["segment_length"])

@@ -11,10 +11,9 @@ from infini_retrofit.evaluation.protocols import EvalParams, Setting
 from infini_retrofit.evaluation.rival import Rival, rival_of
 from infini_retrofit.model.base import load_weightless
 from infini_retrofit.pipeline import tokens as texts
-from infini_retrofit.pipeline.files import read_json, write_manifest
+from infini_retrofit.pipeline.files import read_sealed, write_manifest, write_sealed
 from infini_retrofit.training.control import Control, ControlParams, make_control, plan_control
 from infini_retrofit.training.finetuning import Finetuning, LrScale
-from stages.prepare_comparison import write
 from tests.reference import infini_params
 from tests.tiny import FAMILIES, random_ids, tiny_model
 from tests.tiny_project import LINEAR, SMALL, contents, run_stage, write_params
@@ -119,11 +118,11 @@ def test_rivals_of_a_base_are_counted_without_its_weights(over, tmp_path):
 def test_plans_come_back_from_their_files(tmp_path):
     path, rival = tmp_path / "plan.json", Rival(segment_length=8, num_tokens=2)
     for plan in (planned(), planned({"layers": [0]}), rival):
-        write(path, plan)
-        assert read_json(path, type(plan), "dvc repro") == plan
+        write_sealed(path, plan)
+        assert read_sealed(path, type(plan), "dvc repro") == plan
     path.write_text(path.read_text()[:-3])
     with pytest.raises(ValueError, match=r"plan\.json is not valid JSON .* run `dvc repro`"):
-        read_json(path, Rival, "dvc repro")
+        read_sealed(path, Rival, "dvc repro")
 
 
 def test_another_memory_leaves_the_files_as_they_are_and_another_layer_does_not(project):

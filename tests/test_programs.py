@@ -121,7 +121,7 @@ def test_the_longest_reach_of_the_last_segment_is_the_whole_document(
     memory_reach.main(words)
     found = table(capsys.readouterr().out)
     model = load_retrofit(BASE, RETROFIT, pick_dtype(pick_device()))[0]
-    ids = read_documents(DOCUMENTS, 3)
+    ids = read_documents(DOCUMENTS, model.config.vocab_size, 3)
     with torch.inference_mode():
         whole = (
             run_folded(model, ids, SEGMENT),
@@ -142,7 +142,7 @@ def test_the_longest_reach_of_the_last_segment_is_the_whole_document(
 def test_a_reach_of_one_segment_is_a_document_of_two(finished, monkeypatch):
     monkeypatch.chdir(finished["published"])
     model = load_retrofit(BASE, RETROFIT, torch.float32)[0]
-    documents = read_documents(DOCUMENTS, 2)
+    documents = read_documents(DOCUMENTS, model.config.vocab_size, 2)
     found, one, whole = (
         memory_reach.score_reach(model, documents, SEGMENT, reach, 1)[0] for reach in (1, 0, LAST)
     )
@@ -157,7 +157,8 @@ def test_a_reach_of_one_segment_is_a_document_of_two(finished, monkeypatch):
 
 def test_every_reach_scores_the_same_tokens_and_without_a_memory_alike(finished, monkeypatch):
     monkeypatch.chdir(finished["linear"])
-    read, model, documents = [], load_base(BASE, torch.float32), read_documents(DOCUMENTS, 2)
+    read, model = [], load_base(BASE, torch.float32)
+    documents = read_documents(DOCUMENTS, model.config.vocab_size, 2)
     monkeypatch.setattr(
         memory_reach,
         "next_token_nlls",

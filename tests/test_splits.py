@@ -6,7 +6,8 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from infini_retrofit.pipeline.files import read_token_rows
+from infini_retrofit.pipeline.files import write_manifest
+from infini_retrofit.pipeline.tables import read_token_rows
 from infini_retrofit.texts.splits import (
     SPLITS,
     Article,
@@ -84,6 +85,7 @@ def test_files_hold_the_rows_and_nothing_else(tmp_path):
     documents = cut_documents(articles, 2)
     write_rows(tmp_path, "val", articles)
     write_rows(tmp_path, "test", documents)
+    write_manifest(tmp_path)
     read = read_articles(tmp_path, "val")
     assert [(a.title, a.text, a.input_ids.tolist()) for a in read] == [
         (a.title, a.text, a.input_ids.tolist()) for a in articles

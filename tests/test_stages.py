@@ -89,14 +89,15 @@ def test_an_untouched_base_is_below_the_unigram_on_every_path_but_the_doubly_shi
 def test_the_base_s_numbers_are_of_the_test_split_and_of_its_logits(name, finished):
     metrics, data = metrics_of(finished[name], "baseline_eval"), finished[name] / "data"
     model = load_base(finished[name] / "models" / "base", pick_dtype(pick_device()))
-    documents = read_documents(data / "longdocs" / "test.parquet", SMALL["eval.documents"])
+    num_ids = model.config.vocab_size
+    documents = read_documents(data / "longdocs" / "test.parquet", num_ids, SMALL["eval.documents"])
     with torch.no_grad():
         logits = model(input_ids=documents, use_cache=False).logits.float()
     nll = F.cross_entropy(logits[:, :-1].flatten(0, 1), documents[:, 1:].flatten()).item()
     assert metrics["full_test_nll"] == pytest.approx(nll, rel=0.01)
-    stream = read_stream(data / "wikitext" / "test.parquet", SMALL["eval.sliding_tokens"])
-    train = read_stream(data / "wikitext" / "train.parquet")
-    unigram = score_unigram(train, stream, model.config.vocab_size)
+    stream = read_stream(data / "wikitext" / "test.parquet", num_ids, SMALL["eval.sliding_tokens"])
+    train = read_stream(data / "wikitext" / "train.parquet", num_ids)
+    unigram = score_unigram(train, stream, num_ids)
     assert metrics["unigram_test_ppl"] == pytest.approx(unigram.ppl)
 
 
@@ -105,13 +106,14 @@ def test_the_base_s_numbers_are_of_the_test_split_and_of_its_logits(name, finish
 def test_what_was_validated_is_the_saved_model_on_the_val_split(name, stage, finished):
     folder, dtype = finished[name], pick_dtype(pick_device())
     model, _ = load_retrofit(folder / "models/base", folder / "models" / TRAINED[stage], dtype)
+    num_ids = model.config.vocab_size
     if stage == "distill":
         length, number = SMALL["distill.tokens_per_sample"], SMALL["distill.val_samples"]
-        rows = read_samples(folder / "data/wikitext/val.parquet", length, number)
+        rows = read_samples(folder / "data/wikitext/val.parquet", num_ids, length, number)
         score = total(score_rows(model, rows))
     else:
         path, number = folder / "data/longdocs/val.parquet", SMALL["finetune.val_documents"]
-        score = total(score_segments(model, read_documents(path, number), SEGMENT))
+        score = total(score_segments(model, read_documents(path, num_ids, number), SEGMENT))
     assert metrics_of(folder, stage)["val_ppl"] == pytest.approx(score.ppl, rel=0.02)
 
 

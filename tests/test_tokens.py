@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from infini_retrofit.pipeline.files import write_manifest
 from infini_retrofit.pipeline.tokens import read_documents, read_samples, read_stream, read_titles
 from infini_retrofit.texts.splits import Document, TokenizedArticle, write_rows
 
@@ -17,26 +18,27 @@ def path(tmp_path: Path) -> Path:
     ids = np.split(np.arange(sum(LENGTHS), dtype=np.int32), np.cumsum(LENGTHS)[:-1])
     articles = [TokenizedArticle(t, t, i) for t, i in zip("abc", ids, strict=True)]
     write_rows(tmp_path, "train", articles)
+    write_manifest(tmp_path)
     return tmp_path / "train.parquet"
 
 
 def test_a_stream_is_the_articles_one_after_another(path):
-    assert read_stream(path).tolist() == list(range(22))
-    assert read_stream(path, 9).tolist() == list(range(9))
+    assert read_stream(path, 22).tolist() == list(range(22))
+    assert read_stream(path, 22, 9).tolist() == list(range(9))
 
 
 def test_samples_come_from_as_many_articles_as_possible_and_are_whole(path):
     whole = [[0, 1, 2], [7, 8, 9], [10, 11, 12], [3, 4, 5], [13, 14, 15], [16, 17, 18]]
     whole += [[19, 20, 21]]
-    assert read_samples(path, 3, 99).tolist() == whole
-    assert read_samples(path, 3, 4).tolist() == whole[:4]
+    assert read_samples(path, 22, 3, 99).tolist() == whole
+    assert read_samples(path, 22, 3, 4).tolist() == whole[:4]
 
 
 def test_samples_longer_than_every_article_are_refused(path):
     message = r"distill\.tokens_per_sample must be at most .*, 12 tokens, got 13"
-    assert read_samples(path, 12, 9).shape == (1, 12)
+    assert read_samples(path, 22, 12, 9).shape == (1, 12)
     with pytest.raises(ValueError, match=message):
-        read_samples(path, 13, 9)
+        read_samples(path, 22, 13, 9)
 
 
 def test_documents_are_the_first_rows_and_each_has_its_article_s_title(tmp_path):
@@ -44,7 +46,8 @@ def test_documents_are_the_first_rows_and_each_has_its_article_s_title(tmp_path)
     pieces = [("b", 0), ("a", 0), ("b", 1), ("c", 0)]
     documents = [Document(*piece, row) for piece, row in zip(pieces, rows, strict=True)]
     write_rows(tmp_path, "test", documents)
+    write_manifest(tmp_path)
     path = tmp_path / "test.parquet"
-    assert read_documents(path, 3).tolist() == rows[:3].tolist()
+    assert read_documents(path, 22, 3).tolist() == rows[:3].tolist()
     assert read_titles(path, 3) == ["b", "a", "b"]
     assert read_titles(path, 9) == ["b", "a", "b", "c"]

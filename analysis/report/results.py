@@ -18,12 +18,11 @@ TRAININGS = {
 EVALUATION = "metrics/eval_sliding.json"
 DOCUMENTS, POSITIONS = "plots/eval_documents.tsv", "plots/eval_positions.tsv"
 CURVES = "plots/training.tsv"
-# What a run of the pipeline leaves for the report.
-INPUTS = (
-    *(EVALUATION, DOCUMENTS, POSITIONS),
-    *(f"metrics/{stage}.json" for stage in TRAININGS),
-    *(f"plots/{stage}.tsv" for stage in TRAININGS),
-)
+# What each stage of the pipeline leaves for the report.
+INPUTS = {
+    "eval_sliding": (EVALUATION, DOCUMENTS, POSITIONS),
+    **{stage: (f"metrics/{stage}.json", f"plots/{stage}.tsv") for stage in TRAININGS},
+}
 PARAMS = "params.yaml"
 
 

@@ -8,7 +8,6 @@ Axes:
 """
 
 import csv
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +22,13 @@ from transformers import PreTrainedModel
 from infini_retrofit.evaluation.protocols import PROTOCOLS, Setting, score_protocols
 from infini_retrofit.layer.probe import MemoryReading
 from infini_retrofit.model.retrofit import state_bytes
-from infini_retrofit.pipeline.files import check_made, write_metrics, write_rows
+from infini_retrofit.pipeline.files import (
+    read_json,
+    seal_results,
+    verify_results,
+    write_metrics,
+    write_rows,
+)
 from infini_retrofit.scoring.score import Score, total
 
 # The mean NLL of each document in nats a token, by protocol.
@@ -66,15 +71,16 @@ class Report:
         write_metrics(metrics, self.metrics)
         write_rows(documents, self.documents)
         write_rows(positions, self.positions)
+        seal_results(f"{name}_eval", _paths(name))
 
     @classmethod
     def read(cls, name: str) -> "Report":
         """Read what the stage `<name>_eval` wrote; the cells of its rows are text."""
-        for path in _paths(name):
-            check_made(path, f"dvc repro {name}_eval")
-        metrics, *plots = (path.read_text(encoding="utf-8") for path in _paths(name))
-        rows = (list(csv.DictReader(text.splitlines(), delimiter="\t")) for text in plots)
-        return cls(json.loads(metrics), *rows)
+        verify_results(f"{name}_eval", _paths(name))
+        metrics, *plots = _paths(name)
+        texts = (path.read_text(encoding="utf-8") for path in plots)
+        rows = (list(csv.DictReader(text.splitlines(), delimiter="\t")) for text in texts)
+        return cls(read_json(metrics, dict[str, int | float], f"dvc repro {name}_eval"), *rows)
 
 
 def _paths(name: str) -> list[Path]:

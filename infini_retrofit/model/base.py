@@ -10,6 +10,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
@@ -32,10 +33,21 @@ def load_base(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
 
 def load_weightless(folder: Path) -> PreTrainedModel:
     """Build a base's modules without weights, to count sizes."""
-    check_base(folder)
-    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    config = _read_config(folder)
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config)
+
+
+def vocab_size(folder: Path) -> int:
+    """Return how many token ids a base has."""
+    return _read_config(folder).vocab_size
+
+
+def _read_config(folder: Path) -> PretrainedConfig:
+    """Read a base's configuration, after comparing it with the manifest."""
+    check_base(folder)
+    verify_manifest(folder, _MADE_BY, ["config.json"])
+    return AutoConfig.from_pretrained(folder, local_files_only=True)
 
 
 def check_base(folder: Path) -> None:

@@ -12,15 +12,12 @@ import math
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from jaxtyping import Int32
-
 from infini_retrofit.pipeline.schema import build
 
-TokenIds = Int32[np.ndarray, "_"]
 MANIFEST = "manifest.json"
 _MAX_JSON_BYTES = 1 << 24  # a manifest of 100,000 files has fewer
 
@@ -56,7 +53,7 @@ def read_json(path: Path, schema: Any, made_by: str = "dvc repro") -> Any:
         ValueError: names the file, what is wrong in it, and `made_by`.
     """
     check_made(path, made_by)
-    advice = f"delete it and run `{made_by}`"
+    advice = _advice(made_by)
     if (size := path.stat().st_size) > _MAX_JSON_BYTES:
         raise ValueError(f"{path} must have at most {_MAX_JSON_BYTES} bytes, got {size}: {advice}")
     try:
@@ -66,10 +63,37 @@ def read_json(path: Path, schema: Any, made_by: str = "dvc repro") -> Any:
         raise ValueError(f"{path} is not valid JSON (nested too deeply): {advice}") from error
     except ValueError as error:
         raise ValueError(f"{path} is not valid JSON ({error}): {advice}") from error
+    return _as(schema, values, path, advice)
+
+
+def write_sealed(path: Path, values: Any) -> None:
+    """Write a dataclass as JSON with its own sha256."""
+    write_text(path, _sealed_text(asdict(values)))
+
+
+def read_sealed(path: Path, schema: Any, made_by: str) -> Any:
+    """Read what `write_sealed` wrote, as `read_json` does; a changed byte is refused."""
+    values = read_json(path, dict, made_by)
+    values.pop("sha256", None)
+    if path.read_text(encoding="utf-8") != _sealed_text(values):
+        raise ValueError(f"{path} differs from its sha256: {_advice(made_by)}")
+    return _as(schema, values, path, _advice(made_by))
+
+
+def _as(schema: Any, values: Any, path: Path, advice: str) -> Any:
     try:
         return build(schema, values, str(path))
     except (RecursionError, ValueError) as error:
         raise ValueError(f"{error}: {advice}") from error
+
+
+def _advice(made_by: str) -> str:
+    return f"delete it and run `{made_by}`"
+
+
+def _sealed_text(values: dict[str, Any]) -> str:
+    digest = hashlib.sha256(json.dumps(values).encode()).hexdigest()
+    return json.dumps(values | {"sha256": digest}, indent=2) + "\n"
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -111,20 +135,55 @@ def whole_folder(path: Path) -> Iterator[Path]:
 
 def write_manifest(folder: Path) -> None:
     """Write the sha256 of every other file below `folder` to its `manifest.json`."""
-    digests = {name: sha256(folder / name) for name in _file_names(folder)}
-    write_text(folder / MANIFEST, json.dumps(digests, indent=2, sort_keys=True) + "\n")
+    _write_digests(folder / MANIFEST, folder, _file_names(folder))
 
 
-def verify_manifest(folder: Path, made_by: str = "dvc repro") -> None:
-    """Compare a folder with its manifest: DVC misses a flipped byte in its cache."""
+def verify_manifest(
+    folder: Path, made_by: str = "dvc repro", names: Sequence[str] | None = None
+) -> None:
+    """Compare a folder with its manifest: DVC misses a flipped byte in its cache.
+
+    `names`: the files that are read; None: all, and no other file may be there.
+    """
     digests = read_json(folder / MANIFEST, dict[str, str], made_by)
     advice = f"delete {folder} and run `{made_by}`"
     for name in sorted(digests.keys() ^ set(_file_names(folder))):
-        fault = "is missing" if name in digests else "is not in its manifest"
-        raise ValueError(f"{folder / name} {fault}: {advice}")
-    for name, digest in digests.items():
-        if sha256(folder / name) != digest:
-            raise ValueError(f"{folder / name} differs from its manifest (sha256): {advice}")
+        if names is None or name in names:
+            fault = "is missing" if name in digests else "is not in its manifest"
+            raise ValueError(f"{folder / name} {fault}: {advice}")
+    for name in digests if names is None else names:
+        _compare(folder / name, digests[name], advice)
+
+
+def seal_results(stage: str, files: Sequence[Path]) -> None:
+    """Write the sha256 of metrics and plots of a stage, for the stages that read them."""
+    _write_digests(_seal(stage), Path(), [file.as_posix() for file in files])
+
+
+def verify_results(stage: str, files: Sequence[Path]) -> None:
+    """Compare metrics and plots with what their stage wrote; `files` must be among them."""
+    made_by = f"dvc repro {stage}"
+    for path in files:
+        check_made(path, made_by)
+    digests = read_json(_seal(stage), dict[str, str], made_by)
+    for name in {file.as_posix(): "" for file in files} | digests:
+        path, advice = Path(name), f"delete {_seal(stage)} and run `{made_by}`"
+        check_made(path, made_by)
+        _compare(path, digests.get(name, "none"), advice)
+
+
+def _seal(stage: str) -> Path:
+    return Path(f"data/{stage}.manifest.json")
+
+
+def _write_digests(manifest: Path, folder: Path, names: Sequence[str]) -> None:
+    digests = {name: sha256(folder / name) for name in names}
+    write_text(manifest, json.dumps(digests, indent=2, sort_keys=True) + "\n")
+
+
+def _compare(path: Path, digest: str, advice: str) -> None:
+    if sha256(path) != digest:
+        raise ValueError(f"{path} differs from its manifest (sha256): {advice}")
 
 
 def check_made(path: Path, made_by: str) -> None:
@@ -176,16 +235,3 @@ def _refuse_non_finite(value: Any, name: str) -> None:
             _refuse_non_finite(item, f"{name}: {key}")
     elif isinstance(value, float) and not math.isfinite(value):
         raise ValueError(f"{name} must be finite, got {value}; nothing was written")
-
-
-def read_token_rows(path: Path) -> list[TokenIds]:
-    """Read the tokens of each article or document of a file, as writable arrays."""
-    return [np.array(row) for row in read_table(path, ["input_ids"])["input_ids"].to_numpy()]
-
-
-def read_table(path: Path, columns: list[str]) -> Any:
-    """Read columns of a file that a stage `prepare_<folder>` wrote."""
-    import pyarrow.parquet as pq  # here, for the library runs without it
-
-    check_made(path, f"dvc repro prepare_{path.parent.name}")
-    return pq.read_table(path, columns=columns)

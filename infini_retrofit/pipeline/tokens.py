@@ -1,4 +1,4 @@
-"""Read the tokens of prepared texts as tensors.
+"""Read the tokens of prepared texts as tensors; `vocab_size` is the base's.
 
 Knows no path and no model.
 
@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from infini_retrofit.pipeline.files import read_table, read_token_rows
+from infini_retrofit.pipeline.tables import check_lengths, read_table, read_token_rows
 
 
 @dataclass(frozen=True)
@@ -29,26 +29,27 @@ class TestText:
 
 
 def read_test_text(
-    articles: Path, documents: Path, max_tokens: int, max_documents: int
+    articles: Path, documents: Path, vocab_size: int, max_tokens: int, max_documents: int
 ) -> TestText:
     """Read the start of a stream, and the first documents with their titles."""
     return TestText(
-        read_stream(articles, max_tokens),
-        read_documents(documents, max_documents),
+        read_stream(articles, vocab_size, max_tokens),
+        read_documents(documents, vocab_size, max_documents),
         read_titles(documents, max_documents),
     )
 
 
-def read_stream(path: Path, max_tokens: int | None = None) -> Int[Tensor, "T"]:
+def read_stream(path: Path, vocab_size: int, max_tokens: int | None = None) -> Int[Tensor, "T"]:
     """Return the articles one after another, cut after `max_tokens`."""
-    tokens = np.concatenate(read_token_rows(path))[:max_tokens]
+    tokens = np.concatenate(read_token_rows(path, vocab_size))[:max_tokens]
     return torch.from_numpy(tokens.astype(np.int64))
 
 
-def read_documents(path: Path, max_documents: int) -> Int[Tensor, "B T"]:
+def read_documents(path: Path, vocab_size: int, max_documents: int) -> Int[Tensor, "B T"]:
     """Return the first documents, all of one length."""
-    rows = read_token_rows(path)[:max_documents]
-    return torch.from_numpy(np.stack(rows).astype(np.int64))
+    rows = read_token_rows(path, vocab_size)
+    check_lengths(path, rows)
+    return torch.from_numpy(np.stack(rows[:max_documents]).astype(np.int64))
 
 
 def read_titles(path: Path, max_documents: int) -> list[str]:
@@ -56,9 +57,11 @@ def read_titles(path: Path, max_documents: int) -> list[str]:
     return read_table(path, ["title"])["title"].to_pylist()[:max_documents]
 
 
-def read_samples(path: Path, tokens_per_sample: int, max_samples: int) -> Int[Tensor, "B T"]:
+def read_samples(
+    path: Path, vocab_size: int, tokens_per_sample: int, max_samples: int
+) -> Int[Tensor, "B T"]:
     """Cut articles into samples: the first of each article, then the second of each."""
-    articles = read_token_rows(path)
+    articles = read_token_rows(path, vocab_size)
     longest = max(map(len, articles))
     if longest < tokens_per_sample:
         raise ValueError(

@@ -13,18 +13,11 @@ from itertools import combinations, groupby, islice
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 from tokenizers import Tokenizer
 
-from infini_retrofit.pipeline.files import (
-    TokenIds,
-    check_made,
-    read_table,
-    read_token_rows,
-    whole_file,
-)
+from infini_retrofit.pipeline.files import check_made
 from infini_retrofit.pipeline.progress import note
+from infini_retrofit.pipeline.tables import TokenIds, read_table, read_token_rows, write_table
 
 SPLITS = ("train", "val", "test")
 MIN_ARTICLES = 2  # in each split: a memory is also tested on another article's text
@@ -32,12 +25,6 @@ PIECE_CHARS = 1 << 15  # of a text that is encoded at once: memory is about 100 
 BATCH_PIECES = 16
 _PLACE = re.compile(r"\b|(?<=\S)(?=\s)")  # where a text may be cut, if its tokens stay the same
 _PLACES_TRIED, _SURROUNDINGS = 100, 100  # characters on each side of a place
-_TYPES = {  # of the columns on disk
-    "title": pa.string(),
-    "text": pa.large_string(),
-    "part": pa.int32(),
-    "input_ids": pa.large_list(pa.int32()),
-}
 
 
 @dataclass(frozen=True)
@@ -212,11 +199,9 @@ def cut_documents(articles: Sequence[TokenizedArticle], tokens_per_document: int
 
 
 def write_rows(folder: Path, split: str, rows: Sequence[TokenizedArticle | Document]) -> None:
-    """Write one split with a row per article or document, in equal bytes each time."""
+    """Write one split with a row per article or document; the folder's manifest comes last."""
     columns = {field.name: [getattr(row, field.name) for row in rows] for field in fields(rows[0])}
-    table = pa.table({name: pa.array(values, _TYPES[name]) for name, values in columns.items()})
-    with whole_file(folder / f"{split}.parquet") as path:
-        pq.write_table(table, path, compression="zstd")
+    write_table(folder / f"{split}.parquet", columns)
 
 
 def read_articles(folder: Path, split: str) -> list[TokenizedArticle]:
