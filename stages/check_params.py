@@ -4,7 +4,6 @@ Reads:  params.yaml (all of it), the base's configuration if it is on disk
 Writes: data/params_ok
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from infini_retrofit.evaluation.protocols import EvalParams
 from infini_retrofit.layer.form import InfiniParams
 from infini_retrofit.model.retrofit import check_form, resolve_layers
 from infini_retrofit.pipeline.fields import Launcher
-from infini_retrofit.pipeline.files import write_text
+from infini_retrofit.pipeline.files import read_json, verify_manifest, write_text
 from infini_retrofit.pipeline.guard import run_stage
 from infini_retrofit.pipeline.params import load_choice, load_section
 from infini_retrofit.texts.corpora import CORPORA, SAME, LongdocsParams
@@ -102,7 +101,8 @@ def check_objective(infini: InfiniParams, distill: DistillParams) -> None:
 def check_base(params: Params, depth: int | None) -> None:
     """Check that the chosen base has the layers, as far as it is known before it is on disk.
 
-    A base on disk of another name or depth is one that `prepare_base` will replace.
+    A base on disk that is damaged, or has another name or depth, will be replaced by
+    `prepare_base`.
 
     Args:
         params: the whole of params.yaml.
@@ -110,10 +110,12 @@ def check_base(params: Params, depth: int | None) -> None:
     """
     if depth is not None:
         resolve_layers(params.infini.layers, depth)
-    about = BASE / "base.json"
-    if not about.is_file() or json.loads(about.read_text())["name"] != params.model:
+    try:
+        verify_manifest(BASE, names=["base.json", "config.json"])
+        name = read_json(BASE / "base.json", dict)["name"]
+    except (FileNotFoundError, ValueError):
         return
-    if depth in (None, LocalBase(path=str(BASE)).known_depth()):
+    if name == params.model and depth in (None, LocalBase(path=str(BASE)).known_depth()):
         check_form(params.infini, AutoConfig.from_pretrained(BASE, local_files_only=True))
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from infini_retrofit.pipeline.files import write_manifest
 from stages import check_params
 from tests.tiny import tiny_base_folder
 from tests.tiny_project import write_params
@@ -110,6 +111,7 @@ def bring_base(name: str) -> None:
     tiny_base_folder(check_params.BASE)
     about = check_params.BASE / "base.json"
     about.write_text(json.dumps(json.loads(about.read_text()) | {"name": name}))
+    write_manifest(check_params.BASE)
 
 
 def test_layers_are_compared_with_the_base_on_disk_only_if_it_stays(earlier):
@@ -123,3 +125,5 @@ def test_layers_are_compared_with_the_base_on_disk_only_if_it_stays(earlier):
         write(model="my-model", **{"models__my-model__path": path}, infini__layers=[3])
         with pytest.raises(ValueError, match=r"infini\.layers must be in -3\.\.2 .* got 3"):
             check_params.main()
+    (check_params.BASE / "base.json").write_text("[1")
+    check_params.main()
