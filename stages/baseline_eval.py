@@ -13,7 +13,7 @@ from infini_retrofit.evaluation.rival import Rival
 from infini_retrofit.model.base import load_base, vocab_size
 from infini_retrofit.pipeline.device import start_run
 from infini_retrofit.pipeline.files import read_sealed
-from infini_retrofit.pipeline.guard import run_stage, stage_code, unchanged
+from infini_retrofit.pipeline.guard import run_stage
 from infini_retrofit.pipeline.params import load_section
 from infini_retrofit.pipeline.tokens import read_stream, read_test_text
 
@@ -40,9 +40,7 @@ def main() -> str:
         )
     num_ids = model.config.vocab_size
     unigram = score_unigram(read_stream(TRAIN_TEXT, num_ids), text.stream, num_ids)
-    code = stage_code("baseline_eval")
-    with unchanged("baseline_eval", {"eval": params}, [*code, RIVAL]):
-        base = evaluate("base", model, Setting(params, text, rival))
+    base = evaluate("base", model, Setting(params, text, rival))
     base.metrics["unigram_test_ppl"] = unigram.ppl
     base.write("baseline")
     return f"baseline_eval: base {base}"

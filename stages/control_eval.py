@@ -15,7 +15,7 @@ from infini_retrofit.model.base import vocab_size
 from infini_retrofit.model.checkpoints import load_retrofit
 from infini_retrofit.pipeline.device import start_run
 from infini_retrofit.pipeline.files import read_sealed
-from infini_retrofit.pipeline.guard import run_stage, stage_code, unchanged
+from infini_retrofit.pipeline.guard import run_stage
 from infini_retrofit.pipeline.params import load_section
 from infini_retrofit.pipeline.tokens import read_test_text
 
@@ -33,9 +33,7 @@ def main() -> str:
     )
     device, dtype = start_run()
     model, _ = load_retrofit(BASE, CONTROL, dtype, "dvc repro finetune_control")
-    code = stage_code("control_eval")
-    with unchanged("control_eval", {"eval": params}, [*code, RIVAL]):
-        control = evaluate("control", model.to(device), Setting(params, text, rival))
+    control = evaluate("control", model.to(device), Setting(params, text, rival))
     control.metrics["gap_test_nats"] = gap_test_nats(control.metrics)
     control.write("control")
     return f"control_eval: control {control}"

@@ -13,7 +13,7 @@ from infini_retrofit.model.base import load_base, vocab_size
 from infini_retrofit.model.checkpoints import save_retrofit
 from infini_retrofit.pipeline.device import start_run
 from infini_retrofit.pipeline.files import seal_results, write_metrics
-from infini_retrofit.pipeline.guard import is_first_process, run_stage, stage_code, training_run
+from infini_retrofit.pipeline.guard import is_first_process, run_stage, training_run
 from infini_retrofit.pipeline.params import load_section
 from infini_retrofit.pipeline.tokens import read_samples
 from infini_retrofit.training.distillation import Distillation, DistillParams
@@ -27,12 +27,11 @@ HISTORY, MEMORY = Path("plots/distill.tsv"), Path("plots/distill_memory.tsv")
 def main() -> str:
     """Run the stage and return what it made."""
     infini, params = load_section(InfiniParams, "infini"), load_section(DistillParams, "distill")
-    sections = {"infini": infini, "distill": params}
     num_ids, length = vocab_size(BASE), params.tokens_per_sample
     train_samples = read_samples(TEXT / "train.parquet", num_ids, length, params.samples)
     val_samples = read_samples(TEXT / "val.parquet", num_ids, length, params.val_samples)
     device, dtype = start_run()
-    with training_run("distill", [BASE, TEXT], sections, stage_code("distill")) as folder:
+    with training_run("distill") as folder:
         model = load_base(BASE, torch.float32).to(device)
         task = Distillation(model, infini, params, dtype)
         metrics = train(task, train_samples, val_samples, params, folder, HISTORY, MEMORY)

@@ -22,7 +22,7 @@ from infini_retrofit.model.base import vocab_size
 from infini_retrofit.model.checkpoints import load_retrofit
 from infini_retrofit.pipeline.device import start_run
 from infini_retrofit.pipeline.files import seal_results, verify_manifest, write_metrics, write_rows
-from infini_retrofit.pipeline.guard import run_stage, stage_code, unchanged
+from infini_retrofit.pipeline.guard import run_stage
 from infini_retrofit.pipeline.params import load_section
 from infini_retrofit.pipeline.tokens import read_test_text
 from infini_retrofit.scoring.memory_use import run_and_read
@@ -48,15 +48,13 @@ def main() -> str:
     for folder in retrofits:
         verify_manifest(folder)
     device, dtype = start_run()
-    sections = {"eval": params, "infini": infini, "distill.epochs": epochs}
-    with unchanged("eval_sliding", sections, stage_code("eval_sliding")):
-        for folder in retrofits:
-            model = load_retrofit(BASE, folder, dtype)[0].to(device)
-            setting = Setting(params, text, rival_of(model, infini))
-            reports[folder.name] = evaluate(folder.name, model, setting)
-        # Of the finetuned, the last one.
-        documents = text.documents[:HISTOGRAM_DOCUMENTS]
-        _, readings = run_and_read(model, documents, infini.segment_length)
+    for folder in retrofits:
+        model = load_retrofit(BASE, folder, dtype)[0].to(device)
+        setting = Setting(params, text, rival_of(model, infini))
+        reports[folder.name] = evaluate(folder.name, model, setting)
+    # Of the finetuned, the last one.
+    documents = text.documents[:HISTOGRAM_DOCUMENTS]
+    _, readings = run_and_read(model, documents, infini.segment_length)
     add_gains([reports[folder.name] for folder in retrofits], reports["control"], text.titles)
     write_metrics(METRICS, {name: report.metrics for name, report in reports.items()})
     write_rows(PERPLEXITIES, perplexity_rows(reports))

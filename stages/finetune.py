@@ -12,7 +12,7 @@ from infini_retrofit.model.base import load_base, vocab_size
 from infini_retrofit.model.checkpoints import load_retrofit, save_retrofit
 from infini_retrofit.pipeline.device import start_run
 from infini_retrofit.pipeline.files import seal_results, write_metrics
-from infini_retrofit.pipeline.guard import is_first_process, run_stage, stage_code, training_run
+from infini_retrofit.pipeline.guard import is_first_process, run_stage, training_run
 from infini_retrofit.pipeline.params import load_section
 from infini_retrofit.pipeline.tokens import read_documents
 from infini_retrofit.training.finetuning import FinetuneParams, Finetuning
@@ -31,8 +31,7 @@ def main() -> str:
     train_documents = read_documents(DOCUMENTS / "train.parquet", num_ids, params.train_documents)
     val_documents = read_documents(DOCUMENTS / "val.parquet", num_ids, params.val_documents)
     device, dtype = start_run()
-    inputs, code = [BASE, DISTILLED, DOCUMENTS], stage_code("finetune")
-    with training_run("finetune", inputs, {"finetune": params}, code) as folder:
+    with training_run("finetune") as folder:
         model, infini = load_retrofit(BASE, DISTILLED, torch.float32, "dvc repro distill")
         base = load_base(BASE, dtype).to(device) if params.kl_weight else None
         task = Finetuning(model.to(device), infini, params, dtype, base)

@@ -12,7 +12,7 @@ from infini_retrofit.model.base import load_base, vocab_size
 from infini_retrofit.model.checkpoints import save_retrofit
 from infini_retrofit.pipeline.device import start_run
 from infini_retrofit.pipeline.files import read_sealed, seal_results, write_metrics
-from infini_retrofit.pipeline.guard import is_first_process, run_stage, stage_code, training_run
+from infini_retrofit.pipeline.guard import is_first_process, run_stage, training_run
 from infini_retrofit.pipeline.tokens import read_documents
 from infini_retrofit.training.control import Control, make_control
 from infini_retrofit.training.finetuning import Finetuning
@@ -31,8 +31,7 @@ def main() -> str:
     train_documents = read_documents(DOCUMENTS / "train.parquet", num_ids, params.train_documents)
     val_documents = read_documents(DOCUMENTS / "val.parquet", num_ids, params.val_documents)
     device, dtype = start_run()
-    inputs, code = [BASE, DOCUMENTS], stage_code("finetune_control")
-    with training_run("finetune_control", inputs, {}, [*code, PLAN]) as folder:
+    with training_run("finetune_control") as folder:
         model = load_base(BASE, torch.float32).to(device)
         base = load_base(BASE, dtype).to(device) if params.kl_weight else None
         control = make_control(model, infini)

@@ -8,8 +8,8 @@ import json
 from pathlib import Path
 
 from infini_retrofit.bases.sources import BASE_KINDS, bring_base
-from infini_retrofit.pipeline.guard import run_stage, stage_code, unchanged
-from infini_retrofit.pipeline.params import load_choice, load_section, read_params
+from infini_retrofit.pipeline.guard import run_stage
+from infini_retrofit.pipeline.params import load_choice, load_section
 from infini_retrofit.texts.corpora import CORPORA
 
 BASE = Path("models/base")
@@ -20,13 +20,7 @@ def main() -> str:
     name, corpus_name = load_section(str, "model"), load_section(str, "corpus")
     params = load_choice(BASE_KINDS, "model", "models")
     corpus = load_choice(CORPORA, "corpus", "corpora")
-    table = read_params()
-    presets = {
-        f"models.{name}": table["models"][name],
-        f"corpora.{corpus_name}": table["corpora"][corpus_name],
-    }
-    with unchanged("prepare_base", presets, stage_code("prepare_base")):
-        bring_base(params, name, BASE, corpus_name, corpus)
+    bring_base(params, name, BASE, corpus_name, corpus)
     about = json.loads((BASE / "base.json").read_text(encoding="utf-8"))
     return f"prepare_base: {name}, {about['num_parameters']:,} parameters"
 

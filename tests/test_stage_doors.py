@@ -9,8 +9,6 @@ from importlib import import_module
 import pytest
 import yaml
 
-from infini_retrofit.evaluation.evaluation import Report
-from infini_retrofit.pipeline.guard import ChangedWhileRunningError
 from tests.tiny_project import LINEAR, ROOT, SMALL, STAGES, contents, run_stage, write_params
 
 PIPELINE = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
@@ -67,15 +65,3 @@ def test_on_the_command_line_a_mistake_is_one_sentence_and_earlier_results_stay(
     assert process.returncode == 1
     assert process.stderr == "error: distill.epochs must be greater than or equal to 0, got -1\n"
     assert contents(project) == before
-
-
-@pytest.mark.parametrize("stage", ["baseline_eval", "control_eval", "eval_sliding"])
-def test_parameters_edited_while_models_are_scored_are_noticed(stage, project, monkeypatch):
-    def evaluate(*_: object) -> Report:
-        write_params(project, SMALL | LINEAR | {"eval.stride": 8})
-        return Report({}, [], [])
-
-    monkeypatch.setattr(import_module(f"stages.{stage}"), "evaluate", evaluate)
-    message = rf"^{stage}: changed while it was running: params\.yaml: eval; run it again$"
-    with pytest.raises(ChangedWhileRunningError, match=message):
-        run_stage(stage)

@@ -6,25 +6,37 @@ DVC records the code and parameters that it finds at the end. Knows no stage or 
 
 import contextlib
 import ctypes
+import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import signal
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, is_dataclass
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
 from filelock import AcquireReturnProxy, FileLock, Timeout
 
-from infini_retrofit.pipeline.files import MANIFEST, check_made, check_writable, sha256, write_text
-from infini_retrofit.pipeline.params import PARAMS_PATH, load_section
+from infini_retrofit.pipeline.files import (
+    MANIFEST,
+    check_writable,
+    sha256,
+    whole_folder,
+    write_text,
+)
+from infini_retrofit.pipeline.params import PARAMS_PATH, read_params
+from infini_retrofit.pipeline.schema import leaves
 
 SECONDS = Path(".dvc/tmp/seconds")  # how long each stage took; no output, for it always differs
+FREE_BYTES = 4 << 30  # for a checkpoint with its optimizer state, the model, and DVC's copy of it
 _ROOT = Path(__file__).resolve().parents[2]  # holds the library, the stages and dvc.yaml
+_CODE = ("stages/", "infini_retrofit/", "analysis/")
+_IMPORTED: dict[str, str] = {}  # digests of the code as this process imported it
+_DISK_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
 _TORCHRUN_SECONDS = 3  # in which torchrun ends the processes beside a failed one
 _PR_SET_PDEATHSIG = 1  # of Linux's prctl.h
 
@@ -50,91 +62,219 @@ def num_processes() -> int:
 def run_stage(main: Callable[[], str | None]) -> None:
     """Run a stage's `main`; a user's mistake ends in one sentence and exit code 1.
 
-    The first process prints what `main` says that it made, and the seconds that it took.
-    Other exceptions are mistakes of the code and keep their traceback. Under DVC the stage ends
-    with its parent, because the next `dvc` would start the same stage beside it, and a stage that
-    ends well notes its seconds in the folder `SECONDS`.
+    The first process prints what `main` returns, and the seconds. A stage fails if what dvc.yaml
+    lists for it changed meanwhile. Other exceptions keep their traceback.
+
+    Under DVC the stage ends with its parent: the next `dvc` would start it a second time. The
+    seconds of a stage that ends well stand in the folder `SECONDS`. A training that ended well
+    before, but that DVC did not record, is not run again.
     """
     if "DVC_ROOT" in os.environ:
         _die_with_parent()
     try:
         begin = time.monotonic()
-        made = main()
+        stage = _stage_of(main)
+        made = _run_guarded(main, stage) if stage else main()
         if made and is_first_process():
             print(f"{made}, {time.monotonic() - begin:.1f} s", flush=True)
-        if "DVC_STAGE" in os.environ and is_first_process():
-            _note_seconds(os.environ["DVC_STAGE"])
     except Exception as error:
-        is_mistake = isinstance(error, _MISTAKES)
+        on_disk = _disk_fault(error)
+        is_mistake = isinstance(error, _MISTAKES) or on_disk is not None
         # torchrun ends the others when one has failed: rank 0 reports a mistake first. Another
         # error waits in rank 0 as well, for another rank's report.
         if num_processes() > 1 and not (is_first_process() and is_mistake):
             time.sleep(_TORCHRUN_SECONDS if is_first_process() else 2 * _TORCHRUN_SECONDS)
         if is_mistake:
-            sys.exit("error: " + " ".join(str(error).split()))
+            sys.exit("error: " + " ".join((on_disk or str(error)).split()))
         raise
     except KeyboardInterrupt:
         sys.exit(130)
+    if "DVC_STAGE" in os.environ and is_first_process():
+        with contextlib.suppress(OSError):  # a finished stage does not fail for them
+            _note_seconds(os.environ["DVC_STAGE"])
 
 
-def stage_code(stage: str) -> list[Path]:
-    """Return the source files of a stage: its module and rooms, as dvc.yaml lists them."""
-    from ruamel.yaml import YAML  # here, for chat and export run without it
+def note_code() -> None:
+    """Digest all code; an edit while a stage imports it is then noticed as well."""
+    _IMPORTED.update(_code_digests(_CODE))
 
-    deps = YAML(typ="safe").load(_ROOT / "dvc.yaml")["stages"][stage]["deps"]
-    code = [_ROOT / dep for dep in deps if dep.startswith(("stages/", "infini_retrofit/"))]
-    return sorted(file for dep in code for file in (dep.rglob("*.py") if dep.is_dir() else [dep]))
+
+class Dependencies:
+    """What a stage depends on, as it was when the object was made.
+
+    That is what dvc.yaml lists: code, other files, and values of params.yaml. A folder's manifest
+    stands for the folder.
+
+    Args:
+        stage: its name in dvc.yaml.
+    """
+
+    def __init__(self, stage: str) -> None:
+        from ruamel.yaml import YAML  # here, for chat and export run without it
+
+        self.stage = stage
+        self.listed = YAML(typ="safe").load(_ROOT / "dvc.yaml")["stages"][stage]
+        found = self._read()
+        self.before = found | {name: _IMPORTED[name] for name in found if name in _IMPORTED}
+
+    def fingerprint(self) -> str:
+        """Hash all of them, wherever the project's folder lies."""
+        # A step sees a batch of every process.
+        text = json.dumps([self.before, num_processes()], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def check(self) -> None:
+        """Refuse if one of them was edited since."""
+        try:
+            now = self._read()
+            names = dict.fromkeys([*self.before, *now])
+            changed = [name for name in names if self.before.get(name) != now.get(name)]
+        except (ValueError, OSError) as error:
+            changed = [str(error)]
+        if changed:
+            more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
+            raise ChangedWhileRunningError(
+                f"{self.stage}: changed while it was running: {', '.join(changed[:3])}{more}; "
+                "run it again"
+            )
+
+    def outputs(self) -> list[str]:
+        """List the paths of all outputs."""
+        entries = self.listed["outs"]
+        return [entry if isinstance(entry, str) else next(iter(entry)) for entry in entries]
+
+    def _read(self) -> dict[str, str]:
+        """Return parameters, digests of code and digests of other files, by name."""
+        listed, found = self.listed.get("params", []), {}
+        params = dict(leaves(read_params())) if listed else {}
+        for entry in listed:
+            name = entry if isinstance(entry, str) else ""  # the whole file
+            name = re.sub(r"\$\{(\w+)\}", lambda match: str(params.get(match[1])), name)
+            for key, value in params.items():
+                if not name or f"{key}.".startswith(f"{name}."):
+                    found[f"{PARAMS_PATH}: {key}"] = repr(value)
+        code = [dep for dep in self.listed["deps"] if dep.startswith(_CODE)]
+        found |= _code_digests(code)
+        return found | {dep: _digest(Path(dep)) for dep in self.listed["deps"] if dep not in code}
 
 
 @contextlib.contextmanager
-def training_run(
-    stage: str,
-    inputs: Sequence[Path],
-    params: Mapping[str, Any],
-    code: Sequence[Path],
-    free_bytes: int = 4 << 30,
-) -> Iterator[Path]:
+def training_run(stage: str) -> Iterator[Path]:
     """Guard a training run and lend it a checkpoint folder.
 
     The folder's name is a hash of everything that the result depends on: a restarted run finds
     its checkpoints, and no other run does. A run that ends well removes the folder. It stands in
     DVC's main root: DVC deletes a stage's outputs, and the whole folder of a temporary run.
 
-    A manifest stands for its folder among the `inputs`. The `params` have their names in
-    params.yaml. Like the `code`, they must not change before the end. If an equal run is under
-    way, a single process waits, and one of several is refused. `free_bytes`: for a checkpoint
-    with its optimizer state, the model, and its copy in the cache.
+    If an equal run is under way, a single process waits, and one of several is refused. Under DVC
+    the outputs are kept until DVC has recorded them.
     """
-    root = Path(os.environ.get("DVC_ROOT", "."))
-    folder = root / "checkpoints" / f"{stage}-{_fingerprint(inputs, params, code)}"
+    dependencies = Dependencies(stage)
+    folder = _checkpoints() / f"{stage}-{dependencies.fingerprint()}"
     lock, is_first = FileLock(f"{folder}.lock"), is_first_process()
     for place in (folder, Path.cwd()):
-        check_writable(place, free_bytes)
+        check_writable(place, FREE_BYTES)
     with _end_on_sigterm(), _acquire(lock) if is_first else contextlib.nullcontext():
         folder.mkdir(exist_ok=True)  # an equal run may have removed it
-        with unchanged(stage, params, code):
-            yield folder
+        yield folder
+        dependencies.check()
         if is_first:
+            if "DVC_STAGE" in os.environ:
+                _keep(dependencies)
             shutil.rmtree(folder)
             Path(lock.lock_file).unlink()  # a process that waits for it makes a new one
 
 
-@contextlib.contextmanager
-def unchanged(stage: str, params: Mapping[str, Any], code: Sequence[Path]) -> Iterator[None]:
-    """Refuse to end well if code or parameters were edited since the block began."""
-    digests = {path: sha256(path) for path in code}
+def _stage_of(main: Callable[[], str | None]) -> str | None:
+    """Return the name of the stage whose module has `main`; another program is none."""
+    spec = sys.modules[main.__module__].__spec__
+    package, _, name = spec.name.rpartition(".") if spec else ("", "", "")
+    return name if package == "stages" else None
 
-    def check() -> None:
-        changed = [str(p) for p in code if not p.is_file() or sha256(p) != digests[p]]
-        changed += [f"{PARAMS_PATH}: {k}" for k, value in params.items() if not _is_still(k, value)]
-        if changed:
-            raise ChangedWhileRunningError(
-                f"{stage}: changed while it was running: {', '.join(changed)}; run it again"
-            )
 
-    check()
-    yield
-    check()
+def _run_guarded(main: Callable[[], str | None], stage: str) -> str | None:
+    """Run a stage, or bring its result back; refuse if what it depends on changed."""
+    dependencies = Dependencies(stage)
+    if "DVC_STAGE" in os.environ and _bring_back(dependencies):
+        made = f"{stage}: brought back the result of the same run, which DVC had not recorded"
+    else:
+        made = main()
+    dependencies.check()
+    return made
+
+
+def _checkpoints() -> Path:
+    """Return the folder of all checkpoints, in the main root also of a temporary run."""
+    return Path(os.environ.get("DVC_ROOT", ".")) / "checkpoints"
+
+
+def _kept(dependencies: Dependencies) -> Path:
+    """Return the folder for the outputs of a finished training until DVC has recorded them."""
+    return _checkpoints() / f"{dependencies.stage}-{dependencies.fingerprint()}.done"
+
+
+def _keep(dependencies: Dependencies) -> None:
+    """Copy the outputs of a training, in place of those of its last run."""
+    for old in _checkpoints().glob(f"{dependencies.stage}-*.done"):
+        shutil.rmtree(old)
+    # Without room for the copy, the stage has ended well all the same.
+    with contextlib.suppress(OSError), whole_folder(_kept(dependencies)) as partial:
+        for path in map(Path, dependencies.outputs()):
+            (partial / path.parent).mkdir(parents=True, exist_ok=True)
+            copy = shutil.copytree if path.is_dir() else shutil.copyfile
+            copy(path, partial / path)
+
+
+def _bring_back(dependencies: Dependencies) -> bool:
+    """Put the kept outputs back unless DVC recorded them; remove what it recorded of others."""
+    kept, is_first = _kept(dependencies), is_first_process()
+    others = set(_checkpoints().glob("*.done")) - {kept}
+    for other in filter(_is_recorded, others if is_first else ()):
+        shutil.rmtree(other)
+    if not kept.is_dir() or _is_recorded(kept):
+        return False
+    if is_first:
+        shutil.copytree(kept, ".", dirs_exist_ok=True)
+    return True
+
+
+def _is_recorded(kept: Path) -> bool:
+    """Return whether dvc.lock has the metrics and tables that a training kept."""
+    from ruamel.yaml import YAML  # here, for chat and export run without it
+
+    lock, stage = Path("dvc.lock"), kept.name.rpartition("-")[0]
+    stages = YAML(typ="safe").load(lock)["stages"] if lock.is_file() else {}
+    recorded = {kept / out["path"]: out["md5"] for out in stages.get(stage, {}).get("outs", [])}
+    files = [path for path in recorded if path.is_file()]
+    return bool(files) and all(_md5(path) == recorded[path] for path in files)
+
+
+def _md5(path: Path) -> str:
+    """Return the hash that DVC takes."""
+    return hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest()
+
+
+def _disk_fault(error: BaseException | None) -> str | None:
+    """Return a sentence if a disk caused an error, which a library may have wrapped."""
+    chain = []
+    while error is not None:
+        chain.append(error)
+        error = error.__cause__ or error.__context__
+    said = " ".join(map(str, chain))
+    reasons = [reason for reason in map(os.strerror, _DISK_FAULTS) if reason in said]
+    if "PytorchStreamWriter failed" in said:  # torch does not say why
+        reasons.append("a file could not be written")
+    if not reasons:
+        return None
+    names = [str(e.filename) for e in chain if isinstance(e, OSError) and e.filename]
+    places = [_checkpoints(), Path.cwd(), Path(tempfile.gettempdir())]
+    places = [next(p for p in Path(names[0]).absolute().parents if p.is_dir())] if names else places
+    free, place = min((shutil.disk_usage(p).free, p) for p in places if p.is_dir())
+    path = names[0] if names else f"a file below {place}"
+    return (
+        f"{reasons[0]}: {path}, {free:,} bytes free; free space on that disk or move the project, "
+        "then run the same command again: a training goes on from its last checkpoint"
+    )
 
 
 def _acquire(lock: FileLock) -> AcquireReturnProxy:
@@ -149,32 +289,20 @@ def _acquire(lock: FileLock) -> AcquireReturnProxy:
         return lock.acquire()
 
 
-def _fingerprint(inputs: Sequence[Path], params: Mapping[str, Any], code: Sequence[Path]) -> str:
-    """Hash inputs, parameters and code, wherever the project's folder lies."""
-    plain = {name: asdict(v) if is_dataclass(v) else v for name, v in params.items()}
-    files = {f"{path.parent.name}/{path.name}": sha256(path) for path in code}
-    digests = {str(path): _input_digest(path) for path in inputs}
-    # A step sees a batch of every process.
-    text = json.dumps([digests, plain, files, num_processes()], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+def _code_digests(places: Iterable[str]) -> dict[str, str]:
+    """Hash every module of files and folders of the project, by its path there."""
+    paths = [_ROOT / place for place in places]
+    files = [file for path in paths for file in (path.rglob("*.py") if path.is_dir() else [path])]
+    return {file.relative_to(_ROOT).as_posix(): _digest(file) for file in sorted(files)}
 
 
-def _input_digest(path: Path) -> str | dict[str, str]:
+def _digest(path: Path) -> str:
     """Hash a file, a folder's manifest, or all files of a folder without one."""
-    if not path.is_dir():
-        check_made(path, "dvc repro")
-        return sha256(path)
-    if (path / MANIFEST).is_file():
-        return sha256(path / MANIFEST)
-    return {str(p.relative_to(path)): sha256(p) for p in path.rglob("*") if p.is_file()}
-
-
-def _is_still(name: str, value: Any) -> bool:
-    """Return whether params.yaml still holds `value`; an invalid value is another one."""
-    try:
-        return load_section(type(value), name) == value
-    except (ValueError, FileNotFoundError):
-        return False
+    if path.is_dir() and not (path / MANIFEST).is_file():
+        files = sorted(p for p in path.rglob("*") if p.is_file())
+        return json.dumps({p.relative_to(path).as_posix(): sha256(p) for p in files})
+    path = path / MANIFEST if path.is_dir() else path
+    return sha256(path) if path.is_file() else "missing"
 
 
 @contextlib.contextmanager
