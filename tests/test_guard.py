@@ -154,7 +154,7 @@ EDITS = {
     "params.yaml: source, params.yaml: sources.a.seed, params.yaml: sources.b": lambda: edit(
         "params.yaml", "source: a", "source: b"
     ),
-    "params.yaml is not valid YAML in UTF-8: .*": lambda: Path("params.yaml").write_text("a: [\n"),
+    "params.yaml must be plain YAML in UTF-8: .*": lambda: Path("params.yaml").write_text("a: [\n"),
     "stages/train.py": lambda: edit("stages/train.py", "x", "z"),
     "infini_retrofit/room/code.py": Path("infini_retrofit/room/code.py").unlink,
     "infini_retrofit/room/new.py": Path("infini_retrofit/room/new.py").touch,
@@ -174,7 +174,7 @@ def test_a_stage_whose_code_parameters_or_files_changed_is_refused(name, project
     before = Dependencies("train").fingerprint()
     expected = f"error: train: changed while it was running: {name}; run it again"
     assert re.fullmatch(expected, run_as_stage(EDITS[name], monkeypatch))
-    if "valid" not in name:
+    if "UTF-8" not in name:
         assert Dependencies("train").fingerprint() != before
         Path("params.yaml").write_text(PARAMS)
         main = functools.partial(edit, "params.yaml", "other: 1", "other: 2")  # no dependency

@@ -180,8 +180,8 @@ def training_run(stage: str) -> Iterator[Path]:
         dependencies.check()
         if is_first:
             if "DVC_STAGE" in os.environ:
-                _keep(dependencies)
-            shutil.rmtree(folder)
+                _keep(dependencies, folder)
+            shutil.rmtree(folder, ignore_errors=True)
             Path(lock.lock_file).unlink()  # a process that waits for it makes a new one
 
 
@@ -213,16 +213,21 @@ def _kept(dependencies: Dependencies) -> Path:
     return _checkpoints() / f"{dependencies.stage}-{dependencies.fingerprint()}.done"
 
 
-def _keep(dependencies: Dependencies) -> None:
+def _keep(dependencies: Dependencies, checkpoints: Path) -> None:
     """Copy the outputs of a training, in place of those of its last run."""
-    for old in _checkpoints().glob(f"{dependencies.stage}-*.done"):
+    kept = _kept(dependencies)
+    for old in kept.parent.glob(f"{dependencies.stage}-*.done"):
         shutil.rmtree(old)
-    # Without room for the copy, the stage has ended well all the same.
-    with contextlib.suppress(OSError), whole_folder(_kept(dependencies)) as partial:
-        for path in map(Path, dependencies.outputs()):
-            (partial / path.parent).mkdir(parents=True, exist_ok=True)
-            copy = shutil.copytree if path.is_dir() else shutil.copyfile
-            copy(path, partial / path)
+    for makes_room in (checkpoints, kept):
+        try:
+            with whole_folder(kept) as partial:
+                for path in map(Path, dependencies.outputs()):
+                    (partial / path.parent).mkdir(parents=True, exist_ok=True)
+                    copy = shutil.copytree if path.is_dir() else shutil.copyfile
+                    copy(path, partial / path)
+            break
+        except OSError:  # the disk is full
+            shutil.rmtree(makes_room, ignore_errors=True)
 
 
 def _bring_back(dependencies: Dependencies) -> bool:
