@@ -54,19 +54,12 @@ DRAWN = np.random.default_rng(1).normal(3, 0.2, size=(3, 7, len(ARTICLES)))
 PROTOCOLS = ("segment", *(f"segment_{name}" for name in RIVALS if name != "control"))
 
 
-def files_of(metrics: Mapping = METRICS, number: int = 0, **params: object) -> dict[str, str]:
+def files_of(
+    metrics: Mapping = METRICS, number: int = 0, full: float = 2.5, **params: object
+) -> dict[str, str]:
     texts = {f"metrics/{name}.json": json.dumps(found) for name, found in metrics.items()}
-    scores = scores_of(number).drop(columns="experiment").to_csv(sep="\t", index=False)
+    scores = scores_of(number, full=full).drop(columns="experiment").to_csv(sep="\t", index=False)
     return texts | {SCORES: scores, "params.yaml": json.dumps(params)}
-
-
-def trained(**finetune: object) -> dict[str, dict]:
-    """Return parameters of an experiment that trained more than a memory."""
-    return {
-        "infini": {"init": "base"},
-        "distill": {"epochs": 0},
-        "finetune": {"trainable": "attention"} | finetune,
-    }
 
 
 def scores_of(
@@ -112,7 +105,6 @@ def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def keep(name: str, **files: str) -> None:
-    """Write an experiment into results/ of the working folder."""
     write(**{f"results/{name}/{path}": text for path, text in {"commit": "c", **files}.items()})
 
 
@@ -231,8 +223,7 @@ def test_experiments_that_do_not_compare_are_parted():
 
 def test_those_that_do_not_compare_stand_in_tables_and_axes_of_their_own(checkout, capsys):
     keep("one", **files_of())
-    other = scores_of(0, full=3.0).drop(columns="experiment").to_csv(sep="\t", index=False)
-    keep("other", **files_of() | {SCORES: other})
+    keep("other", **files_of(full=3.0))
     assert [table[2][0] for table in shown(capsys, "table", "one", "other")] == ["one", "other"]
     main(["picture", "docs/a.svg", "one", "other"])
     assert capsys.readouterr().out == "docs/a.svg\n"
@@ -348,8 +339,7 @@ def test_two_runs_are_compared_in_the_rows_of_the_seeds(checkout, capsys):
 
 def test_runs_of_other_texts_are_compared_with_a_note(checkout, capsys):
     keep("one", **run_of_seeds(40.0, 3))
-    other = scores_of(0, full=3.0).drop(columns="experiment").to_csv(sep="\t", index=False)
-    keep("other", **run_of_seeds(40.0, 3) | {SCORES: other})
+    keep("other", **run_of_seeds(40.0, 3) | {SCORES: files_of(full=3.0)[SCORES]})
     main(["compare", "one", "other"])
     assert "the two scored other documents or another base" in capsys.readouterr().err
     keep("same", **run_of_seeds(40.0, 3))
@@ -364,11 +354,12 @@ def test_the_leaderboard_is_one_page_with_numbers_to_sort_by(checkout, capsys):
     model = METRICS["eval_sliding"]["finetuned"] | sure
     scores = METRICS["eval_sliding"] | {"base": BASE, "finetuned": model}
     metrics = METRICS | {"eval_sliding": scores}
-    for seed in (0, 1):
-        files = files_of(metrics, **trained(seed=seed, lr=1))
-        keep(f"seed<{seed}>", **files)
+    more_than_a_memory = {"infini": {"init": "base"}, "distill": {"epochs": 0}}
     far = scores | {"finetuned": model | {"segment_test_ppl": 99.0}}
-    keep("far", **files_of(metrics | {"eval_sliding": far}, **trained(seed=0, lr=2)))
+    for name, seed, lr in (("seed<0>", 0, 1), ("seed<1>", 1, 1), ("far", 0, 2)):
+        found = metrics | {"eval_sliding": far} if name == "far" else metrics
+        finetune = {"trainable": "attention", "seed": seed, "lr": lr}
+        keep(name, **files_of(found, finetune=finetune, **more_than_a_memory))
     main(["leaderboard"])
     path = Path(capsys.readouterr().out.strip())
     text = path.read_text(encoding="utf-8")

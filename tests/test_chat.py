@@ -140,7 +140,6 @@ def test_ctrl_c_while_reading_or_answering_leaves_nothing_half(
 
 
 def refused(monkeypatch, *options: object) -> str:
-    """Return what the command says before it would load a model."""
     monkeypatch.setattr(conversation, "load_retrofit", pytest.fail)
     with pytest.raises(SystemExit) as left:
         run_stage(lambda: chat.main(["models/finetuned", *map(str, options)]))

@@ -5,8 +5,7 @@ import json
 import pytest
 
 from infini_retrofit.pipeline.params import load_presets
-from infini_retrofit.texts.corpora import CORPORA, HubSplits
-from tests.tiny_project import ROOT
+from infini_retrofit.texts.corpora import CORPORA
 
 SHARES = {"val_share": 0.2, "test_share": 0.3}
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -35,11 +34,3 @@ def test_a_bad_corpus_is_refused_by_name(tmp_path, corpus, message):
     assert load(OWN).revision == COMMIT
     with pytest.raises(ValueError, match=message):
         load(corpus)
-
-
-def test_the_seeds_texts_are_presets_of_the_project():
-    presets = load_presets(CORPORA, "corpora", ROOT / "params.yaml")
-    assert type(presets["wikitext-2"]) is HubSplits
-    assert presets["wikitext-2"].repo_id == "Salesforce/wikitext"
-    assert presets["wikitext-2"].files == "wikitext-2-raw-v1/*.parquet"
-    assert presets["pg19"].repo_id == "emozilla/pg19"

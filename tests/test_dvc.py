@@ -34,16 +34,6 @@ def repository(project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     return project
 
 
-# Tables of DVC that a screen of 120 columns shows.
-METRICS_TABLES = (
-    "metrics show",
-    "metrics show --md",
-    "metrics diff",
-    "metrics diff --md",
-    "exp show --md --only-changed --drop .*/|Created",
-)
-
-
 def run(*command: str, succeeds: bool = True) -> str:
     process = subprocess.run(command, capture_output=True, text=True)
     assert (process.returncode == 0) is succeeds, process.stdout + process.stderr
@@ -63,11 +53,8 @@ def test_an_experiment_runs_what_it_must_and_shows_what_it_changed(repository):
     skipped = re.findall(r"^Stage '(\w+)' didn't change, skipping$", output, re.M)
     assert set(skipped) == set(STAGES) - set(stages_run(output))
     after = contents(repository / "models")
-    assert {Path(name).parts[0] for name, _ in before.items() ^ after.items()} == {
-        *("distilled", "finetuned"),
-    }
-    params = json.loads(run("dvc", "params", "diff", "--json"))
-    assert params == {"params.yaml": {"distill.epochs": {"old": 3, "new": 2, "diff": -1}}}
+    changed = {Path(name).parts[0] for name, _ in before.items() ^ after.items()}
+    assert changed == {"distilled", "finetuned"}
     metrics = json.loads(run("dvc", "metrics", "diff", "--json"))
     assert set(metrics) == {"metrics/summary.json"}
     assert {"ppl", "gain"} <= set(metrics["metrics/summary.json"])
@@ -77,10 +64,6 @@ def test_an_experiment_runs_what_it_must_and_shows_what_it_changed(repository):
     noted = {path.name for path in Path(".dvc/tmp/seconds").iterdir()}
     assert noted == set(stages_run(output))
     assert {row[1]: row[3] for row in rows if len(row) == 5}["prepare_base"] == "-"
-    for table in METRICS_TABLES:
-        lines = run("dvc", *table.split()).splitlines()
-        assert lines
-        assert max(map(len, lines)) <= 120, table
     assert "short" in run("dvc", "exp", "list", "--name-only")
 
     before = contents(repository)
@@ -99,7 +82,6 @@ LIBRARY = sorted(path.parent.name for path in ROOT.glob("infini_retrofit/*/__ini
 
 
 def stages_after_an_edit_of(file: Path) -> set[str]:
-    """Return which stages DVC would run again if a comment were added to a file."""
     before = file.read_text()
     file.write_text(before + "# a comment\n")
     with Repo() as repo:

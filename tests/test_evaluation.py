@@ -24,7 +24,7 @@ from infini_retrofit.model.retrofit import insert_infini
 from infini_retrofit.pipeline import tokens
 from infini_retrofit.scoring.score import Score, score_segments, segment_runs, t2_nlls, total
 from tests.reference import both_families, infini_params
-from tests.tiny import random_ids, tiny_model
+from tests.tiny import ids_for, tiny_model
 
 SEGMENT, DOCUMENT, STREAM = 5, 15, 47
 TITLES = ["a", "b", "a"]
@@ -44,10 +44,7 @@ def make(
     model = tiny_model(family)
     if inserted:
         insert_infini(model, infini)
-    stream, documents = (
-        random_ids(model.config.vocab_size, *s) for s in ((STREAM,), (3, DOCUMENT))
-    )
-    text = tokens.TestText(stream, documents, TITLES)
+    text = tokens.TestText(ids_for(model, 1, STREAM)[0], ids_for(model, 3, DOCUMENT), TITLES)
     return model, Setting(EvalParams(**EVAL), text, rival_of(model, infini))
 
 

@@ -10,7 +10,6 @@ from torch import Tensor
 from infini_retrofit.model.retrofit import insert_infini
 from infini_retrofit.model.running import run_folded, run_in_layer
 from infini_retrofit.scoring.score import Score, score_segments, segment_runs, t2_nlls, total
-from infini_retrofit.training.control import make_control
 from infini_retrofit.training.finetuning import Finetuning
 from tests.reference import both_families, largest
 from tests.tiny import random_ids, tiny_llama, tiny_model
@@ -124,14 +123,6 @@ def test_validation_is_the_protocols_own_numbers(family, is_control, label_shift
         assert metrics["segment_val_ppl"] == right.ppl
         off = total(score_segments(model, ids, SEGMENT, "off"))
         assert metrics["segment_off_val_ppl"] == off.ppl
-
-
-def test_the_control_is_the_base_confined_to_segments():
-    task = finetuning(is_control=True)
-    ids = ids_of(task)
-    want = total(score_segments(tiny_llama(), ids, SEGMENT))
-    assert make_control(tiny_llama(), INFINI).memory == "off"
-    assert total(score_segments(task.model, ids, SEGMENT)).nll == pytest.approx(want.nll)
 
 
 @pytest.mark.parametrize("trainable", ["attention", "all", "lora"])

@@ -50,7 +50,6 @@ def run_folded(layer: InfiniAttention, x: Tensor) -> tuple[Tensor, LayerState]:
 def run_in_calls(
     layer: InfiniAttention, x: Tensor, lengths: list[int], is_open: bool = False
 ) -> tuple[Tensor, LayerState]:
-    """Run a document in several calls that hand over what crosses."""
     outputs, state, cut = [], State(), Cut(is_open=is_open)
     for part in x.split(lengths, dim=1):
         first = sum(out.shape[1] for out in outputs)

@@ -13,7 +13,6 @@ from infini_retrofit.layer.probe import Probe
 from infini_retrofit.model.retrofit import infini_modules
 from infini_retrofit.model.running import run_folded
 from tests.reference import (
-    MODEL_FORMS,
     SEGMENT,
     SHAPE,
     both_families,
@@ -103,14 +102,6 @@ def test_every_parameter_feels_the_loss_before_any_training(family, form):
         assert 1e-8 < largest(gradient) < 1e2, name
 
 
-@both_families
-@pytest.mark.parametrize("form", [f for f in MODEL_FORMS if f.get("init") != "random_layer"])
-def test_a_branch_waits_for_its_factor_which_feels_the_loss_at_once(family, form):
-    gradients = gradients_at_the_start(family, form | {"insertion": "parallel"})
-    assert largest(gradients.pop("alpha")) > 1e-3
-    assert all(gradient.count_nonzero() == 0 for gradient in gradients.values())
-
-
 @pytest.mark.parametrize("zeroed", [False, True])
 def test_a_branch_learns_once_its_factor_moved_unless_a_second_one_starts_at_zero(zeroed):
     model = retrofitted(insertion="parallel", layers=[1])
@@ -134,11 +125,7 @@ def test_a_layer_notes_what_each_query_makes_of_its_memory_if_it_is_asked(form):
     assert torch.equal(run_layer(layer, x, probe=asked), run_layer(layer, x))
     (reading,) = asked.readings.values()
     for tensor in (reading.share, reading.recalled_norm, reading.local_norm):
-        assert tensor.shape == (2, 3, layer.shape.num_heads, SEGMENT)
         assert tensor.dtype is torch.float32
-        assert not tensor.requires_grad
-    for tensor in (reading.share, reading.recalled_norm):
-        assert tensor[:, 0].count_nonzero() == 0
+        assert (tensor[:, 0].count_nonzero() == 0) == (tensor is not reading.local_norm)
         assert tensor[:, 1:].min() > 0
     assert reading.share.max() < 1
-    assert reading.local_norm.min() > 0

@@ -66,10 +66,7 @@ def test_a_model_that_would_not_fill_a_cache_is_refused(tmp_path):
     (model, _), enabled = retrofitted_model(), generating_model()
     path = tmp_path / "book.cache"
     InfiniCache(enabled).save(path, enabled)
-    for use in (
-        lambda: filled(model, draw_ids(1, 4)),
-        lambda: InfiniCache.load(path, model),
-    ):
+    for use in (lambda: filled(model, draw_ids(1, 4)), lambda: InfiniCache.load(path, model)):
         with pytest.raises(ValueError, match=r"call enable_generation\(model, params\) first"):
             use()
 

@@ -26,7 +26,6 @@ LEFT = {"metrics/eval.json": "{}", "metrics/train.json": "{}", **dict.fromkeys(P
 
 
 def run_experiment(name: str = "x", stages: dict = STAGES, **edits: str) -> Experiment:
-    """Store what an experiment leaves, run in a workspace with edits."""
     code = git("rev-parse", "HEAD").strip()
     lock = json.dumps({"stages": stages})
     return Experiment(

@@ -132,11 +132,6 @@ def test_one_file_of_metrics_is_small_enough_for_a_screen():
     assert metrics == [{"metrics/summary.json": {"cache": False}}]
 
 
-def test_the_library_imports_no_stage_and_no_stage_another():
-    for file in [*(ROOT / "infini_retrofit").rglob("*.py"), *(ROOT / "stages").glob("*.py")]:
-        assert not [name for name in imported(file) if name.startswith("stages.")], file.name
-
-
 @pytest.mark.parametrize("name", PROJECT["scripts"])
 def test_every_console_command_shows_its_help(name):
     module, function = PROJECT["scripts"][name].split(":")

@@ -1,8 +1,9 @@
-"""The equations of the memory, and the ways in which others got them wrong.
+"""The equations of the memory, what a layer keeps around them, and the ways others got them wrong.
 
 Their values are compared with the loop over tokens in test_forms.
 """
 
+import math
 from collections.abc import Iterator
 
 import jaxtyping
@@ -11,6 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from infini_retrofit.layer.compressive_memory import (
+    LONGEST_HALF_LIFE,
+    SHORTEST_HALF_LIFE,
+    CompressiveMemory,
+)
 from infini_retrofit.layer.feature_maps import FEATURES_PER_CHANNEL, FeatureMaps, elu1
 from infini_retrofit.layer.memory import (
     MemoryState,
@@ -25,9 +31,10 @@ from infini_retrofit.layer.memory import (
     scan_states,
     write_segments,
 )
-from tests.reference import largest, recall
+from tests.reference import SHAPE, infini_params, largest, recall, without_conflicts
 
 BATCH, SEGMENTS, HEADS, TOKENS, KEY, VALUE = 2, 5, 3, 4, 7, 6
+GRID = (BATCH, SEGMENTS, SHAPE.num_kv_heads, TOKENS, SHAPE.head_dim)  # of `make_memory`
 MANY_SEGMENTS = 10_000
 every_rule = pytest.mark.parametrize("rule", ["linear", "delta", "delta_gamma"])
 every_border = pytest.mark.parametrize("every", [None, 1, 2, SEGMENTS, 99])
@@ -199,3 +206,65 @@ def test_gradients_stay_finite_down_to_where_a_memory_counts_as_empty(rule):
         out = mix(torch.zeros_like(value), numerator, denominator, share)
         gradients = torch.autograd.grad(out.sum(), inputs)
         assert all(x.isfinite().all() for x in gradients), (of_query, of_key)
+
+
+def make_memory(**form: object) -> CompressiveMemory:
+    memory = CompressiveMemory(SHAPE, infini_params(**form), SHAPE.head_dim).double()
+    with torch.no_grad():
+        for parameter in memory.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.3)
+    return memory
+
+
+def test_half_lives_start_spread_from_the_shortest_to_the_longest():
+    memory = CompressiveMemory(SHAPE, infini_params(decay="feature"), SHAPE.head_dim)
+    half_lives = math.log(2) / memory.decay_logit.exp()
+    assert half_lives.shape == (SHAPE.num_kv_heads, SHAPE.head_dim)
+    assert torch.equal(half_lives[:1].expand_as(half_lives), half_lives)
+    ends = torch.tensor([SHORTEST_HALF_LIFE, LONGEST_HALF_LIFE])
+    torch.testing.assert_close(half_lives[0, [0, -1]], ends, rtol=1e-4, atol=0)
+    ratios = half_lives[0, 1:] / half_lives[0, :-1]
+    torch.testing.assert_close(ratios, ratios[:1].expand(len(ratios)), rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("form", [{}, {"decay": "feature"}, {"update_rule": "delta"}], ids=str)
+@torch.no_grad()
+def test_a_state_in_16_bits_is_rounded_at_every_border_and_nowhere_else(form):
+    memory, exact = make_memory(state_dtype="bfloat16", **form), make_memory(**form)
+    exact.load_state_dict(memory.state_dict())
+    feature, value = elu1(draw(*GRID)), draw(*GRID)
+    memories, end = memory.states(feature, value, None, None)
+    after, state = memories.map(lambda x, y: torch.cat([x[:, 1:], y[:, None]], dim=1), end), None
+    for s in range(SEGMENTS):
+        state = exact.states(feature[:, [s]], value[:, [s]], None, state)[1].to(torch.bfloat16)
+        assert torch.equal(after.matrix[:, s], state.matrix.double())
+        assert torch.equal(after.normalizer[:, s], state.normalizer.double())
+    assert end.matrix.dtype == end.normalizer.dtype == torch.bfloat16
+    assert largest(end.matrix - exact.states(feature, value, None, None)[1].matrix) > 1e-4
+    recent, last = memory.recent_states(feature, value, None, None)
+    assert last.matrix.dtype == torch.bfloat16
+    assert torch.equal(recent.matrix.bfloat16().double(), recent.matrix)
+
+
+@every_rule
+@torch.no_grad()
+def test_everything_stays_as_it_is_under_autocast(rule, monkeypatch):
+    form = without_conflicts({"update_rule": rule, "decay": "feature", "gate": "query"})
+    memory = make_memory(**form).float()
+    key, value = draw(*GRID).float(), draw(*GRID).float()
+    query = draw(BATCH, SEGMENTS, SHAPE.num_heads, TOKENS, SHAPE.head_dim).float()
+
+    def run() -> list[Tensor]:
+        memories, end = memory.states(elu1(key), value, None, None)
+        numerator, denominator, logit = memory.read(query, elu1(query), memories)
+        out = mix(query, numerator, denominator, memory_share(denominator, logit))
+        return [end.matrix, end.normalizer, logit, out]
+
+    want = run()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = run()
+        monkeypatch.setattr(torch, "autocast", lambda *_, **__: torch.enable_grad())
+        unguarded = run()
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+    assert largest(unguarded[0] - want[0]) > 1e-3
+    assert largest(unguarded[-1] - want[-1]) > 1e-3

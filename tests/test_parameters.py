@@ -40,7 +40,6 @@ def retrofitted(
 
 
 def group_of(name: str) -> str:
-    """Return the group of a parameter of an Infini layer, by its name alone."""
     return GROUP_OF.get(name.rpartition(".")[2], "infini")
 
 

@@ -46,7 +46,6 @@ def plain_nlls(model: PreTrainedModel, ids: Tensor, shift: int = 1) -> Tensor:
 
 
 def slide(model: PreTrainedModel, ids: Tensor, window: int = 11, stride: int = 4) -> Tensor:
-    """Score every token of a stream but the first, in its order."""
     return torch.cat(
         [next_token_nlls(model, *run) for run in sliding_runs(model, ids, window, stride)]
     )

@@ -126,14 +126,6 @@ def test_the_summary_is_flat_and_short():
     assert len("metrics/summary.json") + width <= 120
 
 
-def test_the_table_has_six_columns_and_intervals_where_articles_are_enough():
-    for articles, last in ((12, "95% interval"), (3, "gain (nats)")):
-        header, rows = summary_table(measured(27.7, articles))
-        assert {len(row) for row in rows} == {len(header)} == {6}
-        assert len(rows) <= 6
-        assert rows[-1][0] == last
-
-
 def test_the_stage_reports_a_finished_project(project):
     table = metrics_of(project, "eval_sliding")
     summary = metrics_of(project, "summary")
@@ -179,16 +171,6 @@ def test_seconds_are_those_noted_here_and_the_table_ends_on_the_terminal(project
     assert ["|", "distill", "|", "31", "|"] in lines
     assert ["|", "finetune", "|", "-", "|"] in lines
     assert before == {path: path.read_bytes() for path in Path("metrics").iterdir()}
-
-
-def test_changed_parameters_are_shown_with_the_default():
-    before = {"distill": {"epochs": 3, "lr": 1e-3}, "old": 1}
-    now = {"distill": {"epochs": 50, "lr": 1e-3}, "new": [2]}
-    assert setting.differences(before, now) == [
-        ("distill.epochs", 3, 50),
-        ("old", 1, "-"),
-        ("new", "-", [2]),
-    ]
 
 
 def test_a_page_without_curves_and_continuations_leaves_them_out():

@@ -117,7 +117,6 @@ def test_another_form_of_the_layer_has_another_number_of_parameters(over):
 
 
 def settings(text: str) -> list[str]:
-    """Return the `key=value` of every -S in a text."""
     return re.findall(r"-S (\S+=\S+?)(?=[\")\s])", text)
 
 

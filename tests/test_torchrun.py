@@ -9,7 +9,6 @@ import os
 import shutil
 import subprocess
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -34,16 +33,12 @@ CHANGES = PUBLISHED | {
 ONE, TWO = ({"distill.batch_size": 2 * n, "finetune.batch_size": n} for n in (2, 1))
 
 
-@dataclass(frozen=True)
-class Runs:
-    """What the processes left."""
+Runs = tuple[Path, subprocess.CompletedProcess[str]]  # what the processes left, and said
 
-    folder: Path  # of the projects `one`, `two` and others, and of what the processes returned
-    end: subprocess.CompletedProcess[str]
 
-    def returned(self, task: str, rank: int) -> object:
-        """Return what a process returned of a task."""
-        return torch.load(self.folder / f"{task}-{rank}.pt")
+def returned(runs: Runs, task: str) -> list:
+    """Return what each process returned of a task."""
+    return [torch.load(runs[0] / f"{task}-{rank}.pt") for rank in (0, 1)]
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +74,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
             run.terminate()
     end = subprocess.CompletedProcess(run.args, run.returncode, *said)
     assert (folder / "shard-0.pt").exists(), end.stderr[-4000:]
-    return Runs(folder, end)
+    return folder, end
 
 
 def losses(project: Path, stage: str) -> list[float]:
@@ -103,40 +98,40 @@ def assert_alike(project: Path, reference: Path, stage: str) -> None:
 
 @pytest.mark.parametrize("stage", TRAINING_STAGES)
 def test_two_processes_train_as_one_with_the_whole_batch(runs, stage):
-    assert len(losses(runs.folder / "one", stage)) == 5
-    assert_alike(runs.folder / "two", runs.folder / "one", stage)
+    assert len(losses(runs[0] / "one", stage)) == 5
+    assert_alike(runs[0] / "two", runs[0] / "one", stage)
 
 
 def test_it_would_show_if_rows_weighed_unlike(runs):
-    unweighted, expected = (losses(runs.folder / name, "distill") for name in ("unweighted", "one"))
+    unweighted, expected = (losses(runs[0] / name, "distill") for name in ("unweighted", "one"))
     assert unweighted != pytest.approx(expected, rel=1e-4)
 
 
 def test_a_process_that_fails_ends_all_with_one_sentence(runs):
-    assert runs.end.returncode == 1
-    (line,) = [line for line in runs.end.stderr.splitlines() if "error: " in line]
+    assert runs[1].returncode == 1
+    (line,) = [line for line in runs[1].stderr.splitlines() if "error: " in line]
     assert line.endswith("error: the moon must be full, got half")
-    assert runs.end.stderr.count("Traceback") <= 1  # torchrun's own
+    assert runs[1].stderr.count("Traceback") <= 1  # torchrun's own
 
 
 def test_a_run_of_two_processes_goes_on_where_it_was_killed(runs):
     steps_of_an_epoch = 2
-    assert [runs.returned("resume", rank) for rank in (0, 1)] == [steps_of_an_epoch] * 2
-    assert not list((runs.folder / "killed/checkpoints").iterdir())
-    assert_alike(runs.folder / "killed", runs.folder / "two", "finetune")
+    assert returned(runs, "resume") == [steps_of_an_epoch] * 2
+    assert not list((runs[0] / "killed/checkpoints").iterdir())
+    assert_alike(runs[0] / "killed", runs[0] / "two", "finetune")
 
 
 def test_all_processes_stop_when_the_first_does(runs):
-    results = [runs.returned("stop_early", rank) for rank in (0, 1)]
+    results = returned(runs, "stop_early")
     assert results[0] == results[1]
     assert (results[0]["epochs_run"], results[0]["best_epoch"]) == (3, 1)
-    assert not (runs.folder / "early-1/history.tsv").exists()
-    assert runs.end.stdout.count("stopped early after epoch 3, best 1\n") == 1
-    assert "{" not in runs.end.stdout
+    assert not (runs[0] / "early-1/history.tsv").exists()
+    assert runs[1].stdout.count("stopped early after epoch 3, best 1\n") == 1
+    assert "{" not in runs[1].stdout
 
 
 def test_a_loss_that_one_process_lost_stops_all(runs):
-    messages = [runs.returned("diverge", rank) for rank in (0, 1)]
+    messages = returned(runs, "diverge")
     assert messages[0] == messages[1]
     assert messages[0].startswith("training diverged in epoch 1, step 1: the training loss is nan")
 
@@ -145,8 +140,7 @@ def test_a_sharded_model_takes_the_steps_of_a_whole_one(runs):
     task = finetuning(trainable="all")
     loss = take_steps(task)
     expected = {name: p.detach() for name, p in task.named_parameters()}
-    for rank in (0, 1):
-        sharded_loss, sharded = runs.returned("shard", rank)
+    for sharded_loss, sharded in returned(runs, "shard"):
         torch.testing.assert_close(sharded_loss, loss.detach(), rtol=1e-5, atol=0)
         torch.testing.assert_close(sharded, expected, rtol=1e-5, atol=1e-6)
     start = {name: p.detach() for name, p in finetuning(trainable="all").named_parameters()}

@@ -111,7 +111,6 @@ def tiny_base_folder(folder: Path, family: Family = "llama", seed: int = 0, **ov
 
 
 def assert_same_model(folder: Path, want: PreTrainedModel) -> None:
-    """Load a folder like models/base, and compare it with a model: weights, and logits."""
     got, ids = load_base(folder, torch.float32), random_ids(want.config.vocab_size, 2, 11)
     assert not got.training
     assert got.config._attn_implementation == base_attention.NAME

@@ -50,7 +50,6 @@ def dvc(*words: str) -> str:
 
 
 def commit() -> str:
-    """Commit everything in the working folder and return the commit."""
     git("add", "--all")
     git("commit", "--quiet", "--allow-empty", "--message", "a state")
     return git("rev-parse", "HEAD").strip()

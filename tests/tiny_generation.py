@@ -45,7 +45,6 @@ def retrofitted_model(
 
 
 def filled(model: PreTrainedModel, ids: Tensor) -> InfiniCache:
-    """Read texts of equal length into a new cache."""
     cache = InfiniCache(model)
     list(read(model, ids, cache))
     return cache

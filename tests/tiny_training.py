@@ -18,11 +18,7 @@ from tests.tiny import Family, random_ids, tiny_model
 SEGMENT, NUM_SEGMENTS = 8, 4
 TOKENS = NUM_SEGMENTS * SEGMENT
 INFINI = infini_params(
-    layers=[0],
-    init="random_attention",
-    local="linear",
-    positions="none",
-    segment_length=SEGMENT,
+    layers=[0], init="random_attention", local="linear", positions="none", segment_length=SEGMENT
 )
 SCHEDULE = {"epochs": 3, "lr": 1e-2, "patience": 3, "seed": 0}
 FINETUNE = SCHEDULE | {
