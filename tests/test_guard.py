@@ -189,6 +189,15 @@ def test_code_that_changed_while_it_was_imported_is_noticed(project, monkeypatch
     assert run_as_stage(lambda: None, monkeypatch) == expected
 
 
+def test_what_changed_before_a_training_begins_is_refused_before_it_trains(project, monkeypatch):
+    def main() -> None:
+        edit("params.yaml", "epochs: 3", "epochs: 4")
+        with training_run("train"):
+            pytest.fail("its checkpoints would be of other parameters than their folder's name")
+
+    assert "while it was running: params.yaml: epochs; run" in run_as_stage(main, monkeypatch)
+
+
 def test_the_checkpoints_of_a_training_that_is_refused_stay(project):
     run = training_run("train")
     with pytest.raises(ChangedWhileRunningError, match=r"train\.py; run it again"), run as folder:

@@ -225,7 +225,8 @@ def check_writable(folder: Path, free_bytes: int = 0) -> None:
         raise OSError(f"cannot write to {folder}: {error.strerror}") from error
     if (free := shutil.disk_usage(folder).free) < free_bytes:
         wanted, found = free_bytes / 2**30, free / 2**30
-        raise OSError(f"{folder} must have {wanted:.1f} GiB free, got {found:.1f} GiB")
+        needs = f"{folder} must have {wanted:.1f} GiB free, got {found:.1f} GiB"
+        raise OSError(f"{needs}: free space on that disk, or move the project to another")
 
 
 def _refuse_non_finite(value: Any, name: str) -> None:

@@ -47,6 +47,7 @@ class ChangedWhileRunningError(RuntimeError):
 
 # Errors that a user can mend.
 _MISTAKES = (ValueError, OSError, FloatingPointError, ChangedWhileRunningError)
+_BEGUN: dict[str, "Dependencies"] = {}  # of the stage that this process runs
 
 
 def is_first_process() -> bool:
@@ -169,13 +170,14 @@ def training_run(stage: str) -> Iterator[Path]:
     If an equal run is under way, a single process waits, and one of several is refused. Under DVC
     the outputs are kept until DVC has recorded them.
     """
-    dependencies = Dependencies(stage)
+    dependencies = _BEGUN.get(stage) or Dependencies(stage)
     folder = _checkpoints() / f"{stage}-{dependencies.fingerprint()}"
     lock, is_first = FileLock(f"{folder}.lock"), is_first_process()
     for place in (folder, Path.cwd()):
         check_writable(place, FREE_BYTES)
     with _end_on_sigterm(), _acquire(lock) if is_first else contextlib.nullcontext():
         folder.mkdir(exist_ok=True)  # an equal run may have removed it
+        dependencies.check()  # or its checkpoints would be of what `main` has read since
         yield folder
         dependencies.check()
         if is_first:
@@ -194,12 +196,15 @@ def _stage_of(main: Callable[[], str | None]) -> str | None:
 
 def _run_guarded(main: Callable[[], str | None], stage: str) -> str | None:
     """Run a stage, or bring its result back; refuse if what it depends on changed."""
-    dependencies = Dependencies(stage)
-    if "DVC_STAGE" in os.environ and _bring_back(dependencies):
-        made = f"{stage}: brought back the result of the same run, which DVC had not recorded"
-    else:
-        made = main()
-    dependencies.check()
+    _BEGUN[stage] = dependencies = Dependencies(stage)
+    try:
+        if "DVC_STAGE" in os.environ and _bring_back(dependencies):
+            made = f"{stage}: brought back the result of the same run, which DVC had not recorded"
+        else:
+            made = main()
+        dependencies.check()
+    finally:
+        del _BEGUN[stage]
     return made
 
 
@@ -271,7 +276,8 @@ def _disk_fault(error: BaseException | None) -> str | None:
         reasons.append("a file could not be written")
     if not reasons:
         return None
-    names = [str(e.filename) for e in chain if isinstance(e, OSError) and e.filename]
+    errors = [e for e in chain if isinstance(e, OSError) and e.errno in _DISK_FAULTS]
+    names = [str(e.filename) for e in errors if e.filename]
     places = [_checkpoints(), Path.cwd(), Path(tempfile.gettempdir())]
     places = [next(p for p in Path(names[0]).absolute().parents if p.is_dir())] if names else places
     free, place = min((shutil.disk_usage(p).free, p) for p in places if p.is_dir())
