@@ -1,6 +1,7 @@
 """Articles of every source: dumps, WikiText, the user's files, the Hub."""
 
 import bz2
+import sys
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -120,8 +121,16 @@ def test_files_are_articles_and_rows_are_articles(tmp_path):
         ("a.txt", b"caf\xe9 au lait", r"a\.txt must be UTF-8 text: .* byte 0xe9 in position 3"),
         ("a.parquet", b"none", r"a\.parquet must be a parquet file"),
         ("a.parquet", {"words": ["x"]}, r"a\.parquet must have a column text .* got words"),
-        ("a.parquet", {"text": [1]}, r"a\.parquet must have a column text .* of strings"),
-        ("a.csv", b"x", r"path must hold \*\.txt or \*\.parquet files"),
+        ("a.parquet", {"text": [1]}, r"a\.parquet must have .* strings, got text \(int64\)"),
+        ("a.parquet", {"text": ["x"], "title": [["y"]]}, r"got text .*, title \(list<"),
+        ("a.parquet", {"text": [b"x", b"caf\xe9"]}, r"a\.parquet row 1 must be UTF-8 .* 0xe9"),
+        ("a.parquet", {"text": ["x", "a\0"]}, r"a\.parquet row 1 must be UTF-8 text, got control"),
+        ("a.csv", b"x", r"path must hold \*\.txt or \*\.parquet files, got .*: 1 \.csv"),
+        *(
+            ("a.txt", text.encode(encoding), r"a\.txt must be UTF-8 text(,.* from|:.* in) line 1")
+            for encoding in ("utf-16", "utf-16-le", "utf-16-be", "utf-32-le")
+            for text in ("Two\nlines", "caf\u00e9 au lait", "\u043f\u0440\u0438", "\u3042\u3001")
+        ),
     ],
 )
 def test_a_bad_file_is_refused_by_name(name, content, message, tmp_path):
@@ -133,6 +142,52 @@ def test_a_bad_file_is_refused_by_name(name, content, message, tmp_path):
         read_files(tmp_path)
     with pytest.raises(FileNotFoundError, match="nowhere is missing"):
         read_files(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        *(pa.string(), pa.large_string(), pa.string_view(), pa.binary(), pa.large_binary()),
+        *(pa.dictionary(pa.int32(), pa.string()), pa.dictionary(pa.int8(), pa.large_string())),
+    ],
+    ids=str,
+)
+def test_a_column_of_any_type_of_text_is_read(tmp_path, kind):
+    columns = {"text": ["\ufeffone", "two"], "title": ["\u00c9n", None]}
+    table = pa.table({name: pa.array(values).cast(kind) for name, values in columns.items()})
+    pq.write_table(table, tmp_path / "a.parquet")
+    assert read_files(tmp_path) == [Article("\u00c9n", "one"), Article("a.parquet row 1", "two")]
+
+
+def test_titles_may_be_numbers(tmp_path):
+    pq.write_table(pa.table({"text": ["one", "two"], "title": [7, None]}), tmp_path / "a.parquet")
+    assert read_files(tmp_path) == [Article("7", "one"), Article("a.parquet row 1", "two")]
+
+
+def test_what_is_not_read_is_counted_by_kind(tmp_path, capsys):
+    hidden = (".e.txt", ".git/f.txt", "g/.h/i.txt")
+    for name in ("a.txt", "b.TXT", "c.txt.gz", "d", "j.txt/k", *hidden):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(name)
+    pq.write_table(pa.table({"text": ["x", None, " \n"]}), tmp_path / "l.parquet")
+    (tmp_path / "m.txt").symlink_to("gone")
+    (tmp_path / "n").symlink_to("g")
+    (tmp_path / "o.txt").symlink_to("d")
+    titles = [article.title for article in read_files(tmp_path)]
+    assert titles == ["a.txt", "l.parquet row 0", "o.txt"]
+    assert capsys.readouterr().err.splitlines() == [
+        f"note: not read in {tmp_path}: 1 .TXT, 1 .gz, 1 broken links or devices, "
+        "3 hidden files or folders, 1 links to folders, 2 without an ending",
+        f"note: 2 of 3 rows of {tmp_path / 'l.parquet'} hold no text",
+    ]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems refuse such names")
+def test_file_names_need_not_be_composed_nor_text(tmp_path):
+    (tmp_path / "cafe\u0301.txt").write_text("one")
+    (tmp_path / "caf\udce9.txt").write_text("two")
+    titles = {article.title for article in read_files(tmp_path)}
+    assert titles == {"caf\u00e9.txt", "caf\\udce9.txt"}
 
 
 def hub_corpus(files: str = "raw/*.parquet") -> HubCorpus:

@@ -1,5 +1,6 @@
 """The stages prepare_wikitext and prepare_longdocs, from text files to files of tokens."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -188,6 +189,29 @@ def test_a_title_of_both_corpora_never_stands_in_two_splits(monkeypatch, sliding
     leaked = shared(articles, titles_of(documents_of(sliding=sliding, corpus=corpus)))
     assert leaked
     assert {title[2:] for title in leaked} == {".txt"}
+
+
+def test_a_text_of_both_corpora_never_stands_in_two_splits(capsys):
+    for split, titles in titles_of(rows_of("wikitext")).items():
+        for title in titles:
+            text = Path("texts", title).read_text().replace(" ", "\n")
+            Path("books", f"{split} {title}").write_text(text)
+    documents = titles_of(documents_of(corpus="books"))
+    for split in SPLITS:
+        copies = {title.split()[0] for title in documents[split] if " " in title}
+        assert copies == {split}
+    assert re.search(r"note: \d+ of \d+ articles of test are left out", capsys.readouterr().err)
+
+
+def test_the_stages_tell_how_much_they_made():
+    assert prepare_wikitext.main().startswith("prepare_wikitext: train 16 articles with ")
+    said = prepare_longdocs.main()
+    rows = rows_of("longdocs")
+    for split in SPLITS:
+        num_articles = len({row["title"] for row in rows[split]})
+        num_tokens = len(rows[split]) * TOKENS_PER_DOCUMENT
+        counts = f"{len(rows[split])} from {num_articles} articles with {num_tokens:,} tokens"
+        assert f", {split} {counts}" in said
 
 
 def test_a_split_without_documents_is_refused_and_nothing_is_written():

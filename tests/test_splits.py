@@ -5,18 +5,26 @@ from unicodedata import normalize
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from tokenizers import Tokenizer, normalizers
 
 from infini_retrofit.pipeline.files import write_manifest
 from infini_retrofit.pipeline.tables import read_token_rows
+from infini_retrofit.texts import splits as splits_module
 from infini_retrofit.texts.splits import (
     SPLITS,
     Article,
     TokenizedArticle,
     cut_documents,
+    cut_text,
+    drop_copies,
+    note_copies,
     read_articles,
     split_articles,
+    tokenize,
     write_rows,
 )
+from tests.tiny import tiny_tokenizer
+from tests.tiny_project import ROOT
 
 
 def tokenized(title: str, num_tokens: int, first: int = 0) -> TokenizedArticle:
@@ -52,6 +60,71 @@ def test_the_unicode_form_of_a_title_decides_nothing():
         assert [normalize("NFC", a.title) for a in decomposed[split]] == [
             a.title for a in composed[split]
         ]
+    of_both = [Article(form, "") for t in titles for form in (t, normalize("NFD", t))]
+    both = split_articles(of_both, 0.2, 0.3)
+    assert [len(both[split]) for split in SPLITS] == [20, 8, 12]
+    named = [{normalize("NFC", a.title) for a in both[split]} for split in SPLITS]
+    assert len(set.union(*named)) == sum(map(len, named))
+
+
+COPIES = [
+    Article("b", "caf\u00e9 au lait"),
+    Article("a", "caf\u00e9 au lait"),
+    Article("c", "cafe\u0301 au\nlait"),
+    Article("Title", "Title\n\ncaf\u00e9 au lait"),
+]
+
+
+def test_of_equal_texts_one_is_kept_and_the_others_are_counted(capsys):
+    articles = [*COPIES, Article("b", "another text"), Article("au lait", "caf\u00e9")]
+    kept = drop_copies(articles)
+    assert len(kept) == 3
+    assert drop_copies(articles[::-1]) == kept
+    assert capsys.readouterr().err.startswith("note: 3 of 6 articles are copies and left out, such")
+    assert drop_copies(kept) == kept
+    assert capsys.readouterr().err == ""
+
+
+def test_copies_in_a_corpus_s_own_splits_are_told(capsys):
+    other = Article("d", "another")
+    note_copies({"train": [COPIES[0], other], "val": [other], "test": COPIES[1:]})
+    assert capsys.readouterr().err.splitlines() == [
+        "note: 1 texts of train have copies in val, as the corpus is split",
+        "note: 1 texts of train have copies in test, as the corpus is split",
+    ]
+
+
+def with_prefix(tokenizer: Tokenizer) -> Tokenizer:
+    """Put a space before every text, as the tokenizer of Llama 2 does."""
+    tokenizer.normalizer = normalizers.Prepend(" ")
+    return tokenizer
+
+
+@pytest.mark.parametrize("kind", [lambda tokenizer: tokenizer, with_prefix])
+def test_a_long_text_is_cut_where_its_tokens_stay_the_same(monkeypatch, kind):
+    tokenizer = kind(tiny_tokenizer().backend_tokenizer)
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    whole = tokenizer.encode(text, add_special_tokens=False).ids
+    monkeypatch.setattr(splits_module, "PIECE_CHARS", 150)
+    pieces = list(cut_text(tokenizer, text))
+    assert len(pieces) > len(text) / 250
+    short = Article("a", "short")
+    articles = [short, short, Article("long", text), Article("empty", "")]
+    made = list(tokenize(tokenizer, articles))
+    assert [Article(article.title, article.text) for article in made] == articles
+    assert made[2].input_ids.tolist() == whole
+    monkeypatch.setattr(splits_module, "_find_cut", cut_anywhere)
+    assert next(tokenize(tokenizer, articles[2:])).input_ids.tolist() != whole
+
+
+def cut_anywhere(_tokenizer: Tokenizer, _text: str, begin: int) -> tuple[int, int]:
+    return begin, begin
+
+
+def test_a_damaged_tokenizer_is_refused_by_name(tmp_path):
+    (tmp_path / "tokenizer.json").write_text('{"model": 1}')
+    with pytest.raises(ValueError, match=r"tokenizer\.json must be a tokenizer, got .*: delete"):
+        splits_module.open_tokenizer(tmp_path / "tokenizer.json")
 
 
 def test_the_split_is_the_same_on_every_machine():

@@ -118,8 +118,8 @@ def read_files(path: Path) -> list[Article]:
     told = ", ".join(f"{number:,} {kind}" for kind, number in sorted(unread.items()))
     if not files:
         raise ValueError(
-            f"corpora.<preset>.path must hold *.txt or *.parquet files, got {path}"
-            f" with {told or 'nothing in it'}"
+            f"corpora.<preset>.path must hold *.txt or *.parquet files, got {path}: "
+            f"{told or 'an empty folder'}"
         )
     if unread:
         note(f"not read in {path}: {told}")
@@ -139,9 +139,9 @@ def _find_files(path: Path) -> tuple[list[Path], Counter[str]]:
     for folder, folders, names in os.walk(path, onerror=_raise):
         for entry in (Path(folder, name) for name in folders + names):
             if entry.name.startswith("."):
-                unread["hidden"] += 1
+                unread["hidden files or folders"] += 1
             elif entry.is_dir():
-                unread["linked folders"] += entry.is_symlink()
+                unread["links to folders"] += entry.is_symlink()
             elif not entry.is_file():
                 unread["broken links or devices"] += 1
             elif entry.suffix in _READERS:
@@ -185,7 +185,7 @@ def _read_parquet(path: Path, name: str) -> list[Article]:
         found = [f"{c.name} ({c.type})" for c in schema if not columns or c.name in columns]
         raise ValueError(
             f"{path} must have a column text (and may have a column title) of strings, "
-            f"got {', '.join(found)}"
+            f"got {', '.join(found) or 'none'}"
         ) from error
     names = _decode_rows(titles.cast(pa.large_binary()), path) or [""] * len(texts)
     return [
@@ -206,9 +206,9 @@ def _decode_rows(column: pa.ChunkedArray, path: Path) -> list[str]:
 
 
 def _decode(content: bytes, place: str) -> str:
-    """Decode UTF-8 with or without its mark at the begin; refuse other encodings and binaries."""
+    """Decode UTF-8 without byte-order marks; refuse other encodings and binary files."""
     try:
-        text = content.decode("utf-8-sig")
+        text = content.decode().replace("\ufeff", "")
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
         raise ValueError(f"{place} must be UTF-8 text: {error}, in line {line}") from error

@@ -156,18 +156,20 @@ def cut_text(tokenizer: Tokenizer, text: str) -> Iterator[str]:
     A piece has about `PIECE_CHARS` characters, or all that are left where no cut is found.
     """
     begin = 0
-    while cut := _find_cut(tokenizer, text, begin + PIECE_CHARS):
-        yield text[begin : cut[0]]
-        begin = cut[1]
-    yield text[begin:]
+    while begin + PIECE_CHARS < len(text):
+        end, next_begin = _find_cut(tokenizer, text, begin + PIECE_CHARS)
+        yield text[begin:end]
+        begin = next_begin
+    if begin < len(text) or not text:
+        yield text[begin:]
 
 
-def _find_cut(tokenizer: Tokenizer, text: str, begin: int) -> tuple[int, int] | None:
+def _find_cut(tokenizer: Tokenizer, text: str, begin: int) -> tuple[int, int]:
     """Return where one piece ends and the next begins: the tokens around are the same.
 
     The second begins without its space for a tokenizer that puts one before every text.
     """
-    for match in islice(_PLACE.finditer(text, begin, len(text) - 1), _PLACES_TRIED):
+    for match in islice(_PLACE.finditer(text, begin), _PLACES_TRIED):
         place = match.start()
         left, right = text[place - _SURROUNDINGS : place], text[place : place + _SURROUNDINGS]
         for space in ("", " "):
@@ -175,7 +177,7 @@ def _find_cut(tokenizer: Tokenizer, text: str, begin: int) -> tuple[int, int] | 
             whole, before, after = _encode(tokenizer, parts)
             if right.startswith(space) and whole == before + after:
                 return place, place + len(space)
-    return None
+    return len(text), len(text)
 
 
 def _encode(tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:
