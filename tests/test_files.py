@@ -1,5 +1,6 @@
 """Files are written whole or not at all, and a changed file is found."""
 
+import itertools
 import json
 import re
 from dataclasses import dataclass
@@ -10,10 +11,14 @@ import pytest
 from infini_retrofit.pipeline.files import (
     MANIFEST,
     read_json,
+    read_sealed,
+    seal_results,
     verify_manifest,
+    verify_results,
     write_manifest,
     write_metrics,
     write_rows,
+    write_sealed,
 )
 
 ROWS = [{"epoch": 1, "split": "val", "ppl": 2.5}, {"epoch": 2, "split": "val", "ppl": 0.1}]
@@ -123,3 +128,36 @@ def test_a_damaged_json_file_is_one_short_sentence(content, tmp_path):
     assert said.endswith(": delete it and run `dvc repro x`")
     assert len(said) < 400
     assert "\n" not in said
+
+
+def test_a_changed_byte_of_a_plan_is_refused_though_it_may_still_be_a_plan(tmp_path):
+    path, plan = tmp_path / "plan.json", Plan(tokens=3, share=1e-5)
+    write_sealed(path, plan)
+    assert read_sealed(path, Plan, "dvc repro x") == plan
+    content = path.read_bytes()
+    for at, bit in itertools.product(range(len(content)), range(8)):
+        path.write_bytes(content[:at] + bytes([content[at] ^ 1 << bit]) + content[at + 1 :])
+        with pytest.raises(ValueError, match=r"plan\.json .* run `dvc repro x`$"):
+            read_sealed(path, Plan, "dvc repro x")
+    path.write_text('{"tokens": 3, "share": 1e-05}')
+    with pytest.raises(ValueError, match="differs from its sha256: delete it"):
+        read_sealed(path, Plan, "dvc repro x")
+
+
+def test_results_are_those_that_their_stage_wrote(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    metrics, rows, more = Path("metrics/a.json"), Path("plots/a.tsv"), Path("plots/more.tsv")
+    write_metrics(metrics, {"ppl": 7.0})
+    write_rows(rows, ROWS)
+    write_rows(more, ROWS)
+    seal_results("a", [metrics, rows])
+    verify_results("a", [metrics])
+    with pytest.raises(ValueError, match=r"plots/more\.tsv differs from its manifest"):
+        verify_results("a", [more])
+    write_rows(rows, ROWS[:1])
+    message = r"plots/a\.tsv differs .*: delete data/a\.manifest\.json and run `dvc repro a`"
+    with pytest.raises(ValueError, match=message):
+        verify_results("a", [metrics])
+    rows.unlink()
+    with pytest.raises(FileNotFoundError, match=r"plots/a\.tsv is missing: run `dvc repro a`"):
+        verify_results("a", [metrics])

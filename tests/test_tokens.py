@@ -3,6 +3,8 @@
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from infini_retrofit.pipeline.files import write_manifest
@@ -51,3 +53,48 @@ def test_documents_are_the_first_rows_and_each_has_its_article_s_title(tmp_path)
     assert read_documents(path, 22, 3).tolist() == rows[:3].tolist()
     assert read_titles(path, 3) == ["b", "a", "b"]
     assert read_titles(path, 9) == ["b", "a", "b", "c"]
+
+
+def rewritten(path: Path, **columns: pa.Array) -> None:
+    """Replace columns of a table, and its manifest."""
+    table = pq.read_table(path)
+    names = table.column_names
+    arrays = [columns.get(name, table[name]) for name in names]
+    pq.write_table(pa.table(dict(zip(names, arrays, strict=True))), path)
+    write_manifest(path.parent)
+
+
+def test_a_flipped_bit_is_refused_and_so_is_a_table_without_a_manifest(path):
+    content = path.read_bytes()
+    path.write_bytes(content[:100] + bytes([content[100] ^ 1]) + content[101:])
+    for read in (lambda: read_stream(path, 22), lambda: read_titles(path, 9)):
+        with pytest.raises(ValueError, match=r"train\.parquet differs from its manifest .* run"):
+            read()
+    path.with_name("manifest.json").unlink()
+    with pytest.raises(FileNotFoundError, match=r"manifest\.json is missing: run `dvc repro"):
+        read_stream(path, 22)
+
+
+IDS = pa.large_list(pa.int32())
+STRANGE = {
+    "column input_ids of large_list<.*int32.*>, got .*int64": (pa.large_list(pa.int64()), [[0]]),
+    "must hold token ids in 0..21, .* got 22 in row 1": (IDS, [[0], [22], [1]]),
+    "must hold token ids in 0..21, .* got -1 in row 2": (IDS, [[0], [2], [1, -1]]),
+    "must have a value in each cell of input_ids": (IDS, [[0], [None], [1]]),
+    r"documents of one length \(2 tokens\), got 1 in row 2": (IDS, [[0, 1], [2, 3], [4]]),
+}
+
+
+@pytest.mark.parametrize("fault", STRANGE)
+def test_a_table_of_another_pipeline_is_refused_by_row(fault, path):
+    of, rows = STRANGE[fault]
+    rewritten(path, input_ids=pa.array(rows * (3 // len(rows)), of))
+    with pytest.raises(ValueError, match=rf"train\.parquet must .*{fault.removeprefix('must ')}"):
+        read_documents(path, 22, 2)
+
+
+def test_a_table_without_rows_is_refused(path):
+    pq.write_table(pq.read_table(path).slice(0, 0), path)
+    write_manifest(path.parent)
+    with pytest.raises(ValueError, match=r"train\.parquet must have rows, got none: delete"):
+        read_samples(path, 22, 3, 99)
