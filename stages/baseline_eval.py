@@ -1,7 +1,8 @@
 """Stage `baseline_eval`: score the base under every protocol.
 
 Reads:  params.yaml (eval), data/rival.json, models/base, data/wikitext, data/longdocs
-Writes: metrics/baseline_eval.json, plots/baseline_documents.tsv, plots/baseline_positions.tsv
+Writes: metrics/baseline_eval.json, plots/baseline_documents.tsv, plots/baseline_positions.tsv,
+        data/baseline_eval.manifest.json
 """
 
 import sys

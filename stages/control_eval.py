@@ -2,7 +2,8 @@
 
 Reads:  params.yaml (eval), data/rival.json, models/base, models/control,
         data/wikitext, data/longdocs
-Writes: metrics/control_eval.json, plots/control_documents.tsv, plots/control_positions.tsv
+Writes: metrics/control_eval.json, plots/control_documents.tsv, plots/control_positions.tsv,
+        data/control_eval.manifest.json
 """
 
 from pathlib import Path

@@ -1,7 +1,8 @@
 """Stage `distill`: insert the Infini layers and fit them to the base.
 
 Reads:  params.yaml (infini, distill), models/base, data/wikitext
-Writes: models/distilled, metrics/distill.json, plots/distill.tsv, plots/distill_memory.tsv
+Writes: models/distilled, metrics/distill.json, plots/distill.tsv, plots/distill_memory.tsv,
+        data/distill.manifest.json
 """
 
 from pathlib import Path

@@ -4,9 +4,10 @@ The metrics of base and control stand beside them. If distill.epochs is 0, only 
 scored; `analysis.zero_cost` then measures what insertion costs.
 
 Reads:  params.yaml (eval, infini, distill.epochs), models, data/wikitext, data/longdocs, and of
-        base and control metrics/*_eval.json, plots/*_documents.tsv, plots/*_positions.tsv
+        base and control metrics/*_eval.json, plots/*_documents.tsv, plots/*_positions.tsv,
+        data/*_eval.manifest.json
 Writes: metrics/eval_sliding.json, plots/eval_sliding.tsv, plots/eval_documents.tsv,
-        plots/eval_positions.tsv, plots/memory_share.tsv
+        plots/eval_positions.tsv, plots/memory_share.tsv, data/eval_sliding.manifest.json
 """
 
 import sys

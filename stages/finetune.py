@@ -1,7 +1,8 @@
 """Stage `finetune`: train the distilled model on documents.
 
 Reads:  params.yaml (finetune), models/base, models/distilled, data/longdocs
-Writes: models/finetuned, metrics/finetune.json, plots/finetune.tsv, plots/finetune_memory.tsv
+Writes: models/finetuned, metrics/finetune.json, plots/finetune.tsv, plots/finetune_memory.tsv,
+        data/finetune.manifest.json
 """
 
 from pathlib import Path

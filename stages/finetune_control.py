@@ -1,7 +1,8 @@
 """Stage `finetune_control`: train the base without a memory.
 
 Reads:  data/control.json, models/base, data/longdocs
-Writes: models/control, metrics/finetune_control.json, plots/finetune_control.tsv
+Writes: models/control, metrics/finetune_control.json, plots/finetune_control.tsv,
+        data/finetune_control.manifest.json
 """
 
 from pathlib import Path

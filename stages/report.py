@@ -3,7 +3,8 @@
 Ends with the table on the terminal. Nothing reads what it writes, so the page may show machine
 and seconds.
 
-Reads:  params.yaml (all of it), metrics/*.json, plots/*.tsv, models, data/longdocs, git,
+Reads:  params.yaml (all of it), metrics/*.json, plots/*.tsv, data/*.manifest.json, models,
+        data/longdocs, git,
         the seconds that stages noted in .dvc/tmp/seconds
 Writes: report/index.html, report/report.md, metrics/summary.json, plots/summary.tsv,
         plots/training.tsv
