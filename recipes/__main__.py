@@ -10,6 +10,7 @@ from infini_retrofit.pipeline.params import read_params
 from infini_retrofit.pipeline.schema import leaves
 from recipes.experiments import (
     check_finished,
+    check_keeps_copies,
     committed_params,
     diff_commands,
     existing_experiments,
@@ -135,12 +136,15 @@ def run_recipes(args: argparse.Namespace) -> None:
         return
     if not args.force:
         refuse_existing(list(commands))
+    if args.temp:
+        check_keeps_copies()
     for number, (name, command) in enumerate(commands.items(), 1):
         print(printable(command), flush=True)
         if code := run(command):
             rest = ", ".join(list(commands)[number:]) or "nothing"
             print(f"error: {name} failed; left to run: {rest}", file=sys.stderr)
             sys.exit(code)
+        check_stored(name)
 
 
 def make_commands(
@@ -175,6 +179,18 @@ def note_changes(values: Mapping[str, Any]) -> None:
             "note: recipes start from the params.yaml of the last commit; changed since, and not "
             f"used unless given by -S: {', '.join(sorted(values))}",
             file=sys.stderr,
+        )
+
+
+def check_stored(name: str) -> None:
+    """Refuse that DVC ended well without an experiment of this name.
+
+    Raises:
+        ValueError: if so.
+    """
+    if name not in existing_experiments():
+        raise ValueError(
+            f"DVC ended well, but has stored no experiment {name}: `dvc exp list` shows what it has"
         )
 
 

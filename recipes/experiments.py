@@ -61,7 +61,7 @@ def newest_experiments() -> dict[str, Experiment]:
 
 def existing_experiments() -> set[str]:
     """Return the names of the experiments that started from the last commit."""
-    head = git("rev-parse", "HEAD").strip()
+    head = last_commit()
     return {name for name, experiment in stored_experiments() if experiment.code == head}
 
 
@@ -78,12 +78,38 @@ def check_finished(command: str, names: Sequence[str], experiments: Collection[s
         )
 
 
-def committed_params() -> dict[str, Any]:
-    """Read params.yaml of the last commit, from which experiments start.
+def last_commit() -> str:
+    """Return the commit from which experiments start.
 
     Raises:
-        FileNotFoundError: if it is not committed.
+        FileNotFoundError: if git finds none, with its reason.
     """
+    try:
+        return git("rev-parse", "HEAD").strip()
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"experiments start from the last commit: {error}") from error
+
+
+def check_keeps_copies() -> None:
+    """Refuse a shallow clone: DVC would lose, and call a success, what it runs in a copy.
+
+    Raises:
+        ValueError: with the way out.
+    """
+    if git("rev-parse", "--is-shallow-repository").strip() == "true":
+        raise ValueError(
+            "DVC cannot keep an experiment of --temp in a shallow clone: run "
+            "`git fetch --unshallow` first"
+        )
+
+
+def committed_params() -> dict[str, Any]:
+    """Read params.yaml of the last commit.
+
+    Raises:
+        FileNotFoundError: if it is not committed, or see `last_commit`.
+    """
+    last_commit()
     try:
         return read_params_of("HEAD")
     except FileNotFoundError as error:

@@ -62,6 +62,7 @@ def commands(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     monkeypatch.setattr(command_line, "run", lambda command: seen.append(" ".join(command)))
     monkeypatch.setattr(command_line, "existing_experiments", lambda: {"one"})
+    monkeypatch.setattr(command_line, "check_stored", lambda name: None)
     return seen
 
 
@@ -208,7 +209,7 @@ def test_overlays_and_repositories_that_do_not_fit_are_refused(monkeypatch):
     params = {"a": {"b": 1, "c": 2}}  # the user's mapping comes after the recipe's part of it
     assert overrides("part", params, {"a.c": 2}, ["a={b: 5}"]) == ["a.c=3", "a={b: 5}"]
     shutil.rmtree(".git")
-    assert refusal("part").startswith("error: params.yaml is missing from the last commit")
+    assert refusal("part").startswith("error: experiments start from the last commit: not a git")
 
 
 @pytest.mark.parametrize("option", ["table", "compare", "report", "leaderboard", "revisions"])

@@ -24,7 +24,13 @@ from infini_retrofit.pipeline.fields import (
     Sha256,
     Version,
 )
-from infini_retrofit.pipeline.files import sha256, whole_folder, write_manifest, write_text
+from infini_retrofit.pipeline.files import (
+    given_path,
+    sha256,
+    whole_folder,
+    write_manifest,
+    write_text,
+)
 from infini_retrofit.texts.corpora import Corpus
 from infini_retrofit.texts.hub import fetch_snapshot
 
@@ -100,11 +106,11 @@ class LocalBase:
 
     def known_depth(self) -> int | None:
         """Read the configuration, if it is there."""
-        return read_config(Path(self.path)).get("num_hidden_layers")
+        return read_config(given_path(self.path)).get("num_hidden_layers")
 
     def load(self) -> BaseModel:
         """Read the folder."""
-        return read_base(Path(self.path), f"local folder {Path(self.path).name}")
+        return read_base(given_path(self.path), f"local folder {Path(self.path).name}")
 
 
 BASE_KINDS = {"wheel": WheelBase, "hub": HubBase, "local": LocalBase, "scratch": ScratchBase}

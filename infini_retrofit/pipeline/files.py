@@ -9,6 +9,7 @@ import hashlib
 import io
 import json
 import math
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -184,6 +185,15 @@ def _write_digests(manifest: Path, folder: Path, names: Sequence[str]) -> None:
 def _compare(path: Path, digest: str, advice: str) -> None:
     if sha256(path) != digest:
         raise ValueError(f"{path} differs from its manifest (sha256): {advice}")
+
+
+def given_path(path: str) -> Path:
+    """Return a path of params.yaml, from the project's folder.
+
+    DVC runs `--temp` and the queue in copies, which lack what is not committed, and names the
+    project's folder in `DVC_ROOT`.
+    """
+    return Path(os.environ.get("DVC_ROOT", ""), path)
 
 
 def check_made(path: Path, made_by: str) -> None:

@@ -13,6 +13,7 @@ import os
 import re
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -73,6 +74,7 @@ def run_stage(main: Callable[[], str | None]) -> None:
     if "DVC_ROOT" in os.environ:
         _die_with_parent()
     try:
+        _refuse_shallow()
         begin = time.monotonic()
         stage = _stage_of(main)
         made = _run_guarded(main, stage) if stage else main()
@@ -324,6 +326,19 @@ def _end_on_sigterm() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def _refuse_shallow() -> None:
+    """Refuse a copy of a shallow clone, whose experiment DVC would lose and call a success."""
+    root = Path(os.environ.get("DVC_ROOT", ".")).resolve()
+    if root == Path.cwd().resolve():
+        return
+    command = ["git", "-C", str(root), "rev-parse", "--is-shallow-repository"]
+    if subprocess.run(command, capture_output=True).stdout == b"true\n":
+        raise ValueError(
+            f"{root} is a shallow clone, where DVC loses what --temp and the queue run: "
+            "run `git fetch --unshallow` first"
+        )
 
 
 def _note_seconds(stage: str) -> None:

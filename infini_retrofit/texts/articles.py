@@ -14,7 +14,7 @@ from typing import NoReturn
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from infini_retrofit.pipeline.files import sha256
+from infini_retrofit.pipeline.files import given_path, sha256
 from infini_retrofit.pipeline.progress import note
 from infini_retrofit.texts.corpora import Corpus, CorpusShares, GensimCorpus, HubSplits
 from infini_retrofit.texts.splits import (
@@ -49,7 +49,7 @@ def read_corpus(corpus: CorpusShares) -> list[Article]:
         return read_gensim_sample()
     if isinstance(corpus, HubSplits):
         return _read_parquets(fetch_parquet(corpus))
-    return read_files(Path(corpus.path))
+    return read_files(given_path(corpus.path))
 
 
 def read_gensim_sample() -> list[Article]:
@@ -110,8 +110,7 @@ def read_files(path: Path) -> list[Article]:
     """
     if not path.exists():
         raise FileNotFoundError(
-            f"{path.absolute()} is missing: it must hold the texts of corpora.<preset>; a copy of "
-            "the project (--temp) holds committed files only, so give an absolute path there"
+            f"{path.absolute()} is missing: it must hold the texts of corpora.<preset>"
         )
     root = path if path.is_dir() else path.parent
     files, unread = _find_files(path)
