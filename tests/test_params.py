@@ -103,7 +103,7 @@ def test_good_parameters_load_whole_or_by_dotted_names(tmp_path):
     ("change", "message"),
     [
         ({"lr": "fast"}, "lr must be a valid number, got 'fast'"),
-        ({"lr": ".nan"}, "lr must be a valid number, got 'NaN'"),
+        ({"lr": "-.inf"}, "lr must be a finite number, got -inf"),
         ({"epochs": "1e1"}, "epochs must be a valid integer, got 10.0"),
         ({"epochs": "true"}, "epochs must be a valid integer, got True"),
         ({"memory": "maybe"}, "memory must be 'on' or 'off', got 'maybe'"),

@@ -5,6 +5,7 @@ Knows no section: a dataclass stands with its code and checks its own ranges in 
 
 import copy
 import functools
+import math
 import re
 import unicodedata
 from collections.abc import Mapping
@@ -128,7 +129,10 @@ def _check_plain(value: Any, name: str) -> None:
         if abs(value) > _MOST_NUMBER:
             most = f"{_MOST_NUMBER:,} in size"
             raise ValueError(f"{name} must be at most {most}, got {_shown(value)}")
-    elif value is not None and not isinstance(value, float):
+    elif isinstance(value, float):
+        if not math.isfinite(value):
+            raise ValueError(f"{name} must be a finite number, got {value}")
+    elif value is not None:
         raise ValueError(f"{name} must be a plain value, got a {type(value).__name__}: quote it")
 
 
