@@ -8,14 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig
-
-from infini_retrofit.bases.sources import BASE_KINDS, LocalBase
+from infini_retrofit.bases.sources import BASE_KINDS
 from infini_retrofit.evaluation.protocols import EvalParams
 from infini_retrofit.layer.form import InfiniParams
+from infini_retrofit.model.base import load_weightless, read_about
 from infini_retrofit.model.retrofit import check_form, resolve_layers
 from infini_retrofit.pipeline.fields import Launcher
-from infini_retrofit.pipeline.files import read_json, verify_manifest, write_text
+from infini_retrofit.pipeline.files import write_text
 from infini_retrofit.pipeline.guard import run_stage
 from infini_retrofit.pipeline.params import load_choice, load_section
 from infini_retrofit.texts.corpora import CORPORA, SAME, LongdocsParams
@@ -111,12 +110,11 @@ def check_base(params: Params, depth: int | None) -> None:
     if depth is not None:
         resolve_layers(params.infini.layers, depth)
     try:
-        verify_manifest(BASE, names=["base.json", "config.json"])
-        name = read_json(BASE / "base.json", dict)["name"]
+        name, config = read_about(BASE).name, load_weightless(BASE).config
     except (FileNotFoundError, ValueError):
         return
-    if name == params.model and depth in (None, LocalBase(path=str(BASE)).known_depth()):
-        check_form(params.infini, AutoConfig.from_pretrained(BASE, local_files_only=True))
+    if name == params.model and depth in (None, config.num_hidden_layers):
+        check_form(params.infini, config)
 
 
 if __name__ == "__main__":

@@ -4,10 +4,10 @@ Reads:  params.yaml (model, models; corpus and corpora for a base trained from s
 Writes: models/base
 """
 
-import json
 from pathlib import Path
 
 from infini_retrofit.bases.sources import BASE_KINDS, bring_base
+from infini_retrofit.model.base import read_about
 from infini_retrofit.pipeline.guard import run_stage
 from infini_retrofit.pipeline.params import load_choice, load_section
 from infini_retrofit.texts.corpora import CORPORA
@@ -21,8 +21,7 @@ def main() -> str:
     params = load_choice(BASE_KINDS, "model", "models")
     corpus = load_choice(CORPORA, "corpus", "corpora")
     bring_base(params, name, BASE, corpus_name, corpus)
-    about = json.loads((BASE / "base.json").read_text(encoding="utf-8"))
-    return f"prepare_base: {name}, {about['num_parameters']:,} parameters"
+    return f"prepare_base: {name}, {read_about(BASE).num_parameters:,} parameters"
 
 
 if __name__ == "__main__":

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -128,6 +129,41 @@ def test_the_same_model_in_other_words_goes_on(path, monkeypatch):
     monkeypatch.setattr(caches, "_VALUES_AT_ONCE", 7)
     other = generating_model(layers=[2], bptt_segments=1)
     assert InfiniCache.load(path, other).num_seen == 7
+
+
+def without(x: dict[str, Tensor], name: str) -> None:
+    del x[name]
+
+
+DAMAGED = {
+    "negative": lambda x: x.update(num_tokens=-x["num_tokens"]),
+    "zero": lambda x: x.update(num_tokens=0 * x["num_tokens"]),
+    "of another segment": lambda x: x.update(num_tokens=x["num_tokens"] - 1),
+    "fraction": lambda x: x.update(num_tokens=x["num_tokens"] - 0.5),
+    "missing": lambda x: without(x, "carried.1.memory.matrix"),
+    "strange": lambda x: x.update({"carried.9.memory.matrix": torch.ones(1)}),
+    "type": lambda x: x.update({"carried.1.context.key": x["carried.1.context.key"].double()}),
+    "shape": lambda x: x.update({"carried.1.context.key": x["carried.1.context.key"][1:]}),
+    "nan": lambda x: x["carried.1.memory.matrix"].mul_(float("nan")),
+}
+
+
+@pytest.mark.parametrize("has_digest", [True, False])
+@pytest.mark.parametrize("kind", DAMAGED)
+def test_a_damaged_cache_is_refused_with_its_digest_or_without(path, kind, has_digest):
+    model = generating_model(layers=[1], local_context=2)
+    filled(model, draw_ids(2, 13)).save(path, model)
+    with safe_open(path, framework="pt") as file:
+        about = file.metadata()
+    tensors = load_file(path)
+    if not has_digest:  # as in files that were saved before there was one
+        del about["sha256"]
+        save_file(tensors, path, about)
+        assert InfiniCache.load(path, model).num_seen == 13
+    DAMAGED[kind](tensors)
+    save_file(tensors, path, about)
+    with pytest.raises(ValueError, match=rf"{path}.*: delete it and read the text again"):
+        InfiniCache.load(path, model)
 
 
 def test_what_is_no_cache_or_of_another_format_is_refused(tmp_path, monkeypatch):

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 from infini_retrofit.generation.generation import enable_generation
@@ -98,6 +99,37 @@ def test_one_flipped_byte_is_refused_by_name(name):
     content[-5] ^= 1
     (OUT / name).write_bytes(content)
     with pytest.raises(ValueError, match=rf"{name} differs from its manifest.*`dvc repro distill`"):
+        load()
+
+
+DAMAGED = {
+    "lacks": (lambda x: x.pop("lm_head.weight"), r"^lm_head\.weight of .* must be float.* got no"),
+    "one more": (lambda x: x.update(more=torch.ones(1)), r"^more of .* must be no tensor, got"),
+    "nan": (lambda x: x["lm_head.weight"].mul_(float("nan")), r"^lm_head\.weight of .* be finite"),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGED)
+def test_weights_that_are_not_those_that_were_saved_are_refused(kind):
+    save()
+    change, message = DAMAGED[kind]
+    with safe_open(OUT / WEIGHTS, framework="pt") as file:
+        about = file.metadata()
+    tensors = load_file(OUT / WEIGHTS)
+    change(tensors)
+    save_file(tensors, OUT / WEIGHTS, about)
+    write_manifest(OUT)
+    with pytest.raises(ValueError, match=message + ".*run `dvc repro distill`"):
+        load()
+
+
+def test_a_form_that_the_weights_were_not_saved_with_is_refused():
+    save()
+    about = json.loads((OUT / CONFIG).read_text())
+    about["infini"]["gate"] = "query"
+    (OUT / CONFIG).write_text(json.dumps(about))
+    write_manifest(OUT)
+    with pytest.raises(ValueError, match=rf"^infini of .*{CONFIG} must be .*head.*got .*query"):
         load()
 
 

@@ -39,7 +39,7 @@ TAKEN = [
     {"seed_scaling": True, "decay": "feature", "local": "linear", "positions": "none"},
 ]
 # A digest of all fields and choices of `InfiniParams` when files of each format were written.
-FIELDS = {4: "e16b68daafaa55bef1bce4c8dc9bca0c"}
+FIELDS = {5: "e16b68daafaa55bef1bce4c8dc9bca0c"}
 
 
 @pytest.mark.parametrize(("over", "message"), REFUSED, ids=str)

@@ -83,7 +83,7 @@ def test_missing_weights_are_not_made_up_and_the_old_base_stays(tmp_path):
     old = tiny_base_folder(tmp_path / "base", "gpt_neox")
     source = tiny_base_folder(tmp_path / "source")
     edit_config(source, num_hidden_layers=4)
-    with pytest.raises(ValueError, match=r"must hold all weights, got none for model\.layers\.3\."):
+    with pytest.raises(ValueError, match=r"^model\.layers\.3\..* is missing: run `hf download"):
         bring_base(LocalBase(path=str(source)), "x", old)
     assert load_base(old, torch.float32).config.model_type == "gpt_neox"
     assert {path.name for path in tmp_path.iterdir()} == {"base", "source"}

@@ -3,7 +3,6 @@
 Knows nothing of the folder's origin.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,10 +10,13 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from infini_retrofit.model.base import load_tokenizer
+from infini_retrofit.model.base import load_tokenizer, open_config, weightless
 from infini_retrofit.model.families import FAMILIES
+from infini_retrofit.model.weights import load_whole
+from infini_retrofit.pipeline.files import read_json
 
 WEIGHTS = "*.safetensors"
+_MADE_BY = "hf download REPO_ID --local-dir FOLDER"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,15 +35,15 @@ def read_base(folder: Path, source: str) -> BaseModel:
     for pattern in (WEIGHTS, "tokenizer.json"):
         if not any(folder.glob(pattern)):
             raise _missing(folder, source, pattern)
-    model, loading = AutoModelForCausalLM.from_pretrained(
+    plan = weightless(open_config(folder, _MADE_BY), folder, _MADE_BY)
+    model = load_whole(
+        AutoModelForCausalLM.from_pretrained,
+        plan,
         folder,
+        f"run `{_MADE_BY}`",
         dtype=torch.float32,
         local_files_only=True,
-        use_safetensors=True,
-        output_loading_info=True,
     )
-    if missing := sorted(loading["missing_keys"]):
-        raise ValueError(f"{source} must hold all weights, got none for {', '.join(missing[:3])}")
     stored = config.get("dtype") or config.get("torch_dtype") or "float32"
     note = f"{stored} weights, kept as float32"
     return BaseModel(model=model, tokenizer=load_tokenizer(folder), source=source, note=note)
@@ -69,11 +71,11 @@ def check_family(family: str | None, source: str) -> None:
 def read_config(folder: Path) -> dict[str, Any]:
     """Read config.json; {} where there is none."""
     path = folder / "config.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return read_json(path, dict[str, Any], _MADE_BY) if path.is_file() else {}
 
 
 def _missing(folder: Path, source: str, pattern: str) -> FileNotFoundError:
     return FileNotFoundError(
         f"{source} ({folder}) holds no {pattern}: a base is a folder in Hugging Face form, which "
-        "`hf download REPO_ID --local-dir FOLDER` makes"
+        f"`{_MADE_BY}` makes"
     )

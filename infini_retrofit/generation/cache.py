@@ -12,7 +12,8 @@ Axes:
 
 import hashlib
 import json
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Int
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DummyLayer, DynamicLayer
@@ -33,12 +34,15 @@ from infini_retrofit.layer.memory import MemoryState
 from infini_retrofit.layer.state import LayerState, State, Tokens
 from infini_retrofit.model.families import decoder_layers
 from infini_retrofit.model.retrofit import attention_modules, resolve_layers
+from infini_retrofit.model.weights import check_kinds, kind_of, read_tensors
 
 # The method of transformers' GenerationMixin that `enable_generation` replaces.
 PREPARE = "_prepare_cache_for_generation"
 _KINDS = {"memory": MemoryState, "context": LocalContext, "unfinished": Tokens}
 FORMAT = "4"  # of a saved file
 _VALUES_AT_ONCE = 2**22  # of a parameter, for its digest
+_DIGEST = "sha256"  # of a saved file's tensors; the first files have none
+_ADVICE = "delete it and read the text again"
 
 
 class InfiniCache(Cache):
@@ -176,6 +180,7 @@ class InfiniCache(Cache):
         about = describe(model) | {"num_seen": str(self.num_seen)}
         rows = {"num_tokens": self.num_tokens, "is_token": self.is_token}
         tensors = self._tensors() | {name: x for name, x in rows.items() if x is not None}
+        about[_DIGEST] = _digest_of(tensors, about["num_seen"])
         path.parent.mkdir(parents=True, exist_ok=True)
         # Not by `whole_file`: an exported folder holds this file, and none of the pipeline.
         partial = path.with_name(path.name + ".partial")
@@ -187,8 +192,8 @@ class InfiniCache(Cache):
         """Read a cache that `save` wrote.
 
         Raises:
-            ValueError: if the file is no cache of this model, or the model uses none. The device
-                and the number type (float32, bfloat16) may differ.
+            ValueError: if the file is damaged or no cache of this model, or the model uses none.
+                The device and the number type (float32, bfloat16) may differ.
         """
         check_enabled(model)
         about = check_file(path)
@@ -198,8 +203,11 @@ class InfiniCache(Cache):
                     f"{name} of {path} must be {expected}, as this model and version write "
                     f"it, got {found}: read the text again"
                 )
-        cache, tensors = cls(model), load_file(path)
+        cache, tensors = cls(model), read_tensors(path, _ADVICE)[0]
+        if about.get(_DIGEST) not in (None, _digest_of(tensors, about["num_seen"])):
+            raise ValueError(f"{path} differs from its own digest (sha256): {_ADVICE}")
         cache.num_seen = int(about["num_seen"])
+        _check_tensors(tensors, cache.num_seen, model, path)
         cache.num_tokens = tensors.pop("num_tokens", None)
         cache.is_token = tensors.pop("is_token", None)
         layers: dict[tuple[str, str], dict[str, dict[str, Tensor]]] = {}
@@ -238,11 +246,81 @@ def check_file(path: Path) -> dict[str, str]:
     try:
         with safe_open(path, framework="pt") as file:
             about = file.metadata() or {}
-    except (SafetensorError, OSError):
-        about = {}
+    except (SafetensorError, OSError) as error:
+        told = f"{path} must be a cache, got something else: {made_by} ({error})"
+        raise ValueError(told) from error
     if "num_seen" not in about:
         raise ValueError(f"{path} must be a cache, got something else: {made_by}")
+    if not re.fullmatch("[0-9]{1,15}", found := about["num_seen"]):
+        raise ValueError(f"num_seen of {path} must be a count, got {found}: {_ADVICE}")
     return about
+
+
+def _check_tensors(
+    tensors: Mapping[str, Tensor], num_seen: int, model: PreTrainedModel, path: Path
+) -> None:
+    """Refuse tensors that a model does not keep after `num_seen` columns."""
+    num_tokens, wanted = tensors.get("num_tokens"), {}
+    if num_seen:
+        if num_tokens is None or num_tokens.dtype != torch.long or num_tokens.dim() != 1:
+            raise ValueError(f"num_tokens of {path} must be a count for each row: {_ADVICE}")
+        if not len(num_tokens) or not ((num_tokens >= 1) & (num_tokens <= num_seen)).all():
+            raise ValueError(
+                f"num_tokens of {path} must be in 1..num_seen={num_seen} for each row, got "
+                f"{num_tokens.tolist()[:9]}: {_ADVICE}"
+            )
+        wanted = _expected_kinds(tensors, num_seen, num_tokens, model)
+    found = {name: _kind_of(name, x) for name, x in tensors.items()}
+    check_kinds(found, wanted, path, _ADVICE)
+    length = model.config.infini["segment_length"]
+    for name, x in tensors.items():
+        counts, expected = num_tokens, num_tokens
+        if name.endswith(".unfinished.is_token"):
+            counts, expected = x.sum(dim=1), num_tokens % length
+        elif name.endswith(".memory.normalizer"):
+            counts, expected = x.flatten(1).any(dim=1), num_tokens >= length
+        elif name == "is_token":
+            counts = x.sum(dim=1)
+        if not torch.equal(counts, expected):
+            raise ValueError(f"{name} of {path} must fit num_tokens of its rows: {_ADVICE}")
+
+
+def _expected_kinds(
+    tensors: Mapping[str, Tensor],
+    num_seen: int,
+    num_tokens: Int[Tensor, "B"],
+    model: PreTrainedModel,
+) -> dict[str, str]:
+    """Return the kind of every tensor that the model keeps, learned from a few tokens."""
+    infini, probe = model.config.infini, InfiniCache(model)
+    ids = torch.zeros(1, max(1, infini["local_context"]), dtype=torch.long, device=model.device)
+    with torch.no_grad():
+        model.base_model(input_ids=ids, past_key_values=probe, use_cache=True)
+    shapes = probe._tensors() | {"num_tokens": num_tokens}
+    # Before the first border there may be no context yet.
+    is_short = int(num_tokens.max()) < infini["segment_length"]
+    if is_short and not any(".context." in name for name in tensors):
+        shapes = {name: x for name, x in shapes.items() if ".context." not in name}
+    if not probe.is_bounded:
+        shapes["is_token"] = torch.empty(1, num_seen, dtype=torch.bool, device="meta")
+    num_unfinished = int((num_tokens % infini["segment_length"]).max())
+    found = {}
+    for name, x in shapes.items():
+        shape = [len(num_tokens), *x.shape[1:]]
+        if ".unfinished." in name:
+            shape[1] = num_unfinished
+        if name.startswith("full."):
+            shape[2] = num_seen
+        found[name] = _kind_of(name, torch.empty(shape, dtype=x.dtype, device="meta"))
+    return found
+
+
+def _kind_of(name: str, x: Tensor) -> str:
+    """Return a tensor's type and shape; outside the memory all types of a model are one."""
+    of_model = (torch.float32, torch.bfloat16, torch.float16)
+    if ".memory." not in name and x.dtype in of_model:
+        return f"floats {list(x.shape)}"
+    return kind_of(x)
 
 
 def describe(model: PreTrainedModel) -> dict[str, str]:
@@ -259,6 +337,15 @@ def describe(model: PreTrainedModel) -> dict[str, str]:
     about = {"format": FORMAT, "other_layers": model.config.other_layers}
     about |= {name: json.dumps(x, sort_keys=True) for name, x in choices.items()}
     return about | {"model": _digest(model)}
+
+
+def _digest_of(tensors: Mapping[str, Tensor], num_seen: str) -> str:
+    """Hash everything in a saved cache but what `describe` says."""
+    digest = hashlib.sha256(num_seen.encode())
+    for name, x in sorted(tensors.items()):
+        digest.update(f"{name} {kind_of(x)}".encode())
+        digest.update(x.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def _digest(model: PreTrainedModel) -> str:

@@ -4,8 +4,11 @@ An export copies this file, and what it imports of this library, beside the weig
 of bases and of files.
 """
 
+import copy
+from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from infini_retrofit.generation.generation import enable_generation
@@ -13,9 +16,12 @@ from infini_retrofit.layer.form import InfiniParams
 from infini_retrofit.layer.local_attention import alibi_slopes
 from infini_retrofit.model.base_attention import NAME
 from infini_retrofit.model.retrofit import infini_modules, insert_infini
+from infini_retrofit.model.weights import load_whole, read_by_transformers
 
 # Parts of the names of parameters that stay float32, whatever type the others are loaded in.
 KEPT_FLOAT32 = ["gate_logit", "alpha", "memory", "feature_maps"]
+_CONFIG = "config.json"
+_ADVICE = "download the folder again, or write it by `python -m infini_retrofit.share.export`"
 
 
 class _InfiniConfig:
@@ -28,6 +34,17 @@ class _InfiniConfig:
         kwargs.setdefault("attn_implementation", NAME)
         super().__post_init__(**kwargs)
 
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """Read what a file says, and refuse a damaged one by name."""
+        InfiniParams.read(config_dict.get("infini"), _CONFIG, _ADVICE)
+        if (other := config_dict.get("other_layers")) not in ("segment", "full"):
+            raise ValueError(
+                f"other_layers of {_CONFIG} must be full or segment, got {other!r}: {_ADVICE}"
+            )
+        with read_by_transformers(_CONFIG, _ADVICE):
+            return super().from_dict(config_dict, **kwargs)
+
 
 class _InfiniModel:
     """Insertion at construction, and what `transformers` must know about Infini layers."""
@@ -36,9 +53,28 @@ class _InfiniModel:
 
     def __init__(self, config: _InfiniConfig) -> None:
         super().__init__(config)
-        params = InfiniParams(**config.infini)
+        params = InfiniParams.read(config.infini, _CONFIG, _ADVICE)
         insert_infini(self, params)
         enable_generation(self, params, config.other_layers)
+
+    @classmethod
+    def from_pretrained(
+        cls, folder: Path | str | None, *args: Any, config: Any = None, **options: Any
+    ) -> Any:
+        """Open a folder, or a name on the Hub, as `transformers` does, but refuse damaged weights.
+
+        With `output_loading_info` the caller checks what was missing.
+        """
+        load = super().from_pretrained
+        if folder is None or options.get("output_loading_info"):
+            return load(folder, *args, config=config, **options)
+        if config is None:
+            config, options = cls.config_class.from_pretrained(
+                folder, return_unused_kwargs=True, **options
+            )
+        with read_by_transformers(f"{folder}/{_CONFIG}", _ADVICE), torch.device("meta"):
+            plan = cls(copy.deepcopy(config))
+        return load_whole(load, plan, folder, _ADVICE, config=config, **options)
 
     def initialize_weights(self) -> None:
         """Initialise weights and buffers that no file holds."""

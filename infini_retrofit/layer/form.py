@@ -3,14 +3,15 @@
 Knows nothing of how any of it is computed.
 """
 
-from dataclasses import dataclass, replace
-from typing import Literal
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal, get_args, get_origin
 
 from infini_retrofit.layer.feature_maps import FEATURES_PER_CHANNEL, FeatureMapName
 from infini_retrofit.layer.memory import UpdateRule
 
 # A deployed model keeps keys and values in a 16-bit type.
 BYTES_PER_CONTEXT_VALUE = 2
+_MOST_TOKENS = 2**24  # of a segment: the keys of a layer then fill gigabytes
 StateDtype = Literal["float32", "bfloat16"]
 BYTES_PER_STATE_VALUE: dict[StateDtype, int] = {"float32": 4, "bfloat16": 2}
 
@@ -41,8 +42,32 @@ class InfiniParams:
     segment_length: int = 256  # tokens
     local_context: int = 0  # tokens of keys and values carried over, the document's first included
 
+    @classmethod
+    def read(cls, values: Any, file: str, advice: str) -> "InfiniParams":
+        """Build the form that a file holds: every field, and no other.
+
+        `advice` is the way out, for errors.
+
+        Raises:
+            ValueError: if a field is missing, unknown or of another type, or has a wrong value.
+        """
+        if not isinstance(values, dict):
+            raise ValueError(f"infini of {file} must be a mapping, got {values!r}: {advice}")
+        for name in sorted({field.name for field in fields(cls)} ^ values.keys()):
+            fault = "unknown" if name in values else "missing"
+            raise ValueError(f"infini.{name} of {file} is {fault}: {advice}")
+        try:
+            return cls(**values)
+        except ValueError as error:
+            raise ValueError(f"{file}: {error}: {advice}") from error
+
     def __post_init__(self) -> None:
         """Refuse values that no base model could make sense of."""
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if not _is_of(value, field.type):
+                wanted = _in_words(field.type)
+                raise ValueError(f"infini.{field.name} must be {wanted}, got {value!r}")
         self._check_sizes()
         self._check_combinations()
 
@@ -52,6 +77,10 @@ class InfiniParams:
             raise ValueError(
                 "infini.segment_length must be at least 3 tokens, or the protocol t2 has none to "
                 f"score, got {length}"
+            )
+        if length > _MOST_TOKENS:
+            raise ValueError(
+                f"infini.segment_length must be at most {_MOST_TOKENS:,} tokens, got {length:,}"
             )
         if not 0 <= self.local_context <= length:
             raise ValueError(
@@ -126,6 +155,25 @@ class InfiniParams:
     def has_memory(self) -> bool:
         """Whether any layer has a memory."""
         return self.memory == "on" and self.layers != []
+
+
+def _is_of(value: Any, kind: Any) -> bool:
+    """Return whether a value is of the type of a field of `InfiniParams`."""
+    if get_origin(kind) is Literal:
+        return isinstance(value, str) and value in get_args(kind)
+    if get_origin(kind) is list:
+        return isinstance(value, list) and all(_is_of(x, *get_args(kind)) for x in value)
+    if isinstance(kind, type):
+        return type(value) is kind  # a bool is an int, but no number of tokens
+    return any(_is_of(value, choice) for choice in get_args(kind))
+
+
+def _in_words(kind: Any) -> str:
+    """Return the values of the type of a field of `InfiniParams`."""
+    names = {int: "a whole number", list[int]: "a list of whole numbers", bool: "true or false"}
+    if kind in names or isinstance(kind, str):
+        return names.get(kind, kind)
+    return " or ".join(_in_words(choice) for choice in get_args(kind))
 
 
 @dataclass(frozen=True, kw_only=True)

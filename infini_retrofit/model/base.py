@@ -3,51 +3,115 @@
 Knows neither where a base comes from (`base_sources`) nor what is inside a model.
 """
 
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Annotated, Any, Literal
 
 import torch
+from pydantic import Field, NonNegativeInt
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
 
 from infini_retrofit.model import base_attention
-from infini_retrofit.pipeline.files import MANIFEST, check_folder, verify_manifest
+from infini_retrofit.model.families import FAMILIES
+from infini_retrofit.model.weights import load_whole, read_by_transformers
+from infini_retrofit.pipeline.files import MANIFEST, check_folder, read_json, verify_manifest
+from infini_retrofit.pipeline.schema import build
 
 _MADE_BY = "dvc repro prepare_base"
+_Size = Annotated[int, Field(ge=1, lt=2**31)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Sizes:
+    """What must be sound in config.json before transformers builds anything by it."""
+
+    model_type: Literal[*sorted(FAMILIES)]
+    hidden_size: _Size
+    intermediate_size: _Size
+    num_attention_heads: _Size
+    num_hidden_layers: Annotated[int, Field(ge=1, le=1000)]
+    vocab_size: _Size
 
 
 def load_base(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
-    """Load a base in evaluation mode, after comparing it with its manifest."""
+    """Load a base in evaluation mode, after comparing it with its manifest.
+
+    Raises:
+        FileNotFoundError: if the folder, its manifest or a file is missing.
+        ValueError: if a file was changed or is damaged.
+    """
     check_base(folder)
     verify_manifest(folder, _MADE_BY)
-    model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=dtype, attn_implementation=base_attention.NAME, local_files_only=True
-    )
-    return model.eval()
+    load, options = AutoModelForCausalLM.from_pretrained, {"local_files_only": True}
+    options |= {"dtype": dtype, "attn_implementation": base_attention.NAME}
+    return load_whole(load, load_weightless(folder), folder, _advice(folder), **options).eval()
 
 
 def load_weightless(folder: Path) -> PreTrainedModel:
     """Build a base's modules without weights, to count sizes."""
-    config = _read_config(folder)
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)
+    return weightless(_own_config(folder), folder, _MADE_BY)
 
 
 def vocab_size(folder: Path) -> int:
     """Return how many token ids a base has."""
-    return _read_config(folder).vocab_size
+    return _own_config(folder).vocab_size
 
 
-def _read_config(folder: Path) -> PretrainedConfig:
+def _own_config(folder: Path) -> PretrainedConfig:
     """Read a base's configuration, after comparing it with the manifest."""
     check_base(folder)
     verify_manifest(folder, _MADE_BY, ["config.json"])
-    return AutoConfig.from_pretrained(folder, local_files_only=True)
+    return open_config(folder, _MADE_BY)
+
+
+def weightless(config: PretrainedConfig, folder: Path, made_by: str) -> PreTrainedModel:
+    """Build the modules that a folder's configuration describes, on the device `meta`."""
+    source = folder / "config.json"
+    with read_by_transformers(source, _advice(folder, made_by)), torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
+
+
+def open_config(folder: Path, made_by: str) -> PretrainedConfig:
+    """Read the configuration of a folder in Hugging Face form, and check that of generation.
+
+    Raises:
+        ValueError: if either is damaged; `made_by` is the command that makes the folder.
+    """
+    path = folder / "config.json"
+    _check_sizes(path, made_by)
+    if (other := folder / "generation_config.json").is_file():
+        read_json(other, dict[str, Any], made_by)
+        with read_by_transformers(other, _advice(folder, made_by)):
+            GenerationConfig.from_pretrained(folder).validate()
+    with read_by_transformers(path, _advice(folder, made_by)):
+        return AutoConfig.from_pretrained(folder, local_files_only=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BaseAbout:
+    """The file base.json: what a base is and where it comes from."""
+
+    name: Annotated[str, Field(min_length=1)]  # a key of `models` in params.yaml
+    source: str
+    note: str  # how the weights were stored or made
+    num_parameters: NonNegativeInt
+
+
+def read_about(folder: Path) -> BaseAbout:
+    """Read base.json; of a folder of one's own without it, only its name is known."""
+    path = folder / "base.json"
+    if path.is_file():
+        return read_json(path, BaseAbout, _MADE_BY)
+    source = f"a folder named {folder.name}"
+    return BaseAbout(name=folder.name, source=source, note="none", num_parameters=0)
 
 
 def check_base(folder: Path) -> None:
@@ -62,4 +126,22 @@ def check_base(folder: Path) -> None:
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     """Load the tokenizer of a base."""
-    return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    source = f"tokenizer.json or tokenizer_config.json of {folder}"
+    with read_by_transformers(source, _advice(folder)):
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+
+
+def _check_sizes(path: Path, made_by: str) -> None:
+    about = read_json(path, dict[str, Any], made_by)
+    if "quantization_config" in about:
+        told = f"{path} must describe plain weights, got quantized ones"
+        raise ValueError(f"{told}: {_advice(path.parent, made_by)}")
+    known = {field.name: about[field.name] for field in fields(_Sizes) if field.name in about}
+    try:
+        build(_Sizes, known, str(path))
+    except ValueError as error:
+        raise ValueError(f"{error}: {_advice(path.parent, made_by)}") from error
+
+
+def _advice(folder: Path, made_by: str = _MADE_BY) -> str:
+    return f"delete {folder} and run `{made_by}`"

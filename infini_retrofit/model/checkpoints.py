@@ -9,15 +9,18 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
+from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from infini_retrofit.layer.form import InfiniParams
 from infini_retrofit.model.base import check_base, load_base
 from infini_retrofit.model.retrofit import insert_infini
+from infini_retrofit.model.weights import check_kinds, kind_of, read_tensors
 from infini_retrofit.pipeline.files import (
     MANIFEST,
     check_folder,
+    check_made,
     read_json,
     verify_manifest,
     write_manifest,
@@ -25,7 +28,7 @@ from infini_retrofit.pipeline.files import (
 )
 
 WEIGHTS, CONFIG = "retrofit.safetensors", "infini_config.json"
-FORMAT = 4  # older ones have choices of form that no longer exist
+FORMAT = 5  # older ones do not list their tensors
 _NO_TRAINING_SEED = 2**32  # parameters allow smaller ones only
 
 
@@ -37,6 +40,7 @@ class _Config:
     base: dict[str, str]  # sha256 of each file of the base's weights
     other_layers: Literal["segment", "full"]  # what the base's own layers see in generation
     infini: InfiniParams
+    tensors: dict[str, str]  # type and shape of each, by name
 
 
 def save_retrofit(model: PreTrainedModel, params: InfiniParams, base_dir: Path, out: Path) -> None:
@@ -66,9 +70,14 @@ def save_retrofit(model: PreTrainedModel, params: InfiniParams, base_dir: Path, 
         if not is_tied and not torch.equal(known[name].to(tensor.dtype), tensor):
             changed[name] = tensor
     out.mkdir(parents=True, exist_ok=True)
-    save_file(changed, out / WEIGHTS)
-    other_layers = getattr(model.config, "other_layers", "segment")
-    config = _Config(format=FORMAT, base=base, other_layers=other_layers, infini=params)
+    config = _Config(
+        format=FORMAT,
+        base=base,
+        other_layers=getattr(model.config, "other_layers", "segment"),
+        infini=params,
+        tensors={name: kind_of(changed[name]) for name in sorted(changed)},
+    )
+    save_file(changed, out / WEIGHTS, _form_of(config))
     write_text(out / CONFIG, json.dumps(asdict(config), indent=2) + "\n")
     write_manifest(out)
 
@@ -84,13 +93,12 @@ def load_retrofit(
 
     Raises:
         FileNotFoundError: if a folder or its manifest is missing, or holds something else.
-        ValueError: if a file was changed, or the base or the format is another.
+        ValueError: if a file was changed or damaged, or the base or the format is another.
     """
     config = _read_config(folder, base_dir, made_by)
     model = load_base(base_dir, dtype)
-    insert_infini(model, config.infini)
-    result = model.load_state_dict(load_file(folder / WEIGHTS), strict=False)
-    assert not result.unexpected_keys, result.unexpected_keys
+    _insert(model, config.infini, folder, made_by)
+    model.load_state_dict(_read_weights(folder / WEIGHTS, config, model, made_by), strict=False)
     model.config.infini = asdict(config.infini)
     model.config.other_layers = config.other_layers
     return model.eval(), config.infini
@@ -99,8 +107,43 @@ def load_retrofit(
 def base_identity(base_dir: Path) -> dict[str, str]:
     """Return the sha256 of each file of a base's weights, by the file's name."""
     check_base(base_dir)
-    digests = json.loads((base_dir / MANIFEST).read_text(encoding="utf-8"))
+    digests = read_json(base_dir / MANIFEST, dict[str, str], "dvc repro prepare_base")
     return {name: sha for name, sha in digests.items() if name.endswith(".safetensors")}
+
+
+def _insert(model: PreTrainedModel, infini: InfiniParams, folder: Path, made_by: str) -> None:
+    try:
+        insert_infini(model, infini)
+    except ValueError as error:
+        told = f"{folder / CONFIG} does not fit its base ({error})"
+        raise ValueError(f"{told}: delete {folder} and run `{made_by}`") from error
+
+
+def _form_of(config: _Config) -> dict[str, str]:
+    """Return what the weights say of their form, so that no other form reads them."""
+    about = asdict(config)
+    return {name: json.dumps(about[name], sort_keys=True) for name in ("infini", "other_layers")}
+
+
+def _read_weights(
+    path: Path, config: _Config, model: PreTrainedModel, made_by: str
+) -> dict[str, Tensor]:
+    """Read the tensors that `config` lists, for the form that it names."""
+    check_made(path, made_by)
+    advice = f"delete {path.parent} and run `{made_by}`"
+    tensors, about = read_tensors(path, advice)
+    for name, wanted in _form_of(config).items():
+        if (found := about.get(name, "nothing")) != wanted:
+            raise ValueError(
+                f"{name} of {path.parent / CONFIG} must be {found}, as {WEIGHTS} says, got "
+                f"{wanted}: {advice}"
+            )
+    check_kinds({name: kind_of(x) for name, x in tensors.items()}, config.tensors, path, advice)
+    shapes = {name: list(x.shape) for name, x in model.state_dict().items()}
+    for name, x in tensors.items():
+        if (wanted := shapes.get(name, "no tensor")) != list(x.shape):
+            raise ValueError(f"{name} of {path} must be {wanted}, got {list(x.shape)}: {advice}")
+    return tensors
 
 
 def _read_config(folder: Path, base_dir: Path, made_by: str) -> _Config:

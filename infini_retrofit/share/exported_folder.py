@@ -3,10 +3,9 @@
 Knows nothing of the pipeline that made the model.
 """
 
-import json
 import re
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -14,7 +13,7 @@ from transformers import PreTrainedModel
 from infini_retrofit.generation import modeling
 from infini_retrofit.generation.generation import enable_generation
 from infini_retrofit.layer.form import InfiniParams
-from infini_retrofit.model.base import load_tokenizer
+from infini_retrofit.model.base import load_tokenizer, read_about
 from infini_retrofit.model.checkpoints import load_retrofit
 from infini_retrofit.pipeline.files import MANIFEST, whole_folder, write_manifest, write_text
 from infini_retrofit.share import shapes
@@ -38,7 +37,7 @@ def export_model(
     if other_layers is not None:
         model.config.other_layers = other_layers
     names, seen = (out.name, folder.name), model.config.other_layers
-    card = card_text(about, names, _about_base(base_dir), params, seen)
+    card = card_text(about, names, asdict(read_about(base_dir)), params, seen)
     with whole_folder(out) as new:
         as_exported(model).save_pretrained(new)
         load_tokenizer(base_dir).save_pretrained(new)
@@ -81,11 +80,3 @@ def write_code(out: Path) -> None:
         text = text.replace("\nfrom jaxtyping import", f"\nfrom .{SHAPES.stem} import")
         origin = source.relative_to(LIBRARY.parent).as_posix()
         write_text(out / source.name, f"# Made from {origin}: change it there.\n{text}")
-
-
-def _about_base(base_dir: Path) -> dict[str, Any]:
-    """Return what base.json says of a base; of a user's own folder only its name is known."""
-    path = base_dir / "base.json"
-    if path.is_file():
-        return json.loads(path.read_text(encoding="utf-8"))
-    return {"name": base_dir.name, "source": f"a folder named {base_dir.name}", "note": "none"}
