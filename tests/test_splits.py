@@ -121,10 +121,14 @@ def cut_anywhere(_tokenizer: Tokenizer, _text: str, begin: int) -> tuple[int, in
     return begin, begin
 
 
-def test_a_damaged_tokenizer_is_refused_by_name(tmp_path):
-    (tmp_path / "tokenizer.json").write_text('{"model": 1}')
-    with pytest.raises(ValueError, match=r"tokenizer\.json must be a tokenizer, got .*: delete"):
-        splits_module.open_tokenizer(tmp_path / "tokenizer.json")
+def test_a_flipped_bit_in_the_tokenizer_is_refused(tmp_path):
+    path = tmp_path / "tokenizer.json"
+    tiny_tokenizer().backend_tokenizer.save(str(path))
+    write_manifest(tmp_path)
+    splits_module.open_tokenizer(path)
+    path.write_text(path.read_text().replace("e", "d", 1))
+    with pytest.raises(ValueError, match=r"tokenizer\.json differs from its manifest"):
+        splits_module.open_tokenizer(path)
 
 
 def test_the_split_is_the_same_on_every_machine():

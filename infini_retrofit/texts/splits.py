@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer
 
-from infini_retrofit.pipeline.files import check_made
+from infini_retrofit.pipeline.files import MANIFEST, check_made, verify_manifest
 from infini_retrofit.pipeline.progress import note
 from infini_retrofit.pipeline.tables import TokenIds, read_table, read_token_rows, write_table
 
@@ -119,15 +119,11 @@ def title_order(piece: Article | Document) -> tuple[bytes, str]:
 
 
 def open_tokenizer(path: Path) -> Tokenizer:
-    """Open a tokenizer.json without truncation and padding."""
+    """Open the tokenizer.json of a base, without truncation and padding."""
     check_made(path, "dvc repro prepare_base")
-    try:
-        tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:  # tokenizers has no class of its own
-        raise ValueError(
-            f"{path} must be a tokenizer, got {error}: delete {path.parent} and run "
-            "`dvc repro prepare_base`"
-        ) from error
+    if (path.parent / MANIFEST).is_file():
+        verify_manifest(path.parent, "dvc repro prepare_base", [path.name])
+    tokenizer = Tokenizer.from_file(str(path))
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
