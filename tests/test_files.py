@@ -85,6 +85,10 @@ def test_a_missing_or_an_added_file_is_named(folder):
     (folder / "extra").write_text("")
     with pytest.raises(ValueError, match="extra is not in its manifest"):
         verify_manifest(folder)
+    verify_manifest(folder, names=["config.json"])
+    for name, fault in (("extra", "is not in its manifest"), ("none", "is missing")):
+        with pytest.raises(ValueError, match=f"{name} {fault}"):
+            verify_manifest(folder, names=["config.json", name])
     message = r"models/base/manifest\.json is missing: run `dvc repro prepare_base`"
     with pytest.raises(FileNotFoundError, match=message):
         verify_manifest(folder / "models" / "base", "dvc repro prepare_base")

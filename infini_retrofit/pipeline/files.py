@@ -147,13 +147,12 @@ def verify_manifest(
     `names`: the files that are read; None: all, and no other file may be there.
     """
     digests = read_json(folder / MANIFEST, dict[str, str], made_by)
-    advice = f"delete {folder} and run `{made_by}`"
-    for name in sorted(digests.keys() ^ set(_file_names(folder))):
-        if names is None or name in names:
-            fault = "is missing" if name in digests else "is not in its manifest"
+    found, advice = _file_names(folder), f"delete {folder} and run `{made_by}`"
+    for name in sorted({*digests, *found}) if names is None else names:
+        if name not in found or name not in digests:
+            fault = "is not in its manifest" if name in found else "is missing"
             raise ValueError(f"{folder / name} {fault}: {advice}")
-    for name in digests if names is None else names:
-        _compare(folder / name, digests[name], advice)
+        _compare(folder / name, digests[name], f"{advice}, with -s -f if DVC brings it back as is")
 
 
 def seal_results(stage: str, files: Sequence[Path]) -> None:
