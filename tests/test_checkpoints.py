@@ -129,7 +129,7 @@ def test_a_form_that_the_weights_were_not_saved_with_is_refused():
     about["infini"]["gate"] = "query"
     (OUT / CONFIG).write_text(json.dumps(about))
     write_manifest(OUT)
-    with pytest.raises(ValueError, match=rf"^infini of .*{CONFIG} must be .*head.*got .*query"):
+    with pytest.raises(ValueError, match=rf"^the form of .*{CONFIG} must be .*head.*got .*query"):
         load()
 
 

@@ -77,7 +77,8 @@ def save_retrofit(model: PreTrainedModel, params: InfiniParams, base_dir: Path, 
         infini=params,
         tensors={name: kind_of(changed[name]) for name in sorted(changed)},
     )
-    save_file(changed, out / WEIGHTS, _form_of(config))
+    # One entry: safetensors writes several in any order, and equal runs must give equal files.
+    save_file(changed, out / WEIGHTS, {"form": _form_of(config)})
     write_text(out / CONFIG, json.dumps(asdict(config), indent=2) + "\n")
     write_manifest(out)
 
@@ -119,10 +120,9 @@ def _insert(model: PreTrainedModel, infini: InfiniParams, folder: Path, made_by:
         raise ValueError(f"{told}: delete {folder} and run `{made_by}`") from error
 
 
-def _form_of(config: _Config) -> dict[str, str]:
+def _form_of(config: _Config) -> str:
     """Return what the weights say of their form, so that no other form reads them."""
-    about = asdict(config)
-    return {name: json.dumps(about[name], sort_keys=True) for name in ("infini", "other_layers")}
+    return json.dumps({"infini": asdict(config.infini), "other_layers": config.other_layers})
 
 
 def _read_weights(
@@ -132,12 +132,11 @@ def _read_weights(
     check_made(path, made_by)
     advice = f"delete {path.parent} and run `{made_by}`"
     tensors, about = read_tensors(path, advice)
-    for name, wanted in _form_of(config).items():
-        if (found := about.get(name, "nothing")) != wanted:
-            raise ValueError(
-                f"{name} of {path.parent / CONFIG} must be {found}, as {WEIGHTS} says, got "
-                f"{wanted}: {advice}"
-            )
+    if (wanted := about.get("form", "nothing")) != (found := _form_of(config)):
+        raise ValueError(
+            f"the form of {path.parent / CONFIG} must be {wanted}, as {WEIGHTS} says, got {found}: "
+            f"{advice}"
+        )
     check_kinds({name: kind_of(x) for name, x in tensors.items()}, config.tensors, path, advice)
     shapes = {name: list(x.shape) for name, x in model.state_dict().items()}
     for name, x in tensors.items():
