@@ -157,7 +157,7 @@ def test_bad_values_are_refused_by_name_or_good_for_a_reason():
         where = rf"{re.escape(key.split('.')[-1])}|line \d+ has the tag"
         if said is not None and (len(said) > 2500 or not re.search(where, said)):
             nameless.append(f"{case}: {said}")
-    print(dict(counts))  # -s shows them: 1911 refused, 89 accepted
+    print(dict(counts))  # `pytest -s` shows them
     assert not unexplained, "\n".join(unexplained)
     assert not nameless, "\n".join(nameless)
     assert sum(counts.values()) == NUM_CASES
