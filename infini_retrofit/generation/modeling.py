@@ -16,7 +16,7 @@ from infini_retrofit.layer.form import InfiniParams
 from infini_retrofit.layer.local_attention import alibi_slopes
 from infini_retrofit.model.base_attention import NAME
 from infini_retrofit.model.retrofit import infini_modules, insert_infini
-from infini_retrofit.model.weights import load_whole, read_by_transformers
+from infini_retrofit.model.weights import check_sizes, load_whole, read_by_transformers
 
 # Parts of the names of parameters that stay float32, whatever type the others are loaded in.
 KEPT_FLOAT32 = ["gate_logit", "alpha", "memory", "feature_maps"]
@@ -42,6 +42,7 @@ class _InfiniConfig:
             raise ValueError(
                 f"other_layers of {_CONFIG} must be full or segment, got {other!r}: {_ADVICE}"
             )
+        check_sizes(config_dict, _CONFIG, _ADVICE)
         with read_by_transformers(_CONFIG, _ADVICE):
             return super().from_dict(config_dict, **kwargs)
 

@@ -3,9 +3,9 @@
 Knows neither where a base comes from (`base_sources`) nor what is inside a model.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import torch
 from pydantic import Field, NonNegativeInt
@@ -21,24 +21,10 @@ from transformers import (
 
 from infini_retrofit.model import base_attention
 from infini_retrofit.model.families import FAMILIES
-from infini_retrofit.model.weights import load_whole, read_by_transformers
+from infini_retrofit.model.weights import check_sizes, load_whole, read_by_transformers
 from infini_retrofit.pipeline.files import MANIFEST, check_folder, read_json, verify_manifest
-from infini_retrofit.pipeline.schema import build
 
 _MADE_BY = "dvc repro prepare_base"
-_Size = Annotated[int, Field(ge=1, lt=2**31)]
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Sizes:
-    """What must be sound in config.json before transformers builds anything by it."""
-
-    model_type: Literal[*sorted(FAMILIES)]
-    hidden_size: _Size
-    intermediate_size: _Size
-    num_attention_heads: _Size
-    num_hidden_layers: Annotated[int, Field(ge=1, le=1000)]
-    vocab_size: _Size
 
 
 def load_base(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
@@ -85,13 +71,19 @@ def open_config(folder: Path, made_by: str) -> PretrainedConfig:
     Raises:
         ValueError: if either is damaged; `made_by` is the command that makes the folder.
     """
-    path = folder / "config.json"
-    _check_sizes(path, made_by)
+    path, advice = folder / "config.json", _advice(folder, made_by)
+    about = read_json(path, dict[str, Any], made_by)
+    if (found := about.get("model_type")) not in sorted(FAMILIES):
+        choices = " or ".join(sorted(FAMILIES))
+        raise ValueError(f"model_type of {path} must be {choices}, got {found!r}: {advice}")
+    if "quantization_config" in about:
+        raise ValueError(f"{path} must describe plain weights, got quantized ones: {advice}")
+    check_sizes(about, path, advice)
     if (other := folder / "generation_config.json").is_file():
         read_json(other, dict[str, Any], made_by)
-        with read_by_transformers(other, _advice(folder, made_by)):
+        with read_by_transformers(other, advice):
             GenerationConfig.from_pretrained(folder).validate()
-    with read_by_transformers(path, _advice(folder, made_by)):
+    with read_by_transformers(path, advice):
         return AutoConfig.from_pretrained(folder, local_files_only=True)
 
 
@@ -129,18 +121,6 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     source = f"tokenizer.json or tokenizer_config.json of {folder}"
     with read_by_transformers(source, _advice(folder)):
         return AutoTokenizer.from_pretrained(folder, local_files_only=True)
-
-
-def _check_sizes(path: Path, made_by: str) -> None:
-    about = read_json(path, dict[str, Any], made_by)
-    if "quantization_config" in about:
-        told = f"{path} must describe plain weights, got quantized ones"
-        raise ValueError(f"{told}: {_advice(path.parent, made_by)}")
-    known = {field.name: about[field.name] for field in fields(_Sizes) if field.name in about}
-    try:
-        build(_Sizes, known, str(path))
-    except ValueError as error:
-        raise ValueError(f"{error}: {_advice(path.parent, made_by)}") from error
 
 
 def _advice(folder: Path, made_by: str = _MADE_BY) -> str:

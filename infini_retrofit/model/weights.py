@@ -17,12 +17,26 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import PreTrainedModel
 
+_SIZES = dict.fromkeys(["hidden_size", "intermediate_size", "vocab_size"], 2**31)
+_SIZES |= {"num_attention_heads": 2**16, "num_hidden_layers": 1000}
 _FLOATS = {"F32", "BF16", "F16"}  # as safetensors names them
 # What transformers raises for damaged files: it has no error of its own for them.
 _OF_TRANSFORMERS = (
     *(ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, OSError),
     *(RuntimeError, SafetensorError, StrictDataclassError, TypeError, ValueError),
 )
+
+
+def check_sizes(config: Mapping[str, Any], source: object, advice: str) -> None:
+    """Refuse sizes that no model has, before transformers builds anything of them.
+
+    Raises:
+        ValueError: names the key of `config`, the contents of a file config.json.
+    """
+    for name, most in _SIZES.items():
+        size = config.get(name)
+        if type(size) is not int or not 1 <= size <= most:
+            raise ValueError(f"{name} of {source} must be in 1..{most}, got {size!r}: {advice}")
 
 
 def read_tensors(path: Path, advice: str) -> tuple[dict[str, Tensor], dict[str, str]]:

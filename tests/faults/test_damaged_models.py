@@ -222,8 +222,6 @@ def test_a_file_that_is_no_safetensors_is_refused(top, file, change):
 @pytest.mark.parametrize("file", [f"{BASE}/config.json", f"{BASE}/generation_config.json"])
 def test_json_of_a_base_that_is_something_else_is_refused(top, file, content):
     (top / file).write_bytes(JSONS[content])
-    if (content, Path(file).name) == ("a key twice", "config.json"):
-        pytest.skip("transformers")
     assert_refused(top, file)
 
 
@@ -280,14 +278,17 @@ def test_other_settings_of_an_export_are_refused(top, values):
     assert_refused(top, f"{EXPORT}/config.json")
 
 
-@pytest.mark.parametrize("name", CONFIGS)
-@pytest.mark.parametrize("folder", [BASE, EXPORT])
+# An export may be saved again with quantized weights: transformers reads how.
+@pytest.mark.parametrize(
+    ("folder", "name"),
+    [*((BASE, name) for name in CONFIGS), *((EXPORT, x) for x in CONFIGS if x[:5] != "quant")],
+)
 def test_a_configuration_that_does_not_fit_the_weights_is_refused(top, folder, name):
     change_json(top / folder / "config.json", **{name: CONFIGS[name]})
     assert_refused(top, f"{folder}/config.json")
 
 
-@pytest.mark.parametrize("values", [{"max_new_tokens": "x"}, {"temperature": []}], ids=str)
+@pytest.mark.parametrize("values", [{"max_new_tokens": "x"}, {"max_new_tokens": 0}], ids=str)
 def test_settings_of_generation_that_cannot_be_are_refused(top, values):
     change_json(top / BASE / "generation_config.json", **values)
     assert_refused(top, f"{BASE}/generation_config.json")
