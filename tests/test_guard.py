@@ -18,6 +18,7 @@ import pytest
 from safetensors import SafetensorError
 
 from infini_retrofit.pipeline import guard
+from infini_retrofit.pipeline.files import whole_file
 from infini_retrofit.pipeline.guard import (
     ChangedWhileRunningError,
     Dependencies,
@@ -279,6 +280,17 @@ def test_a_full_disk_is_one_sentence_however_a_library_wraps_it(error, project, 
     path = getattr(error, "filename", None) or "a file below /"
     expected = rf"error: .*: {path}.*, [\d,]+ bytes free; free space on that disk or .*"
     assert re.fullmatch(expected, said)
+
+
+def test_a_full_disk_names_the_file_that_was_to_be_written_and_nothing_is_left_of_it(project):
+    def write() -> None:
+        with whole_file(Path("table")) as partial:
+            partial.touch()
+            raise OSError(errno.ENOSPC, "No space left")
+
+    with pytest.raises(OSError, match=r"^\[Errno 28\] No space left: 'table'$"):
+        write()
+    assert not list(Path(".").glob("table*"))
 
 
 def test_a_finished_stage_does_not_fail_for_its_seconds(project, monkeypatch):

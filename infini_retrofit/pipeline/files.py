@@ -120,8 +120,14 @@ def whole_file(path: Path) -> Iterator[Path]:
     """Lend the path of a file that replaces `path` at the end: no reader sees half a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
-    yield partial
-    partial.replace(path)
+    try:
+        yield partial
+        partial.replace(path)
+    except OSError as error:  # of a full disk, for example, which names no file
+        if error.errno and not error.filename:
+            error.filename = str(path)
+        partial.unlink(missing_ok=True)
+        raise
 
 
 @contextlib.contextmanager
