@@ -26,6 +26,7 @@ TEXT = "The quick brown fox jumps over the lazy dog. " * 5
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory) -> tuple[Path, Path]:
     top = tmp_path_factory.mktemp("top")
+    torch.manual_seed(0)  # weights whose answers are lines: before the seed of each test
     make_retrofit(top, "llama", layers=[0, 2])
     return top / "models/base", top / "models/finetuned"
 
