@@ -22,6 +22,7 @@ COMMANDS = {
     "zero_cost": "score the form of each recipe before any training",
     "fixed_share": "score memories of fixed shares, untrained",
     "carried_context": "score ever more carried keys and values",
+    "context_worth": "what distance of context is worth to the base, by corpus",
     "memory_reach": "score a model by how many segments it has read",
     "fill_tables": "rewrite the tables in README.md and docs/ from results/",
 }

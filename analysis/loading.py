@@ -37,6 +37,7 @@ TRAINED = ("distill", "finetune")
 ABSENT = {
     "infini.state_dtype": "float32",
     "infini.window": "64",
+    "infini.memory_layers": "all",
     "infini.recall_norm": "none",
     "infini.written_tokens": "all",
     "infini.initial_state": "empty",

@@ -29,8 +29,8 @@ SHAPE = AttentionShape(
     hidden_size=WIDTH, num_heads=4, num_kv_heads=2, head_dim=5, qkv_bias=True, o_bias=True
 )
 CHOICES = {
-    "update_rule": ("linear", "delta", "delta_gamma"),
-    "feature_map": ("elu1", "hedgehog"),
+    "update_rule": ("linear", "delta", "delta_gamma", "gated_delta"),
+    "feature_map": ("elu1", "hedgehog", "unit"),
     "num_features": ("base", 6),
     "local": ("softmax", "linear"),
     "positions": ("rope", "alibi", "none"),
@@ -40,7 +40,7 @@ CHOICES = {
     "seed_scaling": (False, True),
     "state_dtype": ("float32", "bfloat16"),
     "bptt_segments": ("all", 1, 2),
-    "local_context": (0, 1, 2, SEGMENT),
+    "local_context": (0, 1, 2, SEGMENT + 1, 2 * SEGMENT),
 }
 
 
@@ -51,6 +51,10 @@ def infini_params(**over: object) -> InfiniParams:
 def without_conflicts(form: dict) -> dict:
     """Return a form without choices that others exclude."""
     form = dict(form)
+    if form.get("update_rule") == "gated_delta":
+        form |= {"feature_map": "unit", "local": "softmax"}
+    elif form.get("feature_map") == "unit":
+        form |= {"feature_map": "elu1"}
     if form.get("update_rule", "linear") != "linear":
         form |= {"decay": "none", "seed_scaling": False}
     if form.get("feature_map", "elu1") != "hedgehog":
@@ -101,6 +105,11 @@ MODEL_FORMS = (
         "seed_scaling": True,
     },
 )
+
+
+def num_without_memory(form: dict) -> int:
+    """Count the segments of a document before which nothing has left what queries attend to."""
+    return 1 + form["local_context"] // SEGMENT
 
 
 def name_of(x: object) -> str:
@@ -180,7 +189,7 @@ def set_share(module: nn.Module, share: float) -> None:
 
 def largest(x: Tensor) -> float:
     """Return the largest absolute value; NaN if there is one."""
-    return x.detach().abs().max().item()
+    return x.detach().abs().max().item() if x.numel() else 0.0
 
 
 def recall(feature: Tensor, state: MemoryState) -> Tensor:

@@ -10,7 +10,7 @@ from infini_retrofit.layer import attention
 from infini_retrofit.layer.attention import InfiniAttention
 from infini_retrofit.layer.compressive_memory import CompressiveMemory
 from infini_retrofit.layer.cut import Keys, rotate
-from infini_retrofit.layer.local_context import carry_context
+from infini_retrofit.layer.local_context import Line
 from infini_retrofit.layer.probe import Probe
 from infini_retrofit.layer.state import State
 from tests.reference import (
@@ -24,6 +24,7 @@ from tests.reference import (
     largest,
     make_layer,
     name_of,
+    num_without_memory,
     rope_tables,
     run_layer,
     run_naive,
@@ -57,20 +58,21 @@ def share_as_printed(denominator: Tensor, logit: Tensor) -> Tensor:
 @every_form
 @torch.no_grad()
 def test_only_the_printed_formula_scales_the_first_segment(form, monkeypatch):
-    layer, x = make_layer(form), draw_hidden(2, 3 * SEGMENT)
-    off = run_layer(layer, x, probe=OFF)
+    layer, x = make_layer(form), draw_hidden(2, 5 * SEGMENT)
+    off, begin = run_layer(layer, x, probe=OFF), num_without_memory(form) * SEGMENT
     moved = run_layer(layer, x) - off
-    assert moved[:, :SEGMENT].count_nonzero() == 0
-    assert largest(moved[:, SEGMENT:]) > 0.01
+    assert moved[:, :begin].count_nonzero() == 0
+    assert largest(moved[:, begin:]) > 0.01
     monkeypatch.setattr(attention, "memory_share", share_as_printed)
-    assert largest((run_layer(layer, x) - off)[:, :SEGMENT]) > 0.01
+    scaled = largest((run_layer(layer, x) - off)[:, :SEGMENT])
+    assert scaled == 0 if form["update_rule"] == "gated_delta" else scaled > 0.01
 
 
 @every_form
 @torch.no_grad()
 def test_swapped_a_document_reads_the_memory_of_the_one_before(form):
     form = form | {"state_dtype": "float32"}
-    layer, x, noted = make_layer(form), draw_hidden(3, 2 * SEGMENT + 1), Probe(memories={})
+    layer, x, noted = make_layer(form), draw_hidden(3, 3 * SEGMENT + 1), Probe(memories={})
     own = run_layer(layer, x, probe=noted)
     swapped = {LAYER: noted.memories[LAYER].map(lambda memory: memory[[2, 0, 1]])}
     got = run_layer(layer, x, probe=Probe(swapped=swapped))
@@ -81,9 +83,9 @@ def test_swapped_a_document_reads_the_memory_of_the_one_before(form):
 @every_form
 @torch.no_grad()
 def test_recent_a_segment_reads_what_a_document_of_two_segments_would(form):
-    layer, x, recent = make_layer(form), draw_hidden(2, 3 * SEGMENT), Probe(read="recent")
+    cut = (1 + num_without_memory(form)) * SEGMENT
+    layer, x, recent = make_layer(form), draw_hidden(2, cut + SEGMENT), Probe(read="recent")
     own, got = run_layer(layer, x), run_layer(layer, x, probe=recent)
-    cut = 2 * SEGMENT
     assert largest((got - own)[:, :cut]) < 1e-12
     assert largest((got - own)[:, cut:]) > 1e-3
     if not form["local_context"]:
@@ -142,7 +144,11 @@ def with_repeated_heads(layer: InfiniAttention, form: dict, in_order: bool) -> I
     return other
 
 
-@pytest.mark.parametrize("form", [f for f in FORMS if f["heads"] == "base"], ids=name_of)
+# The gates of gated_delta read the keys of all heads.
+GROUPED = [f for f in FORMS if f["heads"] == "base" and f["update_rule"] != "gated_delta"]
+
+
+@pytest.mark.parametrize("form", GROUPED, ids=name_of)
 @torch.no_grad()
 def test_grouped_heads_equal_repeated_heads_unless_repeated_in_another_order(form):
     layer, x = make_layer(form), draw_hidden(2, 3 * SEGMENT)
@@ -151,41 +157,41 @@ def test_grouped_heads_equal_repeated_heads_unless_repeated_in_another_order(for
     assert largest(run_layer(with_repeated_heads(layer, form, False), x) - want) > 0.01
 
 
-def without_sink(own: Keys, first_key: Tensor, place, num_carried: int, *others):
-    """Carry the last tokens of the segment before, and nothing else."""
-    keys, after = carry_context(own, first_key, place, num_carried, *others)
-    key, value = keys.key.clone(), keys.value.clone()
-    key[:, 1:, :, 0] = own.key[:, :-1, :, -num_carried]
-    value[:, 1:, :, 0] = own.value[:, :-1, :, -num_carried]
-    return replace(keys, key=key, value=value), after
+KEYS = Line.keys
 
 
-def sink_where_it_was(own: Keys, first_key: Tensor, place, num_carried: int, *others):
-    """Leave the document's first token at the position of the first token."""
-    first_key = own.key[:, 0, :, :1]
-    return carry_context(own, first_key, lambda x, index: x, num_carried, *others)
+def without_sink(line: Line, length: int, num_heads: int, every: int | None) -> Keys:
+    """Carry the last tokens before a segment, and nothing else."""
+    size = (line.num_carried + length, length)
+    key, value = (x.unfold(1, *size).transpose(-1, -2) for x in line.tokens.heads(num_heads))
+    return replace(KEYS(line, length, num_heads, every), key=key, value=value)
 
 
-def sink_of_the_segment(own: Keys, first_key: Tensor, place, num_carried: int, *others):
-    """Take the first token of the segment before for the document's."""
-    keys, after = carry_context(own, first_key, place, num_carried, *others)
-    value = keys.value.clone()
-    value[:, 1:, :, 0] = own.value[:, :-1, :, 0]
-    return replace(keys, value=value), after
+def sink_where_it_was(line: Line, length: int, num_heads: int, every: int | None) -> Keys:
+    """Leave the document's first token at its position."""
+    keys, (key, _) = KEYS(line, length, num_heads, every), line.sink.heads(num_heads)
+    first = key[:, :, :, None].expand_as(keys.key[..., :1, :])
+    return replace(keys, key=torch.cat([first, keys.key[..., 1:, :]], dim=3))
 
 
-@pytest.mark.parametrize("broken", [without_sink, sink_where_it_was, sink_of_the_segment])
+def another_sink(line: Line, *options: int | None) -> Keys:
+    """Take the document's second token for its first."""
+    second = line.num_carried + 1
+    return KEYS(replace(line, sink=line.tokens.columns(second, second + 1)), *options)
+
+
+@pytest.mark.parametrize("broken", [without_sink, sink_where_it_was, another_sink])
 @torch.no_grad()
 def test_another_sink_is_noticed(broken, monkeypatch):
     layer, x = make_layer(FORM), draw_hidden(1, 3 * LENGTH + 2)
     want = run_naive(layer, FORM, x)
     # A rotation by position 0 changes nothing, however often: positions begin at 17.
     assert largest(run_layer(layer, x, first=17) - want) < 1e-9
-    monkeypatch.setattr(attention, "carry_context", broken)
+    monkeypatch.setattr(Line, "keys", broken)
     assert largest(run_layer(layer, x, first=17) - want) > 0.01
 
 
-@pytest.mark.parametrize("num_carried", [1, 3, LENGTH])
+@pytest.mark.parametrize("num_carried", [1, 3, LENGTH, LENGTH + 3, 2 * LENGTH])
 @pytest.mark.parametrize("bptt_segments", ["all", 1, 2, 3, NUM_SEGMENTS])
 def test_gradients_cross_with_what_is_carried_where_the_memory_s_do(num_carried, bptt_segments):
     form = FORM | {"local_context": num_carried, "bptt_segments": bptt_segments}
@@ -194,6 +200,8 @@ def test_gradients_cross_with_what_is_carried_where_the_memory_s_do(num_carried,
     for r, out in enumerate(run_layer(make_layer(form), x).split(LENGTH, dim=1)):
         (gradient,) = torch.autograd.grad(out.sum(), x, retain_graph=True)
         sizes = [largest(part) for part in gradient.split(LENGTH, dim=1)]
-        want = {0} if r < every else set()  # the sink
-        want |= {r - 1} if num_carried > 1 and r % every else set()
+        begin = r * LENGTH - num_carried
+        seen = {t // LENGTH for t in range(max(begin + 1, 0), r * LENGTH)}
+        seen |= {0} if begin >= 0 else set()  # the sink
+        want = {w for w in seen if w // every == r // every}
         assert {w for w in range(r) if sizes[w] > 1e-9} == {w for w in want if w < r}

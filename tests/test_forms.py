@@ -29,7 +29,7 @@ from tests.reference import (
     run_naive,
 )
 
-DOCUMENT = 3 * SEGMENT
+DOCUMENT = 4 * SEGMENT  # beyond the longest context
 # What the loop does not know: it has no state, and no gradients that stop.
 EXACT = {"state_dtype": "float32", "bptt_segments": "all"}
 
@@ -142,8 +142,13 @@ def test_a_state_of_16_bits_and_stopped_gradients_are_the_same_in_all_runs(form)
 def changes() -> list[dict]:
     """Return what one choice alone changes in the published form."""
     known = {name: values for name, values in CHOICES.items() if name not in ("heads", *EXACT)}
-    needed = {"num_features": {"feature_map": "hedgehog"}}
-    one = [needed.get(n, {}) | {n: other} for n, (_, *rest) in known.items() for other in rest]
+    needed = {"num_features": {"feature_map": "hedgehog"}, "gated_delta": {"feature_map": "unit"}}
+    one = [
+        needed.get(name, {}) | needed.get(other, {}) | {name: other}
+        for name, (_, *rest) in known.items()
+        for other in rest
+        if other != "unit"  # of gated_delta alone
+    ]
     return [*one, {"segment_length": SEGMENT + 1}]
 
 

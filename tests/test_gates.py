@@ -120,7 +120,7 @@ def test_a_branch_learns_once_its_factor_moved_unless_a_second_one_starts_at_zer
 
 @every_form
 def test_a_layer_notes_what_each_query_makes_of_its_memory_if_it_is_asked(form):
-    layer, x = make_layer(form, torch.bfloat16), draw_hidden(2, 3 * SEGMENT, torch.bfloat16)
+    layer, x = make_layer(form, torch.bfloat16), draw_hidden(2, 5 * SEGMENT, torch.bfloat16)
     asked = Probe(readings={})
     assert torch.equal(run_layer(layer, x, probe=asked), run_layer(layer, x))
     (reading,) = asked.readings.values()

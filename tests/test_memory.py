@@ -208,6 +208,9 @@ def test_gradients_stay_finite_down_to_where_a_memory_counts_as_empty(rule):
         assert all(x.isfinite().all() for x in gradients), (of_query, of_key)
 
 
+GATED = {"update_rule": "gated_delta", "feature_map": "unit"}
+
+
 def make_memory(**form: object) -> CompressiveMemory:
     memory = CompressiveMemory(SHAPE, infini_params(**form), SHAPE.head_dim).double()
     with torch.no_grad():
@@ -227,21 +230,24 @@ def test_half_lives_start_spread_from_the_shortest_to_the_longest():
     torch.testing.assert_close(ratios, ratios[:1].expand(len(ratios)), rtol=1e-4, atol=0)
 
 
-@pytest.mark.parametrize("form", [{}, {"decay": "feature"}, {"update_rule": "delta"}], ids=str)
+@pytest.mark.parametrize(
+    "form", [{}, {"decay": "feature"}, {"update_rule": "delta"}, GATED], ids=str
+)
 @torch.no_grad()
 def test_a_state_in_16_bits_is_rounded_at_every_border_and_nowhere_else(form):
     memory, exact = make_memory(state_dtype="bfloat16", **form), make_memory(**form)
     exact.load_state_dict(memory.state_dict())
     feature, value = elu1(draw(*GRID)), draw(*GRID)
-    memories, end = memory.states(feature, value, None, None)
+    memories, end = memory.states(feature, feature, value, None, None)
     after, state = memories.map(lambda x, y: torch.cat([x[:, 1:], y[:, None]], dim=1), end), None
     for s in range(SEGMENTS):
-        state = exact.states(feature[:, [s]], value[:, [s]], None, state)[1].to(torch.bfloat16)
+        own = (x[:, [s]] for x in (feature, feature, value))
+        state = exact.states(*own, None, state)[1].to(torch.bfloat16)
         assert torch.equal(after.matrix[:, s], state.matrix.double())
         assert torch.equal(after.normalizer[:, s], state.normalizer.double())
     assert end.matrix.dtype == end.normalizer.dtype == torch.bfloat16
-    assert largest(end.matrix - exact.states(feature, value, None, None)[1].matrix) > 1e-4
-    recent, last = memory.recent_states(feature, value, None, None)
+    assert largest(end.matrix - exact.states(feature, feature, value, None, None)[1].matrix) > 1e-4
+    recent, last = memory.recent_states(feature, feature, value, None, None)
     assert last.matrix.dtype == torch.bfloat16
     assert torch.equal(recent.matrix.bfloat16().double(), recent.matrix)
 
@@ -255,7 +261,7 @@ def test_everything_stays_as_it_is_under_autocast(rule, monkeypatch):
     query = draw(BATCH, SEGMENTS, SHAPE.num_heads, TOKENS, SHAPE.head_dim).float()
 
     def run() -> list[Tensor]:
-        memories, end = memory.states(elu1(key), value, None, None)
+        memories, end = memory.states(elu1(key), key, value, None, None)
         numerator, denominator, logit = memory.read(query, elu1(query), memories)
         out = mix(query, numerator, denominator, memory_share(denominator, logit))
         return [end.matrix, end.normalizer, logit, out]

@@ -32,13 +32,13 @@ class Rival:
 def rival_of(model: PreTrainedModel, infini: InfiniParams) -> Rival:
     """Return the rival that takes the bytes of a retrofit, rounded up to whole tokens.
 
-    It carries at most a segment. The model is a base or a retrofit of the form `infini`.
+    The model is a base or a retrofit of the form `infini`.
     """
     modules = attention_modules(model)
     base_shape = attention_shape(model.config)
     shapes = [m.shape if isinstance(m, InfiniAttention) else base_shape for m in modules]
     token_bytes = sum(shape.context_token_bytes() for shape in shapes)
-    num_tokens = min(-(-state_bytes(model, infini) // token_bytes), infini.segment_length)
+    num_tokens = -(-state_bytes(model, infini) // token_bytes)
     return Rival(segment_length=infini.segment_length, num_tokens=num_tokens)
 
 

@@ -29,17 +29,17 @@ from transformers.cache_utils import Cache, DummyLayer, DynamicLayer
 from infini_retrofit.layer.attention import InfiniAttention
 from infini_retrofit.layer.cut import Cut
 from infini_retrofit.layer.form import InfiniParams
-from infini_retrofit.layer.local_context import LocalContext
 from infini_retrofit.layer.memory import MemoryState
-from infini_retrofit.layer.state import LayerState, State, Tokens
+from infini_retrofit.layer.state import LayerState, State
+from infini_retrofit.layer.tokens import Tokens
 from infini_retrofit.model.families import decoder_layers
 from infini_retrofit.model.retrofit import attention_modules, resolve_layers
 from infini_retrofit.model.weights import check_kinds, kind_of, read_tensors
 
 # The method of transformers' GenerationMixin that `enable_generation` replaces.
 PREPARE = "_prepare_cache_for_generation"
-_KINDS = {"memory": MemoryState, "context": LocalContext, "unfinished": Tokens}
-FORMAT = "4"  # of a saved file
+_KINDS = {"memory": MemoryState, "context": Tokens, "sink": Tokens, "unfinished": Tokens}
+FORMAT = "5"  # of a saved file
 _VALUES_AT_ONCE = 2**22  # of a parameter, for its digest
 _DIGEST = "sha256"  # of a saved file's tensors; the first files have none
 _ADVICE = "delete it and read the text again"
@@ -331,7 +331,8 @@ def describe(model: PreTrainedModel) -> dict[str, str]:
     """
     form = asdict(InfiniParams(**model.config.infini))
     del form["init"], form["bptt_segments"]  # of training alone: they change no output
-    form["layers"] = resolve_layers(form["layers"], len(decoder_layers(model)))
+    for name in ("layers", "memory_layers"):
+        form[name] = resolve_layers(form[name], len(decoder_layers(model)))
     choices = {f"infini.{name}": x for name, x in form.items()}
     choices["rope_parameters"] = getattr(model.config, "rope_parameters", None)
     about = {"format": FORMAT, "other_layers": model.config.other_layers}

@@ -32,17 +32,17 @@ from infini_retrofit.layer.cut import Cut, Keys, Layout
 from infini_retrofit.layer.feature_maps import FeatureMaps
 from infini_retrofit.layer.form import BYTES_PER_STATE_VALUE, AttentionShape, InfiniParams
 from infini_retrofit.layer.local_attention import alibi_slopes, linear_attention, softmax_attention
-from infini_retrofit.layer.local_context import carry_context
+from infini_retrofit.layer.local_context import Line
 from infini_retrofit.layer.memory import memory_share, mix, quotient
 from infini_retrofit.layer.probe import MemoryReading, Probe
 from infini_retrofit.layer.state import (
     LayerState,
     Segments,
     State,
-    Tokens,
     running_segment,
     state_after,
 )
+from infini_retrofit.layer.tokens import Tokens
 
 # The gate at the start: small enough to keep the base's output, large enough to have a gradient.
 INITIAL_MEMORY_SHARE = 0.02
@@ -88,7 +88,8 @@ class InfiniAttention(nn.Module):
             return context
         # A matrix and a normalizer for each key/value head.
         num_features = self.shape.num_kv_heads * self.feature_maps.num_features
-        num_values = num_features * (self.shape.head_dim + 1)
+        has_normalizer = self.memory.rule != "gated_delta"
+        num_values = num_features * (self.shape.head_dim + has_normalizer)
         return context + num_values * BYTES_PER_STATE_VALUE[self.params.state_dtype]
 
     def memory_parameters(self) -> dict[str, list[nn.Parameter]]:
@@ -98,6 +99,8 @@ class InfiniAttention(nn.Module):
         if self.memory is not None:
             gates.insert(0, self.memory.decay_logit)  # a logit, and needs a gate's rate
             others.insert(0, self.memory.query_gate)
+            if self.memory.write_gate is not None:
+                others += self.memory.write_gate.parameters()
         groups = {"gate": gates, "memory": others}
         return {name: [p for p in group if p is not None] for name, group in groups.items()}
 
@@ -129,10 +132,13 @@ class InfiniAttention(nn.Module):
             out, after = self._stream(query, new, before, cut, probe)
         else:
             layout = Layout(hidden_states, cut, self.segment_length)
-            segments = self._lay_out(layout, new, before, probe)
+            length = cut.segment_length or self.segment_length
+            segments = self._lay_out(layout, new, before, probe, length)
             query = layout.split(query, self.shape.num_heads)
             out = layout.join(self._attend(query, segments, probe))
-            after = LayerState(segments.memory, segments.context)
+            after = LayerState(segments.memory)
+            if (line := segments.line) is not None:
+                after = LayerState(segments.memory, line.last(), line.sink)
         if state is not None:
             state.after[self.layer_index] = after
         return self.o_proj(out.to(hidden_states.dtype)), None
@@ -160,16 +166,16 @@ class InfiniAttention(nn.Module):
                 return out, replace(before, unfinished=tokens)
         is_token = None if cut.is_token is None and len(tokens) == len(new) else tokens.is_token
         layout = Layout(tokens.key, Cut(is_token=is_token), length)
-        segments = self._lay_out(layout, tokens, before, probe)
+        segments = self._lay_out(layout, tokens, before, probe, length)
         if not is_step:
             # Pad queries; the outputs of earlier tokens are dropped.
             num_kept = len(tokens) - len(new)
             query = layout.split(F.pad(query, (0, 0, num_kept, 0)), heads)
             out = layout.join(self._attend(query, segments, probe))[:, num_kept:]
-        return out, state_after(segments, tokens, before, length, self.local_context)
+        return out, state_after(segments, tokens, before, length)
 
     def _lay_out(
-        self, layout: Layout, tokens: Tokens, before: LayerState, probe: Probe
+        self, layout: Layout, tokens: Tokens, before: LayerState, probe: Probe, length: int
     ) -> Segments:
         """Cut keys and values into segments, and write the memory before each."""
         key, value = (layout.split(x, self.shape.num_kv_heads) for x in (tokens.key, tokens.value))
@@ -180,18 +186,23 @@ class InfiniAttention(nn.Module):
         keys = Keys(place(key), value, is_token)
         # Causality hides padding, which stands at a document's end. Carried keys need a mask,
         # because there are none before the first segment.
-        is_key = context = memories = memory = None
+        is_key = line = memories = memory = None
         if self.local_context:
-            carried = (self.local_context, before.context, self.params.stop_gradient_every)
-            keys, context = carry_context(keys, key[:, 0, :, :1], place, *carried)
+            own = tokens.map(layout.line)
+            line = Line.of(own, before.context, before.sink, self.local_context)
+            every = self.params.stop_gradient_every
+            keys = line.keys(layout.grid[2], self.shape.num_kv_heads, every)
             is_key = keys.is_key
         if self.memory is not None and probe.read != "off":
+            is_token = layout.is_token
+            if late := self.local_context // length:  # whole segments that have not left
+                key, value, is_token = line.left(late, layout.grid[1], length, key.shape[2])
             # Queries and keys before position encoding (section 2.1 of the paper): the memory
             # finds by content, not by distance.
             write = self.memory.recent_states if probe.read == "recent" else self.memory.states
             feature = self.feature_maps.of_key(key)
-            memories, memory = write(feature, value, layout.is_token, before.memory)
-        return Segments(place, keys, is_key, context, memories, memory)
+            memories, memory = write(feature, key, value, is_token, before.memory)
+        return Segments(place, keys, is_key, line, memories, memory)
 
     def _attend(
         self, query: Float[Tensor, "B S H L K"], segments: Segments, probe: Probe
@@ -220,4 +231,6 @@ class InfiniAttention(nn.Module):
             found = quotient(numerator, denominator)
             noted = (share[..., 0], found.float().norm(dim=-1), local.float().norm(dim=-1))
             probe.readings[self.layer_index] = MemoryReading(*(x.detach().float() for x in noted))
+        if self.memory.rule == "gated_delta":  # recalls little for a key that it does not hold
+            return torch.addcmul(local, share, numerator).to(local.dtype)
         return mix(local, numerator, denominator, share)

@@ -17,6 +17,7 @@ Axes:
 import math
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
@@ -41,6 +42,8 @@ class CompressiveMemory(nn.Module):
 
     Attributes:
         decay_logit: log of the rates, in 1 / tokens, at which features forget; None: none does.
+        write_gate: from the keys of all heads to each head's strength of writing and decay, of
+            `gated_delta`; None: other rules write at full strength.
         query_gate: direction of a query that opens its head's gate, zero at the start; None: the
             gate does not depend on the query.
     """
@@ -53,7 +56,14 @@ class CompressiveMemory(nn.Module):
         self.stop_gradient_every = params.stop_gradient_every
         # The number type of a kept state; None: the one it is computed in.
         self.state_dtype = torch.bfloat16 if params.state_dtype == "bfloat16" else None
-        self.decay_logit = self.query_gate = None
+        self.decay_logit = self.query_gate = self.write_gate = None
+        if params.update_rule == "gated_delta":
+            num_kv_heads = shape.num_kv_heads
+            self.write_gate = nn.Linear(num_kv_heads * shape.head_dim, 2 * num_kv_heads)
+            nn.init.zeros_(self.write_gate.weight)
+            decay = math.log(math.expm1(math.log(2) / LONGEST_HALF_LIFE))
+            start = torch.tensor([0.0, decay]).repeat_interleave(num_kv_heads)
+            self.write_gate.bias = nn.Parameter(start)
         if params.decay == "feature":
             ends = math.log(SHORTEST_HALF_LIFE), math.log(LONGEST_HALF_LIFE)
             logit = math.log(math.log(2)) - torch.linspace(*ends, num_features)
@@ -64,6 +74,7 @@ class CompressiveMemory(nn.Module):
     def states(
         self,
         feature: Float[Tensor, "B S N L F"],
+        key: Float[Tensor, "B S N L K"],
         value: Float[Tensor, "B S N L V"],
         is_token: Bool[Tensor, "B S L"] | None,
         before: MemoryState | None,
@@ -74,7 +85,7 @@ class CompressiveMemory(nn.Module):
         document begins.
         """
         with torch.autocast(feature.device.type, enabled=False):
-            write, retention = self._write(feature, value, is_token)
+            write, retention = self._write(feature, key, value, is_token)
             first = empty_state(write) if before is None else before.to(feature.dtype)
             if self.stop_gradient_every is not None:
                 first = first.detach()
@@ -87,11 +98,19 @@ class CompressiveMemory(nn.Module):
     def _write(
         self,
         feature: Float[Tensor, "B S N L F"],
+        key: Float[Tensor, "B S N L K"],
         value: Float[Tensor, "B S N L V"],
         is_token: Bool[Tensor, "B S L"] | None,
     ) -> tuple[Write, Float[Tensor, "B S N F"] | None]:
         """Return what to write, and the share of each memory that is left after its segment."""
         weight = None if is_token is None else is_token[:, :, None, :, None].to(feature.dtype)
+        if self.write_gate is not None:
+            logits = self.write_gate(key.transpose(2, 3).flatten(3).to(feature.dtype))
+            strength, decay = logits.transpose(2, 3).chunk(2, dim=2)
+            strength, log_decay = strength.sigmoid(), -F.softplus(decay)
+            if weight is not None:
+                strength, log_decay = strength * weight[..., 0], log_decay * weight[..., 0]
+            return Write(feature, value, strength=strength, log_decay=log_decay), None
         if self.decay_logit is None:
             return Write(feature, value, weight), None
         token = torch.arange(feature.shape[3], device=feature.device)[:, None]
@@ -110,6 +129,7 @@ class CompressiveMemory(nn.Module):
     def recent_states(
         self,
         feature: Float[Tensor, "B S N L F"],
+        key: Float[Tensor, "B S N L K"],
         value: Float[Tensor, "B S N L V"],
         is_token: Bool[Tensor, "B S L"] | None,
         before: MemoryState | None,
@@ -118,10 +138,10 @@ class CompressiveMemory(nn.Module):
 
         The first segment sees `before` (protocol `segment_recent`).
         """
-        alone = [x.flatten(0, 1)[:, None] for x in (feature, value)]
+        alone = [x.flatten(0, 1)[:, None] for x in (feature, key, value)]
         mask = None if is_token is None else is_token.flatten(0, 1)[:, None]
         after = self.states(*alone, mask, None)[1].map(lambda x: x.unflatten(0, feature.shape[:2]))
-        first, _ = self.states(feature[:, :1], value[:, :1], None, before)
+        first, _ = self.states(feature[:, :1], key[:, :1], value[:, :1], None, before)
         memories = first.map(lambda x, y: torch.cat([x, y[:, :-1].to(x.dtype)], dim=1), after)
         return memories, after.map(lambda x: x[:, -1])
 

@@ -23,8 +23,8 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-# Rotates queries or keys (B S H L K), or those of one token of every segment, by its index.
-Place = Callable[..., Tensor]
+# Rotates queries or keys (B S H L K).
+Place = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -83,6 +83,10 @@ class Layout:
         """Cut projected hidden states into segments and heads."""
         return self._grid(x).unflatten(-1, (num_heads, -1)).transpose(2, 3)
 
+    def line(self, x: Tensor) -> Tensor:
+        """Lay (R, T, ...) out as documents (B, S * L, ...)."""
+        return self._grid(x).flatten(1, 2)
+
     def join(self, x: Float[Tensor, "B S H L V"]) -> Float[Tensor, "R T HV"]:
         """Undo `split`."""
         x = x.transpose(2, 3).flatten(3)
@@ -94,15 +98,11 @@ class Layout:
     def place_by(self, tables: tuple[Tensor, Tensor] | None) -> Place:
         """Return the function that rotates by cosines and sines, (R or 1, T, P) each."""
         if tables is None:
-            return lambda x, index=None: x
+            return lambda x: x
         # All heads share a table.
         cos, sin = (self._grid(x.expand(self.num_rows, -1, -1))[:, :, None] for x in tables)
 
-        def place(x: Tensor, index: int | None = None) -> Tensor:
-            at = slice(None) if index is None else slice(index, index + 1)
-            return rotate(x, cos[..., at, :], sin[..., at, :])
-
-        return place
+        return lambda x: rotate(x, cos, sin)
 
 
 @dataclass(frozen=True)
@@ -113,20 +113,10 @@ class Keys:
     value: Float[Tensor, "B S N L V"]
     is_key: Bool[Tensor, "B S L"]  # False at padding, and where the document has not begun
 
-    def followed_by(self, other: "Keys") -> "Keys":
-        """Append tokens to every segment."""
-        return Keys(
-            torch.cat([self.key.to(other.key.dtype), other.key], dim=3),
-            torch.cat([self.value.to(other.value.dtype), other.value], dim=3),
-            torch.cat([self.is_key, other.is_key], dim=2),
-        )
-
 
 def rotate(
-    x: Float[Tensor, "B S H L K"],
-    cos: Float[Tensor, "#B S 1 L P"],
-    sin: Float[Tensor, "#B S 1 L P"],
-) -> Float[Tensor, "B S H L K"]:
+    x: Float[Tensor, "*B K"], cos: Float[Tensor, "*#B P"], sin: Float[Tensor, "*#B P"]
+) -> Float[Tensor, "*B K"]:
     """Apply rotary position encoding to the first P channels, in the halves form.
 
     Source: Su et al. 2021, arXiv:2104.09864; halves as in GPT-NeoX and Llama.
@@ -145,6 +135,6 @@ def at_border(segments: Tensor, last: Tensor, border: Int[Tensor, "B"]) -> Tenso
     return torch.where((border == num_segments).view(-1, *(1,) * (last.dim() - 1)), last, before)
 
 
-def like(order: Int[Tensor, "R _"], x: Tensor) -> Tensor:
+def like(order: Tensor, x: Tensor) -> Tensor:
     """Widen an index of rows and tokens to the trailing axes of `x`."""
     return order.view(*order.shape, *(1,) * (x.dim() - 2))

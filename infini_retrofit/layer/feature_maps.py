@@ -1,4 +1,4 @@
-"""Feature maps: queries and keys as the positive vectors of linear attention.
+"""Feature maps: queries and keys as vectors of linear attention or of a delta rule.
 
 Knows nothing of memory, layers and positions.
 
@@ -15,11 +15,12 @@ Axes:
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-FeatureMapName = Literal["elu1", "hedgehog"]
-FEATURES_PER_CHANNEL = {"elu1": 1, "hedgehog": 2}
+FeatureMapName = Literal["elu1", "hedgehog", "unit"]
+FEATURES_PER_CHANNEL = {"elu1": 1, "hedgehog": 2, "unit": 1}
 # Larger exponents would overflow float32 in the sums over a long document.
 LARGEST_EXPONENT = 20.0
 
@@ -69,12 +70,20 @@ def hedgehog(
     return torch.cat([projected, -projected], dim=-1).exp()
 
 
+def unit(x: Float[Tensor, "*B H L K"], weight: Float[Tensor, "H K F"]) -> Float[Tensor, "*B H L F"]:
+    """Map to learned projections of length 1, of either sign: a delta rule needs no positive keys.
+
+    Source: Yang et al. 2024, arXiv:2406.06484, section 3.3 (L2-normed queries and keys).
+    """
+    return F.normalize(x @ weight, dim=-1)
+
+
 class FeatureMaps(nn.Module):
     """The feature maps of one layer: one for its queries and one for its keys.
 
-    A learnable map starts as the exponential of x / K^(1/4): a query and a key, each scaled so,
-    have the dot product that softmax attention exponentiates. With fewer features it starts from
-    random orthogonal directions, the same for queries and keys.
+    `hedgehog` starts as the exponential of x / K^(1/4): a query and a key, each scaled so, have
+    the dot product that softmax attention exponentiates. With fewer features it starts from random
+    orthogonal directions, the same for queries and keys. `unit` starts as x / |x|.
     """
 
     def __init__(
@@ -94,6 +103,9 @@ class FeatureMaps(nn.Module):
             if num_features < 2 * key_dim:
                 start = torch.linalg.qr(torch.randn(key_dim, num_features // 2)).Q
             start = start * key_dim**-0.25
+        if name == "unit":
+            start = torch.eye(key_dim)
+        if name != "elu1":
             self.query_weight = nn.Parameter(start.repeat(num_heads, 1, 1))
             self.key_weight = nn.Parameter(start.repeat(num_kv_heads, 1, 1))
 
@@ -108,4 +120,6 @@ class FeatureMaps(nn.Module):
     def _map(self, x: Tensor, weight: Tensor | None) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
             x = x.to(computing_dtype(x.dtype), memory_format=torch.contiguous_format)
-            return elu1(x) if self.name == "elu1" else hedgehog(x, weight.to(x.dtype))
+            if self.name == "elu1":
+                return elu1(x)
+            return (unit if self.name == "unit" else hedgehog)(x, weight.to(x.dtype))

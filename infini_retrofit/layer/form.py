@@ -31,6 +31,7 @@ class InfiniParams:
     positions: Literal["rope", "alibi", "none"] = "rope"  # encoding of the local attention
     heads: Literal["base", "single"] = "base"  # as many as the base has, or one of full width
     memory: Literal["on", "off"] = "on"
+    memory_layers: list[int] | Literal["all"] = "all"  # of `layers`: those with a memory
     update_rule: UpdateRule = "linear"
     feature_map: FeatureMapName = "elu1"
     num_features: int | Literal["base"] = "base"  # of hedgehog, a head; base: two a channel
@@ -40,7 +41,9 @@ class InfiniParams:
     state_dtype: StateDtype = "float32"  # in which the memory crosses a border
     bptt_segments: int | Literal["all"] = "all"  # segments between borders that stop gradients
     segment_length: int = 256  # tokens
-    local_context: int = 0  # tokens of keys and values carried over, the document's first included
+    # Tokens of keys and values carried over, the document's first included. Whole segments among
+    # them are written to the memory when they leave: nothing is counted twice.
+    local_context: int = 0
 
     @classmethod
     def read(cls, values: Any, file: str, advice: str) -> "InfiniParams":
@@ -82,10 +85,9 @@ class InfiniParams:
             raise ValueError(
                 f"infini.segment_length must be at most {_MOST_TOKENS:,} tokens, got {length:,}"
             )
-        if not 0 <= self.local_context <= length:
+        if not 0 <= self.local_context <= _MOST_TOKENS:
             raise ValueError(
-                f"infini.local_context must be in 0..segment_length={length} "
-                f"tokens, got {self.local_context}"
+                f"infini.local_context must be in 0..{_MOST_TOKENS} tokens, got {self.local_context}"
             )
         if self.num_features != "base" and (self.num_features < 2 or self.num_features % 2):
             raise ValueError(
@@ -117,6 +119,16 @@ class InfiniParams:
             raise ValueError(
                 "infini.positions must be rope or none when infini.local is linear, which has no "
                 "scores for ALiBi to add to, got alibi"
+            )
+        if (self.update_rule == "gated_delta") != (self.feature_map == "unit"):
+            raise ValueError(
+                "infini.feature_map must be unit when infini.update_rule is gated_delta, and then "
+                f"only, got {self.feature_map} with {self.update_rule}"
+            )
+        if self.local == "linear" and self.feature_map == "unit":
+            raise ValueError(
+                "infini.local must be softmax when infini.feature_map is unit, whose products may "
+                "be negative, got linear"
             )
         if self.update_rule != "linear" and self.decay != "none":
             raise ValueError(
@@ -154,7 +166,7 @@ class InfiniParams:
     @property
     def has_memory(self) -> bool:
         """Whether any layer has a memory."""
-        return self.memory == "on" and self.layers != []
+        return self.memory == "on" and [] not in (self.layers, self.memory_layers)
 
 
 def _is_of(value: Any, kind: Any) -> bool:

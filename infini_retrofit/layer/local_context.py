@@ -9,109 +9,118 @@ Source: Xiao et al. 2024, arXiv:2309.17453 (sinks, and their position next to th
 
 Axes:
     B  document
+    S  segment of a document
+    L  token of a segment
+    C  carried token: the document's first, then the last C - 1 before a segment
     N  key/value head
-    C  carried token: the document's first, then the last C - 1 of a segment
     K  key channel
     V  value channel
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from infini_retrofit.layer.cut import Keys, Place, at_border
+from infini_retrofit.layer.cut import Keys, like
+from infini_retrofit.layer.tokens import Tokens
 
 
 @dataclass(frozen=True)
-class LocalContext:
-    """What the segment after the last one attends to, besides itself."""
+class Line:
+    """Documents as columns: the C tokens before this call, then those of its segments.
 
-    key: Float[Tensor, "B N C K"]  # with position encoding
-    value: Float[Tensor, "B N C V"]
-    is_token: Bool[Tensor, "B C"]
-    sink_key: Float[Tensor, "B N 1 K"]  # the document's first key, without position encoding
-
-    def as_keys(self) -> Keys:
-        """Return the keys of one segment (S = 1)."""
-        return Keys(self.key[:, None], self.value[:, None], self.is_token[:, None])
-
-    def detach(self) -> "LocalContext":
-        """Stop the gradient here."""
-        return LocalContext(*(x.detach() for x in vars(self).values()))
-
-
-def carry_context(
-    own: Keys,
-    first_key: Float[Tensor, "B N 1 K"],
-    place: Place,
-    num_carried: int,
-    before: LocalContext | None,
-    stop_gradient_every: int | None = None,
-) -> tuple[Keys, LocalContext | None]:
-    """Put the context of the segment before ahead of each segment's own keys.
-
-    `first_key` is that of the first token here, without position encoding. The border to `before`
-    stops gradients too, if any border does.
-
-    Returns:
-        All that each segment attends to, and the context of the segment after the last; None
-        after a segment shorter than C, which must be the document's last.
+    The first columns are padding where a document has not so many tokens before the call.
     """
-    first = before
-    if first is None:
-        shape = (len(own.key), own.key.shape[2], num_carried)
-        key, value = (x.new_zeros(*shape, x.shape[-1]) for x in (own.key, own.value))
-        first = LocalContext(key, value, own.is_key.new_zeros(shape[::2]), key[:, :, :1])
-    if stop_gradient_every is not None:
-        first = first.detach()
-    # Documents that start late in a batch have nothing before them yet.
-    has_begun = first.is_token.any(dim=1)[:, None, None, None]
-    sink_key = torch.where(has_begun, first.sink_key, first_key)
-    sink_value = torch.where(has_begun, first.value[:, :, :1], own.value[:, 0, :, :1])
-    num_documents, num_segments, _, length = own.key.shape[:4]
-    if length < num_carried:
-        return first.as_keys().followed_by(own), None
-    each = (num_documents, num_segments, -1, -1, -1)
-    # The sink takes the place of the token before the last C - 1, next to them.
-    sinks = Keys(
-        place(sink_key[:, None].expand(each), length - num_carried),
-        sink_value[:, None].expand(each),
-        own.is_key.new_ones(num_documents, num_segments, 1),
-    )
-    begin = length - num_carried + 1
-    last = Keys(own.key[..., begin:, :], own.value[..., begin:, :], own.is_key[..., begin:])
-    left = sinks.followed_by(last)
-    pairs = zip(vars(first.as_keys()).values(), vars(left).values(), strict=True)
-    context = Keys(*(torch.cat([x, y[:, :-1]], dim=1) for x, y in pairs))
-    if stop_gradient_every is not None:
-        context = _stop_gradients(context, stop_gradient_every)
-    after = LocalContext(left.key[:, -1], left.value[:, -1], left.is_key[:, -1], sink_key)
-    return context.followed_by(own), after
+
+    tokens: Tokens
+    sink: Tokens  # each document's first token, in one column; padding: it has not begun
+    num_carried: int  # C
+
+    @classmethod
+    def of(
+        cls, own: Tokens, context: Tokens | None, sink: Tokens | None, num_carried: int
+    ) -> "Line":
+        """Put a call's tokens, laid out in segments, behind what they were handed over."""
+        first = own.columns(0, 1)
+        if context is None:
+            context = own.map(lambda x: x.new_zeros(len(x), num_carried, *x.shape[2:]))
+        else:
+            # Documents that start late in a batch have nothing before them yet.
+            begun = sink.is_token
+            pairs = zip(vars(sink).values(), vars(first).values(), strict=True)
+            first = Tokens(*(torch.where(like(begun, x), old.to(x.dtype), x) for old, x in pairs))
+        return cls(context.followed_by(own), first, num_carried)
+
+    def keys(self, segment_length: int, num_kv_heads: int, every: int | None = None) -> Keys:
+        """Return what each segment attends to: the C tokens before it, and its own.
+
+        The sink takes the place of the first of the C. Gradients stop at each border after
+        `every` segments; None: at no border.
+        """
+        key, value = self.tokens.heads(num_kv_heads)
+        size = (self.num_carried + segment_length, segment_length)
+        key, value = (x.unfold(1, *size).transpose(-1, -2) for x in (key, value))
+        end = len(self.tokens) - self.num_carried
+        first = self.tokens.map(lambda x: x[:, :end:segment_length])
+        first = replace(
+            first,
+            key=self.sink.key.expand_as(first.key),
+            value=self.sink.value.expand_as(first.value),
+        )
+        heads = zip(first.heads(num_kv_heads), (key, value), strict=True)
+        key, value = (torch.cat([x[..., None, :], y[..., 1:, :]], dim=3) for x, y in heads)
+        keys = Keys(key, value, self.tokens.is_token.unfold(1, *size))
+        return keys if every is None else _stop_gradients(keys, self.num_carried, every)
+
+    def left(
+        self, num_late: int, num_segments: int, segment_length: int, num_kv_heads: int
+    ) -> tuple[
+        Float[Tensor, "B S N L K"], Float[Tensor, "B S N L V"], Bool[Tensor, "B S L"]
+    ]:
+        """Return keys, values and mask of what leaves the window at the end of each segment.
+
+        These are the segments `num_late` before each, whole ones of `segment_length` tokens.
+        """
+        begin = self.num_carried - num_late * segment_length
+        tokens = self.tokens.columns(begin, begin + num_segments * segment_length)
+        key, value, _, _, is_token = (
+            x.unflatten(1, (num_segments, segment_length)) for x in vars(tokens).values()
+        )
+        key, value = (x.unflatten(-1, (num_kv_heads, -1)).transpose(2, 3) for x in (key, value))
+        return key, value, is_token
+
+    def last(self) -> Tokens:
+        """Return the C tokens before the end."""
+        return self.tokens.columns(len(self.tokens) - self.num_carried)
+
+    def context_at(self, first_column: Int[Tensor, "B"]) -> Tokens:
+        """Return the C tokens before a border, which stands so many columns behind the first C."""
+        columns = torch.arange(self.num_carried, device=first_column.device)
+        index = first_column[:, None] + columns
+        return self.tokens.map(lambda x: x.take_along_dim(like(index, x), dim=1))
 
 
-def context_at(
-    keys: Keys, last: LocalContext, border: Int[Tensor, "B"], num_carried: int
-) -> LocalContext:
-    """Return the context that each document carries over one of its borders.
-
-    `keys` and `last` are the results of `carry_context`. Border 0 is before the first segment.
-    """
-    return LocalContext(
-        at_border(keys.key[..., :num_carried, :], last.key, border),
-        at_border(keys.value[..., :num_carried, :], last.value, border),
-        at_border(keys.is_key[..., :num_carried], last.is_token, border),
-        last.sink_key,
-    )
+def with_sink(context: Tokens, sink: Tokens) -> Tokens:
+    """Put the sink in the place of the first carried token, at that token's position."""
+    key, value = (torch.cat([s, x[:, 1:]], dim=1) for s, x in (
+        (sink.key, context.key), (sink.value, context.value)
+    ))
+    return replace(context, key=key, value=value)
 
 
-def _stop_gradients(context: Keys, every: int) -> Keys:
-    # The document's first token has crossed every border before a segment, the others the last.
-    num_segments, num_carried = context.is_key.shape[1:]
-    segment = torch.arange(num_segments, device=context.key.device)[:, None]
-    is_sink = torch.arange(num_carried, device=context.key.device) == 0
-    is_cut = (segment % every == 0) | (is_sink & (segment >= every))
+def _stop_gradients(keys: Keys, num_carried: int, every: int) -> Keys:
+    """Cut what crossed a border that stops gradients on its way to a segment."""
+    num_segments, num_keys = keys.is_key.shape[1:]
+    length = num_keys - num_carried
+    device = keys.key.device
+    segment = torch.arange(num_segments, device=device)[:, None]
+    column = torch.arange(num_keys, device=device)
+    own = segment + (column - num_carried).div(length, rounding_mode="floor")
+    # The sink is the first token of the document; before this call everything is cut.
+    own = torch.where(column == 0, 0, own) if num_carried else own
+    is_cut = own.div(every, rounding_mode="floor") != segment.div(every, rounding_mode="floor")
     is_cut = is_cut[:, None, :, None]
-    key, value = (torch.where(is_cut, x.detach(), x) for x in (context.key, context.value))
-    return Keys(key, value, context.is_key)
+    key, value = (torch.where(is_cut, x.detach(), x) for x in (keys.key, keys.value))
+    return replace(keys, key=key, value=value)

@@ -30,7 +30,7 @@ from torch import Tensor
 # which the gradient of a quotient needs.
 SMALLEST_DENOMINATOR = 1e-18
 
-UpdateRule = Literal["linear", "delta", "delta_gamma"]
+UpdateRule = Literal["linear", "delta", "delta_gamma", "gated_delta"]
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class MemoryState:
     """
 
     matrix: Float[Tensor, "*B N F V"]  # M, under the linear rule the sum of feature(key) * value
-    normalizer: Float[Tensor, "*B N F"]  # z, the sum of feature(key)
+    normalizer: Float[Tensor, "*B N Z"]  # z, the sum of feature(key): Z = F; gated_delta: Z = 0
 
     def map(self, change: Callable[..., Tensor], *others: "MemoryState") -> "MemoryState":
         """Change the matrix and the normalizer, each with those of other states."""
@@ -76,6 +76,10 @@ class Write:
     feature: Float[Tensor, "*B N L F"]  # of the keys
     value: Float[Tensor, "*B N L V"]
     weight: Float[Tensor, "*B #N L #F"] | None = None  # 0 at padding; None: 1 for all
+    # Of gated_delta: the strength of each write, 0 at padding, and the log of what each token
+    # leaves of the memory before it.
+    strength: Float[Tensor, "*B N L"] | None = None
+    log_decay: Float[Tensor, "*B N L"] | None = None
 
     @property
     def weighted(self) -> Float[Tensor, "*B N L F"]:
@@ -84,8 +88,7 @@ class Write:
 
     def segment(self, index: int) -> "Write":
         """Return one segment of leading axes (batch, segment)."""
-        weight = None if self.weight is None else self.weight[:, index]
-        return Write(self.feature[:, index], self.value[:, index], weight)
+        return Write(*(None if x is None else x[:, index] for x in vars(self).values()))
 
 
 def write_segments(write: Write) -> MemoryState:
@@ -139,7 +142,10 @@ def scan_states(
     for index in range(write.feature.shape[1]):
         states.append(state)
         left = None if retention is None else retention[:, index]
-        state = _update(state, write.segment(index), rule, left)
+        if rule == "gated_delta":
+            state = MemoryState(_gated_delta(state.matrix, write.segment(index)), state.normalizer)
+        else:
+            state = _update(state, write.segment(index), rule, left)
         if state_dtype is not None:
             state = state.map(lambda x: x + (x.to(state_dtype).to(x.dtype) - x).detach())
         if stop_gradient_every is not None and (index + 1) % stop_gradient_every == 0:
@@ -150,8 +156,9 @@ def scan_states(
 def empty_state(write: Write) -> MemoryState:
     """Return an empty memory for the documents of a write."""
     batch, _, num_heads, _, num_features = write.feature.shape
-    normalizer = write.feature.new_zeros(batch, num_heads, num_features)
-    return MemoryState(normalizer.new_zeros(*normalizer.shape, write.value.shape[-1]), normalizer)
+    matrix = write.feature.new_zeros(batch, num_heads, num_features, write.value.shape[-1])
+    has_normalizer = write.strength is None
+    return MemoryState(matrix, matrix[..., 0] if has_normalizer else matrix[..., 0][..., :0])
 
 
 def _update(
@@ -181,14 +188,40 @@ def _update(
     return MemoryState(state.matrix + added.matrix, state.normalizer + gain)
 
 
+def _gated_delta(matrix: Float[Tensor, "B N F V"], write: Write) -> Float[Tensor, "B N F V"]:
+    """Write one segment token by token: M_t = a_t M_(t-1) + b_t k_t (v_t - a_t M_(t-1)^T k_t)^T.
+
+    Token t leaves the share a_t of the memory and writes with strength b_t. All tokens at once:
+    what each really writes solves a triangular system.
+
+    Source: Yang et al. 2024, arXiv:2412.06464, equations 10 and 12.
+    """
+    key, strength = write.feature, write.strength[..., None]
+    value = write.value.to(key.dtype)
+    age = write.log_decay.cumsum(dim=-1)
+    # Of what token j wrote, exp(age_i - age_j) is left at token i > j.
+    left = (age[..., :, None] - age[..., None, :]).tril().exp()
+    likeness = strength * (key @ key.transpose(-1, -2) * left).tril(-1)
+    wanted = strength * (value - age[..., None].exp() * (key @ matrix))
+    written = torch.linalg.solve_triangular(likeness, wanted, upper=False, unitriangular=True)
+    end = age[..., -1:]
+    faded = key * (end - age)[..., None].exp()
+    return matrix * end[..., None].exp() + faded.transpose(-1, -2) @ written
+
+
 def retrieve(
     feature: Float[Tensor, "*B H L F"], state: MemoryState
 ) -> tuple[Float[Tensor, "*B H L V"], Float[Tensor, "*B H L 1"]]:
-    """Read the memory once for each query (eq. 7), numerator and denominator apart."""
-    num_kv_heads, num_tokens = state.normalizer.shape[-2], feature.shape[-2]
+    """Read the memory once for each query (eq. 7), numerator and denominator apart.
+
+    The denominator is 1 under `gated_delta`, which has no normalizer.
+    """
+    num_kv_heads, num_tokens = state.matrix.shape[-3], feature.shape[-2]
     # The query heads that share a key/value head become rows of one product.
     feature = feature.unflatten(-3, (num_kv_heads, -1)).flatten(-3, -2)
-    sums = (feature @ state.matrix, feature @ state.normalizer[..., None])
+    sums = [feature @ state.matrix, feature.new_ones(*feature.shape[:-1], 1)]
+    if state.normalizer.shape[-1]:
+        sums[1] = feature @ state.normalizer[..., None]
     numerator, denominator = (x.unflatten(-2, (-1, num_tokens)).flatten(-4, -3) for x in sums)
     return numerator, denominator
 

@@ -47,6 +47,7 @@ class Entry:
     value: Tensor  # (V), under a delta rule less what the memory recalled for its key
     mass: Tensor | float  # weight of its key in the normalizer
     token: int  # its position in the document
+    log_decay: Tensor | float = 0.0  # of what was written before, under gated_delta
 
 
 class NaiveLayer:
@@ -54,7 +55,11 @@ class NaiveLayer:
 
     def __init__(self, layer: InfiniAttention, params: InfiniParams) -> None:
         self.layer, self.params, self.memory = layer, params, layer.memory
-        self.group = layer.shape.num_heads // layer.shape.num_kv_heads
+        # Whole segments among the carried tokens are not in the memory yet.
+        length = params.segment_length
+        self.late = params.local_context // length * length
+        self.num_kv_heads = layer.shape.num_kv_heads
+        self.group = layer.shape.num_heads // self.num_kv_heads
 
     def __call__(
         self, hidden_states: Tensor, tables: Tables | None, memory_of: Tensor | None = None
@@ -83,33 +88,43 @@ class NaiveLayer:
             return local
         query, entries = heads.query[h, t], memories[begin]
         feature = self.feature(query, h, "query")
-        numerator, denominator = self.read(feature, entries, n, t)
+        numerator, denominator = self.read(feature, entries, n, t - self.late)
+        if self.params.update_rule == "gated_delta":
+            return local + torch.sigmoid(self.gate(query, h)) * numerator
         if denominator == 0:  # an empty memory: exactly the local attention
             return local
         recalled = numerator / denominator  # eq. 7
         if self.params.seed_scaling:
             recalled = recalled / self.params.segment_length
-        logit = self.layer.gate_logit[h]
-        at_border = self.read(feature, entries, n, begin)[1]
-        logit = logit + torch.log(denominator / at_border)  # 0 unless features forget
-        if self.memory.query_gate is not None:
-            logit = logit + query @ self.memory.query_gate[h] / len(query) ** 0.5
-        share = torch.sigmoid(logit)
+        at_border = self.read(feature, entries, n, begin - self.late)[1]
+        faded = torch.log(denominator / at_border)  # 0 unless features forget
+        share = torch.sigmoid(self.gate(query, h) + faded)
         return share * recalled + (1 - share) * local
 
-    def write(self, heads: Heads, n: int) -> dict[int, list[Entry]]:
-        """Return the memory of one head before each segment, by the segment's first token.
+    def gate(self, query: Tensor, h: int) -> Tensor:
+        """Return the logit of the memory's share in one query's output."""
+        logit = self.layer.gate_logit[h]
+        if self.memory.query_gate is not None:
+            logit = logit + query @ self.memory.query_gate[h] / len(query) ** 0.5
+        return logit
 
-        All tokens of a segment are written at its end: eq. 8; under a delta rule eq. 9.
+    def write(self, heads: Heads, n: int) -> dict[int, list[Entry]]:
+        """Return the memory of one head that each segment reads, by the segment's first token.
+
+        All tokens of a segment are written together, when it leaves what queries attend to: eq. 8;
+        under a delta rule eq. 9.
         """
         entries: list[Entry] = []
-        memories = {}
+        memories: dict[int, list[Entry]] = {}
         length, num_tokens = self.params.segment_length, heads.key.shape[1]
         for begin in range(0, num_tokens, length):
             memories[begin] = list(entries)
             for t in range(begin, min(begin + length, num_tokens)):
                 feature, mass = self.feature(heads.key[n, t], n, "key"), 1.0
                 value = heads.value[n, t]
+                if self.params.update_rule == "gated_delta":
+                    entries.append(self.gated_entry(heads, entries, n, t))
+                    continue
                 if self.params.update_rule != "linear":
                     numerator, denominator = self.read(feature, memories[begin], n, begin)
                     if denominator > 0:
@@ -117,14 +132,24 @@ class NaiveLayer:
                         if self.params.update_rule == "delta_gamma":
                             mass = (1 - denominator / (feature @ feature)).clamp(0, 1)
                 entries.append(Entry(feature, value, mass, t))
-        return memories
+        return {begin: memories[max(begin - self.late, 0)] for begin in memories}
+
+    def gated_entry(self, heads: Heads, entries: list[Entry], n: int, t: int) -> Entry:
+        """Return what one token writes under the gated delta rule, given all before it."""
+        gates = self.memory.write_gate(heads.key[:, t].flatten())
+        strength, log_decay = torch.sigmoid(gates[n]), -F.softplus(gates[self.num_kv_heads + n])
+        feature = self.feature(heads.key[n, t], n, "key")
+        known = self.read(feature, entries, n, t)[0] * log_decay.exp()
+        return Entry(feature, strength * (heads.value[n, t] - known), 1.0, t, log_decay)
 
     def read(self, feature: Tensor, entries: list[Entry], n: int, at: int) -> Tables:
         """Return numerator (V) and denominator of eq. 7 for one feature at a position."""
         numerator = feature.new_zeros(self.layer.shape.head_dim)
         denominator = feature.new_zeros(())
-        for entry in entries:
+        age = feature.new_zeros(())  # of entries, from the last to the first
+        for entry in reversed(entries):
             likeness = feature * entry.feature
+            likeness, age = likeness * torch.exp(age), age + entry.log_decay
             if self.memory.decay_logit is not None:
                 rate = self.memory.decay_logit[n].exp()
                 likeness = likeness * torch.exp(-rate * (at - 1 - entry.token))
@@ -153,14 +178,13 @@ class NaiveLayer:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return keys, values and distances of the tokens that a query attends to.
 
-        Carried are the last tokens of the segment before, and the document's first token in the
-        place of the one before them.
+        Carried are the last tokens before the segment; the first of them gives its place to the
+        document's first token.
         """
         context = self.params.local_context
-        token_at = {position: position for position in range(begin, t + 1)}
-        if begin and context:
+        token_at = {position: position for position in range(max(begin - context, 0), t + 1)}
+        if context and begin >= context:
             token_at[begin - context] = 0
-            token_at |= {s: s for s in range(begin - context + 1, begin)}
         key = [place_at(heads.key[n, token], at, tables) for at, token in token_at.items()]
         distance = torch.tensor([t - at for at in token_at]).double()
         return torch.stack(key), heads.value[n, list(token_at.values())], distance
@@ -170,7 +194,9 @@ class NaiveLayer:
         weight = getattr(self.layer.feature_maps, f"{of}_weight")
         if weight is None:
             return F.elu(x) + 1
-        projected = sum(x[k] * weight[head, k] for k in range(len(x)))  # Hedgehog
+        projected = sum(x[k] * weight[head, k] for k in range(len(x)))
+        if self.params.feature_map == "unit":
+            return projected / projected.norm()
         return torch.cat([projected.exp(), (-projected).exp()])
 
     def project(self, hidden_states: Tensor) -> Heads:

@@ -6,74 +6,18 @@ Axes:
     B  document
     S  segment of a call
     C  key that a segment's queries see: carried over, then its own
-    W  column, filled from the right
-    NK channel of all keys of a token, heads side by side
-    NV channel of all values of a token
-    P  rotated channel; none without rotations
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Int
 from torch import Tensor
 
-from infini_retrofit.layer.cut import Cut, Keys, Layout, Place, at_border, like
-from infini_retrofit.layer.local_context import LocalContext, context_at
+from infini_retrofit.layer.cut import Cut, Keys, Layout, Place, at_border
+from infini_retrofit.layer.local_context import Line, with_sink
 from infini_retrofit.layer.memory import MemoryState
-
-
-@dataclass(frozen=True)
-class Tokens:
-    """Keys and values of a call, or of a segment that has not ended, with their positions.
-
-    In a segment that has not ended, rows may stand at different places.
-    """
-
-    key: Float[Tensor, "B W NK"]  # without position encoding
-    value: Float[Tensor, "B W NV"]
-    cos: Float[Tensor, "B W P"]
-    sin: Float[Tensor, "B W P"]
-    is_token: Bool[Tensor, "B W"]
-
-    @classmethod
-    def of(
-        cls,
-        key: Float[Tensor, "B W NK"],
-        value: Float[Tensor, "B W NV"],
-        tables: tuple[Tensor, Tensor] | None,
-        is_token: Bool[Tensor, "B W"] | None,
-    ) -> "Tokens":
-        """Put the tokens of one call together; the tables are one for all rows or one each."""
-        if tables is None:
-            tables = (key.new_zeros(1, key.shape[1], 0),) * 2
-        cos, sin = (table.expand(len(key), -1, -1) for table in tables)
-        if is_token is None:
-            is_token = torch.ones(key.shape[:2], dtype=torch.bool, device=key.device)
-        return cls(key, value, cos, sin, is_token)
-
-    @property
-    def tables(self) -> tuple[Tensor, Tensor] | None:
-        """Cosines and sines; None: no rotations."""
-        return (self.cos, self.sin) if self.cos.shape[-1] else None
-
-    def __len__(self) -> int:
-        """Return the number of columns."""
-        return self.key.shape[1]
-
-    def followed_by(self, new: "Tokens") -> "Tokens":
-        """Append the columns of a later call."""
-        pairs = zip(vars(self).values(), vars(new).values(), strict=True)
-        return Tokens(*(torch.cat(pair, dim=1) for pair in pairs))
-
-    def after(self, num_tokens: Int[Tensor, "B"]) -> "Tokens":
-        """Drop the first tokens of each row; the longest row that is left has no padding."""
-        is_left = self.is_token & (self.is_token.cumsum(dim=1) > num_tokens[:, None])
-        width = int(is_left.sum(dim=1).max())
-        order = is_left.int().argsort(dim=1, stable=True)[:, len(self) - width :]
-        columns = (*list(vars(self).values())[:-1], is_left)
-        return Tokens(*(x.take_along_dim(like(order, x), dim=1) for x in columns))
+from infini_retrofit.layer.tokens import Tokens
 
 
 @dataclass(frozen=True)
@@ -81,7 +25,8 @@ class LayerState:
     """What crosses a segment border in one layer."""
 
     memory: MemoryState | None = None
-    context: LocalContext | None = None
+    context: Tokens | None = None  # the last before the border; not written before they leave
+    sink: Tokens | None = None  # the document's first, in one column; False: not begun
     unfinished: Tokens | None = None  # of the segment that an open call ended in
 
 
@@ -108,7 +53,7 @@ class Segments:
     place: Place  # rotates queries
     keys: Keys  # of the local attention, carried keys first
     is_key: Bool[Tensor, "B S C"] | None  # None: causality hides all keys that must not be seen
-    context: LocalContext | None = None  # carried over the last border
+    line: Line | None = None  # what was carried, and the tokens laid out
     memories: MemoryState | None = None  # before each segment; None: no memory is read
     memory: MemoryState | None = None  # after the last segment
     num_before: Int[Tensor, "B"] | None = None  # tokens of the segment before its first query
@@ -122,12 +67,13 @@ def running_segment(
     `reads` means that the memory is read, `by_distance` that scores depend on the distance
     between keys (ALiBi).
     """
-    layout = Layout(tokens.key, Cut(num_segments=1, is_token=tokens.is_token), 1)
-    key, value = (layout.split(x, num_kv_heads) for x in (tokens.key, tokens.value))
-    keys = Keys(layout.place_by(tokens.tables)(key), value, layout.is_token)
+    seen = tokens
     if before.context is not None:
-        keys = before.context.as_keys().followed_by(keys)
-        keys = _padding_first(keys) if by_distance else keys
+        seen = with_sink(before.context, before.sink).followed_by(tokens)
+    key, value = (x.transpose(1, 2)[:, None] for x in seen.heads(num_kv_heads))
+    keys = Keys(key, value, seen.is_token[:, None])
+    if before.context is not None and by_distance:
+        keys = _padding_first(keys)
     last = Layout(tokens.key[:, -1:], Cut(num_segments=1), 1)
     return Segments(
         place=last.place_by(tokens.tables and (tokens.cos[:, -1:], tokens.sin[:, -1:])),
@@ -147,17 +93,17 @@ def _padding_first(keys: Keys) -> Keys:
 
 
 def state_after(
-    segments: Segments, tokens: Tokens, before: LayerState, segment_length: int, num_carried: int
+    segments: Segments, tokens: Tokens, before: LayerState, segment_length: int
 ) -> LayerState:
     """Return what each row carries over its last border, and the tokens behind that.
 
     `tokens` are those of the call, and those that were unfinished before it.
     """
     border = tokens.is_token.sum(dim=1) // segment_length
-    memory, context = segments.memory, before.context
+    memory, context, sink = segments.memory, None, None
     if memory is not None:
         before_each = segments.memories.map(lambda x, last: at_border(x, last, border), memory)
         memory = before_each.to(memory.matrix.dtype)
-    if segments.context is not None:
-        context = context_at(segments.keys, segments.context, border, num_carried)
-    return LayerState(memory, context, tokens.after(border * segment_length))
+    if segments.line is not None:
+        context, sink = segments.line.context_at(border * segment_length), segments.line.sink
+    return LayerState(memory, context, sink, tokens.after(border * segment_length))

@@ -4,6 +4,7 @@ Knows nothing of training, files, texts or protocols.
 """
 
 import copy
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -59,25 +60,38 @@ def attention_shape(config: PretrainedConfig) -> AttentionShape:
     )
 
 
-def resolve_layers(layers: list[int] | str, num_layers: int) -> list[int]:
+def resolve_layers(
+    layers: list[int] | str, num_layers: int, name: str = "infini.layers"
+) -> list[int]:
     """Turn `infini.layers` into sorted indices from 0."""
     if layers == "all":
         return list(range(num_layers))
     for index in layers:
         if not -num_layers <= index < num_layers:
             raise ValueError(
-                f"infini.layers must be in {-num_layers}..{num_layers - 1} "
+                f"{name} must be in {-num_layers}..{num_layers - 1} "
                 f"for a base of {num_layers} layers, got {index}"
             )
     resolved = sorted(index % num_layers for index in layers)
     if len(set(resolved)) < len(resolved):
-        raise ValueError(f"infini.layers must name each layer once, got {list(layers)}")
+        raise ValueError(f"{name} must name each layer once, got {list(layers)}")
     return resolved
+
+
+def memory_layers(params: InfiniParams, layers: list[int], num_layers: int) -> list[int]:
+    """Turn `infini.memory_layers` into sorted indices from 0, all of them among `layers`."""
+    if params.memory_layers == "all":
+        return layers
+    chosen = resolve_layers(params.memory_layers, num_layers, "infini.memory_layers")
+    if others := set(chosen) - set(layers):
+        raise ValueError(f"infini.memory_layers must be of infini.layers, got {min(others)}")
+    return chosen
 
 
 def check_form(params: InfiniParams, config: PretrainedConfig) -> None:
     """Refuse layers and sizes that do not fit a base."""
-    resolve_layers(params.layers, config.num_hidden_layers)
+    layers = resolve_layers(params.layers, config.num_hidden_layers)
+    memory_layers(params, layers, config.num_hidden_layers)
     params.count_features(attention_shape(config).of_heads(params.heads).head_dim)
 
 
@@ -106,11 +120,14 @@ def insert_infini(model: PreTrainedModel, params: InfiniParams, seed: int = 0) -
     layers = decoder_layers(model)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        for index in resolve_layers(params.layers, len(layers)):
+        chosen = resolve_layers(params.layers, len(layers))
+        with_memory = memory_layers(params, chosen, len(layers))
+        for index in chosen:
             own = layers[index]
             layer = copy.deepcopy(own) if params.insertion == "adapter" else own
             base = getattr(layer, family.attention)
-            infini = InfiniAttention(shape, params, index)
+            memory = params.memory if index in with_memory else "off"
+            infini = InfiniAttention(shape, replace(params, memory=memory), index)
             if params.init == "base":
                 infini.load_state_dict(family.split(base), strict=False)
             if params.init == "random_layer":

@@ -16,7 +16,14 @@ import pyarrow.parquet as pq
 
 from infini_retrofit.pipeline.files import given_path, sha256
 from infini_retrofit.pipeline.progress import note
-from infini_retrofit.texts.corpora import Corpus, CorpusShares, GensimCorpus, HubSplits
+from infini_retrofit.texts.corpora import (
+    Corpus,
+    CorpusShares,
+    GensimCorpus,
+    HubSplits,
+    PackagesCorpus,
+)
+from infini_retrofit.texts.packages import read_packages
 from infini_retrofit.texts.splits import (
     SPLITS,
     Article,
@@ -38,6 +45,8 @@ _NO_ARTICLE = re.compile(r"#redirect|.*\{\{(?:disambiguation|geodis)[|}]", re.I 
 
 def read_splits(corpus: Corpus) -> dict[str, list[Article]]:
     """Read a corpus in its own splits, or deal its articles, without copies, to splits."""
+    if isinstance(corpus, PackagesCorpus):
+        return read_packages(corpus)
     if not isinstance(corpus, CorpusShares):
         return read_own_splits(corpus)
     return split_articles(drop_copies(read_corpus(corpus)), corpus.val_share, corpus.test_share)

@@ -6,11 +6,13 @@ Knows neither how a corpus is read (`articles`) nor how it is split and stored (
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, PositiveInt
 
 from infini_retrofit.pipeline.fields import Commit, InnerPath, LocalPath, RepoId, Share
 
 SAME = "same"
+Requirement = Annotated[str, Field(pattern=r"^[\w.-]+==[\w.+!-]+$")]  # name==version
+
 
 @dataclass(frozen=True, kw_only=True)
 class CorpusShares:
@@ -53,12 +55,30 @@ class FilesCorpus(CorpusShares):
     path: LocalPath
 
 
-Corpus = CorpusShares | HubSplits
+@dataclass(frozen=True, kw_only=True)
+class PackagesCorpus:
+    """Python sources of installed packages, `name==version` each; no package is in two splits."""
+
+    train: list[Requirement]
+    val: list[Requirement]
+    test: list[Requirement]
+    min_characters: PositiveInt  # of a file; shorter ones are left out
+    files_per_package: PositiveInt  # at most, so that no package makes up a split
+
+    def __post_init__(self) -> None:
+        """Refuse a package that stands twice."""
+        names = [name.partition("==")[0] for name in (*self.train, *self.val, *self.test)]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"train, val and test must name a package once, got {twice[0]} twice")
+
+
+Corpus = CorpusShares | HubSplits | PackagesCorpus
 CORPORA = {
     "gensim-sample": GensimCorpus,
     "hub": HubCorpus,
     "hub-splits": HubSplits,
     "files": FilesCorpus,
+    "packages": PackagesCorpus,
 }
 
 
