@@ -65,6 +65,12 @@ Sha256 = Annotated[str, _must_match("[0-9a-f]{64}", "64 lower-case hexadecimal d
 RepoId = Annotated[str, AfterValidator(_check_repo_id)]
 Package = Annotated[str, _must_match(r"[a-zA-Z0-9]([\w.-]*[a-zA-Z0-9])?", "a package's name")]
 Version = Annotated[str, _must_match(r"[a-zA-Z0-9][\w.!+-]*", "a package's version")]
+Requirement = Annotated[
+    str,
+    _must_match(
+        r"[a-zA-Z0-9]([\w.-]*[a-zA-Z0-9])?==[a-zA-Z0-9][\w.!+-]*", "a package's name==version"
+    ),
+]
 # DVC gives the launcher to a shell, to which other characters have a meaning.
 Launcher = Annotated[
     str,

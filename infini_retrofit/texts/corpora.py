@@ -8,10 +8,9 @@ from typing import Annotated, Literal
 
 from pydantic import Field, PositiveInt
 
-from infini_retrofit.pipeline.fields import Commit, InnerPath, LocalPath, RepoId, Share
+from infini_retrofit.pipeline.fields import Commit, InnerPath, LocalPath, RepoId, Requirement, Share
 
 SAME = "same"
-Requirement = Annotated[str, Field(pattern=r"^[\w.-]+==[\w.+!-]+$")]  # name==version
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,6 +5,7 @@ Knows nothing of splits on disk and of tokens.
 
 from importlib.metadata import Distribution, PackageNotFoundError, distribution
 
+from infini_retrofit.pipeline.progress import note
 from infini_retrofit.texts.corpora import PackagesCorpus
 from infini_retrofit.texts.splits import SPLITS, Article, check_splits, title_order
 
@@ -28,7 +29,10 @@ def read_packages(corpus: PackagesCorpus) -> dict[str, list[Article]]:
     for split in reversed(SPLITS):
         splits[split] = []
         for requirement in getattr(corpus, split):
-            new = [file for file in _read_package(requirement) if _is_new(file, known)]
+            files = _read_package(requirement)
+            new = [file for file in files if _is_new(file, known)]
+            if near := len(files) - len(new):
+                note(f"{requirement}: {near:,} of {len(files):,} files are near copies, left out")
             long = [file for file in new if len(file.text) >= corpus.min_characters]
             splits[split] += sorted(long, key=title_order)[: corpus.files_per_package]
     check_splits(splits)
@@ -63,7 +67,7 @@ def _installed(name: str, requirement: str) -> Distribution:
 def _is_new(file: Article, known: set[str]) -> bool:
     """Return whether a file is no near copy; then its lines are known from now on."""
     lines = {line for raw in file.text.splitlines() if len(line := raw.strip()) >= _LONG_LINE}
-    if not lines or len(lines & known) > _MOST_KNOWN * len(lines):
+    if len(lines & known) >= max(_MOST_KNOWN * len(lines), 1):
         return False
     known |= lines
     return True
