@@ -22,6 +22,7 @@ from tests.reference import (
     infini_params,
     largest,
     make_layer,
+    num_without_memory,
     retrofitted,
     run_layer,
     set_share,
@@ -124,8 +125,12 @@ def test_a_layer_notes_what_each_query_makes_of_its_memory_if_it_is_asked(form):
     asked = Probe(readings={})
     assert torch.equal(run_layer(layer, x, probe=asked), run_layer(layer, x))
     (reading,) = asked.readings.values()
+    num_empty = num_without_memory(form)
     for tensor in (reading.share, reading.recalled_norm, reading.local_norm):
         assert tensor.dtype is torch.float32
-        assert (tensor[:, 0].count_nonzero() == 0) == (tensor is not reading.local_norm)
-        assert tensor[:, 1:].min() > 0
+        assert tensor[:, num_empty:].min() > 0
+    assert reading.local_norm.min() > 0
+    assert reading.recalled_norm[:, :num_empty].count_nonzero() == 0
+    is_empty = reading.share[:, :num_empty].count_nonzero() == 0
+    assert is_empty != (form["update_rule"] == "gated_delta")  # there a share of nothing
     assert reading.share.max() < 1

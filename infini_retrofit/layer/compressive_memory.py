@@ -105,7 +105,9 @@ class CompressiveMemory(nn.Module):
         """Return what to write, and the share of each memory that is left after its segment."""
         weight = None if is_token is None else is_token[:, :, None, :, None].to(feature.dtype)
         if self.write_gate is not None:
-            logits = self.write_gate(key.transpose(2, 3).flatten(3).to(feature.dtype))
+            keys = key.transpose(2, 3).flatten(3).to(feature.dtype)
+            weight_of, bias = (x.to(keys.dtype) for x in self.write_gate.parameters())
+            logits = F.linear(keys, weight_of, bias)
             strength, decay = logits.transpose(2, 3).chunk(2, dim=2)
             strength, log_decay = strength.sigmoid(), -F.softplus(decay)
             if weight is not None:
