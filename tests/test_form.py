@@ -17,7 +17,7 @@ NO_ROPE = {"positions": "none", "init": "random_layer"}
 RANDOM_BRANCH = {"insertion": "parallel", "init": "random_layer"}
 REFUSED = [
     ({"segment_length": 2}, r"segment_length must be at least 3 tokens, .* got 2"),
-    ({"local_context": -1}, r"local_context must be in 0\.\.\d+ tokens, got -1"),
+    ({"local_context": -1}, r"local_context must be in 0\.\.[\d,]+ tokens, got -1"),
     ({"num_features": 5, **HEDGEHOG}, r"num_features must be base or an even .* got 5"),
     ({"num_features": 4}, r"num_features must be base unless .* hedgehog, .* got 4"),
     ({"bptt_segments": 0}, r"bptt_segments must be all or at least 1, got 0"),

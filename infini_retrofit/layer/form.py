@@ -87,7 +87,8 @@ class InfiniParams:
             )
         if not 0 <= self.local_context <= _MOST_TOKENS:
             raise ValueError(
-                f"infini.local_context must be in 0..{_MOST_TOKENS} tokens, got {self.local_context}"
+                f"infini.local_context must be in 0..{_MOST_TOKENS:,} tokens, "
+                f"got {self.local_context:,}"
             )
         if self.num_features != "base" and (self.num_features < 2 or self.num_features % 2):
             raise ValueError(
