@@ -142,11 +142,12 @@ def states_of_the_batch(*args: object):
     return tuple(averaged(state) for state in STATES(*args))
 
 
-def living_states(memory: CompressiveMemory, feature: Tensor, value: Tensor, is_token, before):
+def living_states(memory: CompressiveMemory, *arguments: object):
     """Keep the memory between calls, as a module attribute or buffer does."""
+    *tokens, before = arguments
     if last := getattr(memory, "living", None):
-        before = last.map(lambda x: x.mean(0, keepdim=True).expand(len(feature), *x.shape[1:]))
-    memories, memory.living = STATES(memory, feature, value, is_token, before)
+        before = last.map(lambda x: x.mean(0, keepdim=True).expand(len(tokens[0]), *x.shape[1:]))
+    memories, memory.living = STATES(memory, *tokens, before)
     return memories, memory.living
 
 
@@ -196,7 +197,9 @@ def test_the_gradient_crosses_calls_unless_it_is_cut(form, part, bptt_segments):
     layer = make_layer(form | {"bptt_segments": bptt_segments, "local_context": 2})
     x, first = draw_hidden(2, DOCUMENT).requires_grad_(), State()
     run_layer(layer, x[:, :SEGMENT], state=first)
-    carried = LayerState(**{part: getattr(first.after[LAYER], part)})
+    after = first.after[LAYER]
+    sink = after.sink if part == "context" else None
+    carried = LayerState(**{part: getattr(after, part)}, sink=sink)
     out = run_layer(layer, x[:, SEGMENT:], SEGMENT, state=State(before={LAYER: carried}))
     (gradient,) = torch.autograd.grad(out.sum(), x)
     crossed = largest(gradient[:, :SEGMENT])

@@ -189,8 +189,10 @@ class InfiniAttention(nn.Module):
         is_key = line = memories = memory = None
         if self.local_context:
             own = tokens.map(layout.line)
-            line = Line.of(own, before.context, before.sink, self.local_context)
-            every = self.params.stop_gradient_every
+            every, carried = self.params.stop_gradient_every, (before.context, before.sink)
+            if every is not None and before.sink is not None:
+                carried = tuple(x.map(Tensor.detach) for x in carried)
+            line = Line.of(own, *carried, self.local_context)
             keys = line.keys(layout.grid[2], self.shape.num_kv_heads, every)
             is_key = keys.is_key
         if self.memory is not None and probe.read != "off":
