@@ -11,6 +11,7 @@ from pydantic import Field, PositiveInt
 from infini_retrofit.pipeline.fields import Commit, InnerPath, LocalPath, RepoId, Requirement, Share
 
 SAME = "same"
+Packages = Annotated[list[Requirement], Field(min_length=1)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,9 +59,9 @@ class FilesCorpus(CorpusShares):
 class PackagesCorpus:
     """Python sources of installed packages, `name==version` each; no package is in two splits."""
 
-    train: list[Requirement]
-    val: list[Requirement]
-    test: list[Requirement]
+    train: Packages
+    val: Packages
+    test: Packages
     min_characters: PositiveInt  # of a file; shorter ones are left out
     files_per_package: PositiveInt  # at most, so that no package makes up a split
 

@@ -156,7 +156,8 @@ def test_after_a_kill_dvc_repro_ends_as_if_undisturbed(project, kill):
         found = f"{len(whole) - len(torn)} whole {len(torn)} torn" if whole else "-"
         skipped = log.read_text().count(" is skipped: ")
         print(f"\n{kill} exit {code:<4} {found:<14} {skipped} skipped  {end}", flush=True)
-    assert kill.share is not None or torn, "no checkpoint was torn"
+    # DVC passes SIGTERM on to its stage, which may finish the file by then.
+    assert kill.share is not None or kill.target == "dvc" or torn, "no checkpoint was torn"
     assert skipped == len(torn)
 
 
