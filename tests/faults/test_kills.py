@@ -35,7 +35,8 @@ SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 TARGETS = ("stage", "dvc", "group")
 # What a checkpoint is made of, in the order in which it is written.
 FILES = ("model.safetensors", "training_args.bin", "optimizer.pt", "scheduler.pt", "rng_state.pth")
-SEED, NUM_RANDOM, NUM_TORN, TRIES = 0, 20, 10, 5
+SEED, NUM_RANDOM, NUM_TORN = 0, 20, 10
+EPOCHS = {f"{section}.{key}": 6 for section in TRAINING[:2] for key in ("epochs", "patience")}
 
 
 @dataclass(frozen=True)
@@ -45,13 +46,13 @@ class Kill:
     stage: str
     number: signal.Signals
     target: str
-    share: float | None = None  # of an undisturbed run's time; None: within a checkpoint
-    file: str = ""  # of the checkpoint; the signal follows its appearance
-    epoch: int = 0  # of the checkpoint, from 1
+    share: float = 0.0  # of an undisturbed run's time
+    file: str = ""  # or as soon as a checkpoint has this file, and not yet the others
+    epoch: int = 0  # of the first checkpoint for which this is tried, from 1
 
     def __str__(self) -> str:
         """Return the beginning of its line in the table."""
-        when = f"epoch {self.epoch} {self.file}" if self.share is None else f"{self.share:.0%}"
+        when = f"epoch {self.epoch} {self.file}" if self.file else f"{self.share:.0%}"
         return f"{self.stage:<16} {self.number.name:<7} {self.target:<5} {when:<25}"
 
 
@@ -84,7 +85,7 @@ class Project:
         self.folder = folder
         self.finished = folder.with_name("finished")
         self.undisturbed: dict[str, tuple[float, dict[str, str]]] = {}
-        make_project(folder, **LINEAR, **{"finetune.epochs": 3})
+        make_project(folder, **LINEAR, **EPOCHS)
         run_stages(folder)
         for name in CODE:
             copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copyfile
@@ -133,15 +134,15 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Project]:
 @pytest.mark.parametrize("kill", plan(), ids=lambda kill: " ".join(str(kill).split()))
 def test_after_a_kill_dvc_repro_ends_as_if_undisturbed(project, kill):
     seconds, expected = project.expected(kill.stage)
-    for _ in range(TRIES):
+    code = None
+    while code is None:  # the run was over before the signal: once more, and earlier
         project.prepare(kill.stage)
         process, _ = repro(kill.stage)
-        code = strike(process, kill, seconds)
-        wait_for_none()
-        torn = [path.name for path in Path("checkpoints").glob("*/checkpoint-*") if is_torn(path)]
-        whole = [path.name for path in Path("checkpoints").glob("*/checkpoint-*")]
-        if kill.share is not None or torn:
-            break
+        code = strike(process, kill, time.monotonic() + kill.share * seconds)
+        seconds *= 0.9
+    wait_for_none()
+    found = list(Path("checkpoints").glob("*/checkpoint-*"))
+    torn = [path for path in found if is_torn(path)]
     process, log = repro(kill.stage)
     try:
         assert process.wait(timeout=300) == 0, log.read_text()
@@ -153,11 +154,10 @@ def test_after_a_kill_dvc_repro_ends_as_if_undisturbed(project, kill):
         end = f"FAILED: {type(error).__name__}"
         raise
     finally:
-        found = f"{len(whole) - len(torn)} whole {len(torn)} torn" if whole else "-"
         skipped = log.read_text().count(" is skipped: ")
-        print(f"\n{kill} exit {code:<4} {found:<14} {skipped} skipped  {end}", flush=True)
-    # DVC passes SIGTERM on to its stage, which may finish the file by then.
-    assert kill.share is not None or kill.target == "dvc" or torn, "no checkpoint was torn"
+        counts = f"{len(found) - len(torn)} whole {len(torn)} torn {skipped} skipped"
+        print(f"\n{kill} exit {code:<4} {counts}  {end}", flush=True)
+    assert torn or not kill.file
     assert skipped == len(torn)
 
 
@@ -169,35 +169,44 @@ def repro(stage: str) -> tuple[subprocess.Popen, Path]:
         return subprocess.Popen(command, stdout=file, stderr=file, start_new_session=True), log
 
 
-def strike(dvc: subprocess.Popen, kill: Kill, seconds: float) -> int:
-    """Send the signal when it is time, unless the run is over, and return DVC's exit code."""
-    time_is_up = time.monotonic() + (kill.share or 0) * seconds
-    seen: set[str] = set()
+def strike(dvc: subprocess.Popen, kill: Kill, time_is_up: float) -> int | None:
+    """Send the signal when it is due; return DVC's exit code, or None if the run was over."""
+    stage, written = 0, 0
     while dvc.poll() is None:
         time.sleep(0.001)
-        if kill.share is None:
-            seen |= {str(path) for path in Path("checkpoints").glob(f"*/*/{kill.file}")}
-            is_due = len(seen) >= kill.epoch
+        stage = stage or pid_of(kill.stage)
+        if kill.file:
+            paths = list(Path("checkpoints").glob(f"*/*/{kill.file}")) if stage else []
+            is_due = written < len(paths) >= kill.epoch and stops_within(stage, paths)
+            written = max(written, len(paths))
         else:
-            is_due = time.monotonic() > time_is_up
-        if is_due and hit(dvc, kill):
-            break
-    return dvc.wait(timeout=300)
+            is_due = time.monotonic() > time_is_up and (stage or kill.target != "stage")
+        if is_due:
+            send = os.killpg if kill.target == "group" else os.kill
+            with contextlib.suppress(ProcessLookupError):
+                send(stage if kill.target == "stage" else dvc.pid, kill.number)
+                if kill.file and kill.target == "dvc":
+                    dvc.wait(timeout=300)  # its end is what signals the stage
+                if stage:
+                    os.kill(stage, signal.SIGCONT)
+                return dvc.wait(timeout=300)
+    return None
 
 
-def hit(dvc: subprocess.Popen, kill: Kill) -> bool:
-    """Send the signal; return False if the stage does not run yet."""
-    if kill.target == "group":
-        os.killpg(dvc.pid, kill.number)
-    elif kill.target == "dvc":
-        dvc.send_signal(kill.number)
-    else:
-        stages = [pid for pid, words in running().items() if f"stages.{kill.stage}" in words]
-        if not stages:
-            return False
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(stages[-1], kill.number)
-    return True
+def pid_of(stage: str) -> int:
+    """Return the process of a stage, 0 if it has not begun."""
+    pids = [pid for pid, words in running().items() if f"stages.{stage}" in words]
+    return pids[-1] if pids else 0
+
+
+def stops_within(stage: int, paths: list[Path]) -> bool:
+    """Stop a process, and let it go on if it does not write one of these files' folders."""
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(stage, signal.SIGSTOP)
+        if any(is_torn(path.parent) for path in paths):
+            return True
+        os.kill(stage, signal.SIGCONT)
+    return False
 
 
 def running() -> dict[int, list[str]]:
