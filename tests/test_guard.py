@@ -270,6 +270,7 @@ def test_a_training_that_dvc_did_not_record_is_not_run_again(project, monkeypatc
         OSError(errno.EFBIG, "File too large"),
         SafetensorError("Error while serializing: I/O error: Disk quota exceeded (os error 122)"),
         RuntimeError("[enforce fail at inline_container.cc] PytorchStreamWriter failed writing"),
+        RuntimeError("basic_ios::clear: iostream error"),
     ],
 )
 def test_a_full_disk_is_one_sentence_however_a_library_wraps_it(error, project, monkeypatch):

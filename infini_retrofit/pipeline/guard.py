@@ -274,7 +274,7 @@ def _disk_fault(error: BaseException | None) -> str | None:
         error = error.__cause__ or error.__context__
     said = " ".join(map(str, chain))
     reasons = [reason for reason in map(os.strerror, _DISK_FAULTS) if reason in said]
-    if "PytorchStreamWriter failed" in said:  # torch does not say why
+    if "PytorchStreamWriter failed" in said or "iostream error" in said:  # torch's, without a cause
         reasons.append("a file could not be written")
     if not reasons:
         return None
