@@ -162,12 +162,14 @@ WRITERS = ("prepare_wikitext", "prepare_longdocs", "distill", "finetune", "finet
 @pytest.mark.parametrize("stage", ["prepare_base", *WRITERS])
 @pytest.mark.parametrize("left", [0, 8_000, 50_000, 200_000])
 def test_a_full_disk_is_one_sentence_and_the_stage_goes_on(stage, left, small_disk):
+    repro(stage, "--force")  # the fixture's run has another initial memory share
     before = results()
     first = r"models/\.partial|base" if stage == "prepare_base" else OUTPUT
     went_well, said = repro(stage, "--force", ACT=FILL, WHEN=first, LEFT=str(left))
     if not went_well and errors(said):  # else DVC's own
         (sentence,) = errors(said)
-        expected = r"error: No space left on device: .+, [\d,]+ bytes free; free space .*"
+        reasons = "No space left on device|a file could not be written"  # of torch, which hides it
+        expected = rf"error: ({reasons}): .+, [\d,]+ bytes free; free space .*"
         assert re.fullmatch(expected, sentence), sentence
     Path("fill").unlink()
     went_well, said = repro(stage, "--force")  # or DVC would copy its earlier result
