@@ -35,13 +35,7 @@ from infini_retrofit.layer.local_attention import alibi_slopes, linear_attention
 from infini_retrofit.layer.local_context import Line
 from infini_retrofit.layer.memory import memory_share, mix, quotient
 from infini_retrofit.layer.probe import MemoryReading, Probe
-from infini_retrofit.layer.state import (
-    LayerState,
-    Segments,
-    State,
-    running_segment,
-    state_after,
-)
+from infini_retrofit.layer.state import LayerState, Segments, State, running_segment, state_after
 from infini_retrofit.layer.tokens import Tokens
 
 # The gate at the start: small enough to keep the base's output, large enough to have a gradient.
@@ -172,7 +166,7 @@ class InfiniAttention(nn.Module):
             num_kept = len(tokens) - len(new)
             query = layout.split(F.pad(query, (0, 0, num_kept, 0)), heads)
             out = layout.join(self._attend(query, segments, probe))[:, num_kept:]
-        return out, state_after(segments, tokens, before, length)
+        return out, state_after(segments, tokens, length)
 
     def _lay_out(
         self, layout: Layout, tokens: Tokens, before: LayerState, probe: Probe, length: int
@@ -180,21 +174,16 @@ class InfiniAttention(nn.Module):
         """Cut keys and values into segments, and write the memory before each."""
         key, value = (layout.split(x, self.shape.num_kv_heads) for x in (tokens.key, tokens.value))
         place = layout.place_by(tokens.tables)
-        is_token = layout.is_token
-        if is_token is None:
-            is_token = torch.ones(layout.grid, dtype=torch.bool, device=key.device)
-        keys = Keys(place(key), value, is_token)
-        # Causality hides padding, which stands at a document's end. Carried keys need a mask,
-        # because there are none before the first segment.
-        is_key = line = memories = memory = None
-        if self.local_context:
+        line = memories = memory = None
+        if not self.local_context:
+            keys = Keys(place(key), value)
+        else:
             own = tokens.map(layout.line)
             every, carried = self.params.stop_gradient_every, (before.context, before.sink)
             if every is not None and before.sink is not None:
                 carried = tuple(x.map(Tensor.detach) for x in carried)
             line = Line.of(own, *carried, self.local_context)
             keys = line.keys(layout.grid[2], self.shape.num_kv_heads, every)
-            is_key = keys.is_key
         if self.memory is not None and probe.read != "off":
             is_token = layout.is_token
             if late := self.local_context // length:  # whole segments that have not left
@@ -204,14 +193,14 @@ class InfiniAttention(nn.Module):
             write = self.memory.recent_states if probe.read == "recent" else self.memory.states
             feature = self.feature_maps.of_key(key)
             memories, memory = write(feature, key, value, is_token, before.memory)
-        return Segments(place, keys, is_key, line, memories, memory)
+        return Segments(place, keys, line, memories, memory)
 
     def _attend(
         self, query: Float[Tensor, "B S H L K"], segments: Segments, probe: Probe
     ) -> Float[Tensor, "B S H L V"]:
         """Attend inside each segment, and blend with what its memory recalls (eq. 10)."""
-        is_key = None if segments.is_key is None else segments.is_key.flatten(0, 1)
         keys = segments.keys
+        is_key = None if keys.is_key is None else keys.is_key.flatten(0, 1)
         flat = (x.flatten(0, 1) for x in (segments.place(query), keys.key, keys.value))
         if self.params.local == "linear":
             local = linear_attention(*flat, is_key, self.feature_maps)

@@ -111,7 +111,9 @@ class Keys:
 
     key: Float[Tensor, "B S N L K"]  # with position encoding
     value: Float[Tensor, "B S N L V"]
-    is_key: Bool[Tensor, "B S L"]  # False at padding, and where the document has not begun
+    # False at padding, and where the document has not begun. None: causality hides padding, which
+    # stands at a document's end.
+    is_key: Bool[Tensor, "B S L"] | None = None
 
 
 def rotate(

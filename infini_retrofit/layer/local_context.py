@@ -64,11 +64,8 @@ class Line:
         key, value = (x.unfold(1, *size).transpose(-1, -2) for x in (key, value))
         end = len(self.tokens) - self.num_carried
         first = self.tokens.map(lambda x: x[:, :end:segment_length])
-        first = replace(
-            first,
-            key=self.sink.key.expand_as(first.key),
-            value=self.sink.value.expand_as(first.value),
-        )
+        sinks = self.sink.key.expand_as(first.key), self.sink.value.expand_as(first.value)
+        first = replace(first, key=sinks[0], value=sinks[1])
         heads = zip(first.heads(num_kv_heads), (key, value), strict=True)
         key, value = (torch.cat([x[..., None, :], y[..., 1:, :]], dim=3) for x, y in heads)
         keys = Keys(key, value, self.tokens.is_token.unfold(1, *size))
@@ -104,9 +101,8 @@ class Line:
 
 def with_sink(context: Tokens, sink: Tokens) -> Tokens:
     """Put the sink in the place of the first carried token, at that token's position."""
-    key, value = (torch.cat([s, x[:, 1:]], dim=1) for s, x in (
-        (sink.key, context.key), (sink.value, context.value)
-    ))
+    key = torch.cat([sink.key, context.key[:, 1:]], dim=1)
+    value = torch.cat([sink.value, context.value[:, 1:]], dim=1)
     return replace(context, key=key, value=value)
 
 

@@ -5,13 +5,12 @@ Memory is never an attribute of a module. Knows nothing of how queries attend.
 Axes:
     B  document
     S  segment of a call
-    C  key that a segment's queries see: carried over, then its own
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from jaxtyping import Bool, Int
+from jaxtyping import Int
 from torch import Tensor
 
 from infini_retrofit.layer.cut import Cut, Keys, Layout, Place, at_border
@@ -52,7 +51,6 @@ class Segments:
 
     place: Place  # rotates queries
     keys: Keys  # of the local attention, carried keys first
-    is_key: Bool[Tensor, "B S C"] | None  # None: causality hides all keys that must not be seen
     line: Line | None = None  # what was carried, and the tokens laid out
     memories: MemoryState | None = None  # before each segment; None: no memory is read
     memory: MemoryState | None = None  # after the last segment
@@ -78,7 +76,6 @@ def running_segment(
     return Segments(
         place=last.place_by(tokens.tables and (tokens.cos[:, -1:], tokens.sin[:, -1:])),
         keys=keys,
-        is_key=keys.is_key,
         memories=before.memory.map(lambda x: x[:, None]) if reads else None,
         num_before=tokens.is_token.sum(dim=1) - 1,
     )
@@ -92,9 +89,7 @@ def _padding_first(keys: Keys) -> Keys:
     return Keys(key, value, keys.is_key.gather(-1, order))
 
 
-def state_after(
-    segments: Segments, tokens: Tokens, before: LayerState, segment_length: int
-) -> LayerState:
+def state_after(segments: Segments, tokens: Tokens, segment_length: int) -> LayerState:
     """Return what each row carries over its last border, and the tokens behind that.
 
     `tokens` are those of the call, and those that were unfinished before it.
