@@ -86,7 +86,7 @@ PUBLISHED = FORMS[0]
 # Forms of whole models: each choice at least once.
 MODEL_FORMS = (
     {},
-    {"layers": [1], "local_context": 3, "bptt_segments": 2, "gate": "query"},
+    {"layers": [1], "local_context": 6, "bptt_segments": 2, "gate": "query"},
     {"layers": [0, -1], "insertion": "parallel", "update_rule": "delta", "state_dtype": "bfloat16"},
     {"feature_map": "hedgehog", "num_features": 4, "decay": "feature", "state_dtype": "bfloat16"},
     {"layers": [0], "insertion": "adapter", "init": "random_layer", "local_context": 2},
@@ -104,6 +104,7 @@ MODEL_FORMS = (
         "positions": "none",
         "seed_scaling": True,
     },
+    {"update_rule": "gated_delta", "feature_map": "unit", "local_context": 3},
 )
 
 

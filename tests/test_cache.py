@@ -53,14 +53,16 @@ def test_bytes_are_those_counted_by_hand_however_long_the_text(state_dtype, num_
 
 @every_case
 def test_a_saved_cache_goes_on_bit_by_bit(path, family, other, form):
-    model = generating_model(family, other, **form)
-    cache, more = filled(model, draw_ids(2, 13)), draw_ids(2, 4, seed=1)
-    cache.save(path, model)
-    loaded = InfiniCache.load(path, model)
-    assert torch.equal(go_on(model, loaded, more), go_on(model, cache, more))
-    assert (loaded.num_seen, loaded.num_bytes) == (13, cache.num_bytes)
-    assert largest(go_on(model, InfiniCache(model), more) - go_on(model, cache, more)) > 1e-3
-    assert list(path.parent.iterdir()) == [path]
+    model, more = generating_model(family, other, **form), draw_ids(2, 4, seed=1)
+    # The longest window of a form is 6: in it the memory is empty for two segments.
+    for num_tokens in (1, SEGMENT, 2 * SEGMENT, 13):
+        cache = filled(model, draw_ids(2, num_tokens))
+        cache.save(path, model)
+        loaded = InfiniCache.load(path, model)
+        assert torch.equal(go_on(model, loaded, more), go_on(model, cache, more))
+        assert (loaded.num_seen, loaded.num_bytes) == (num_tokens, cache.num_bytes)
+        assert largest(go_on(model, InfiniCache(model), more) - go_on(model, cache, more)) > 1e-3
+        assert list(path.parent.iterdir()) == [path]
 
 
 @every_case
@@ -144,6 +146,7 @@ DAMAGED = {
     "strange": lambda x: x.update({"carried.9.memory.matrix": torch.ones(1)}),
     "type": lambda x: x.update({"carried.1.context.key": x["carried.1.context.key"].double()}),
     "shape": lambda x: x.update({"carried.1.context.key": x["carried.1.context.key"][1:]}),
+    "emptied": lambda x: x["carried.1.memory.matrix"].zero_(),
     "nan": lambda x: x["carried.1.memory.matrix"].mul_(float("nan")),
 }
 

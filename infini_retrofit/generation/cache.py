@@ -269,16 +269,17 @@ def _check_tensors(
                 f"num_tokens of {path} must be in 1..num_seen={num_seen} for each row, got "
                 f"{num_tokens.tolist()[:9]}: {_ADVICE}"
             )
-        wanted = _expected_kinds(tensors, num_seen, num_tokens, model)
+        wanted = _expected_kinds(num_seen, num_tokens, model)
     found = {name: _kind_of(name, x) for name, x in tensors.items()}
     check_kinds(found, wanted, path, _ADVICE)
-    length = model.config.infini["segment_length"]
+    length, context = (model.config.infini[x] for x in ("segment_length", "local_context"))
     for name, x in tensors.items():
         counts, expected = num_tokens, num_tokens
         if name.endswith(".unfinished.is_token"):
             counts, expected = x.sum(dim=1), num_tokens % length
-        elif name.endswith(".memory.normalizer"):
-            counts, expected = x.flatten(1).any(dim=1), num_tokens >= length
+        elif ".memory." in name and x.shape[-1]:  # gated_delta has no normalizer
+            # Whole segments are written once they have left the window.
+            counts, expected = x.flatten(1).any(dim=1), num_tokens // length > context // length
         elif name == "is_token":
             counts = x.sum(dim=1)
         if not torch.equal(counts, expected):
@@ -286,24 +287,16 @@ def _check_tensors(
 
 
 def _expected_kinds(
-    tensors: Mapping[str, Tensor],
-    num_seen: int,
-    num_tokens: Int[Tensor, "B"],
-    model: PreTrainedModel,
+    num_seen: int, num_tokens: Int[Tensor, "B"], model: PreTrainedModel
 ) -> dict[str, str]:
-    """Return the kind of every tensor that the model keeps, learned from a few tokens."""
-    infini, probe = model.config.infini, InfiniCache(model)
-    ids = torch.zeros(1, max(1, infini["local_context"]), dtype=torch.long, device=model.device)
+    """Return the kind of every tensor that the model keeps, learned from one token."""
+    probe, ids = InfiniCache(model), torch.zeros(1, 1, dtype=torch.long, device=model.device)
     with torch.no_grad():
         model.base_model(input_ids=ids, past_key_values=probe, use_cache=True)
     shapes = probe._tensors() | {"num_tokens": num_tokens}
-    # Before the first border there may be no context yet.
-    is_short = int(num_tokens.max()) < infini["segment_length"]
-    if is_short and not any(".context." in name for name in tensors):
-        shapes = {name: x for name, x in shapes.items() if ".context." not in name}
     if not probe.is_bounded:
         shapes["is_token"] = torch.empty(1, num_seen, dtype=torch.bool, device="meta")
-    num_unfinished = int((num_tokens % infini["segment_length"]).max())
+    num_unfinished = int((num_tokens % model.config.infini["segment_length"]).max())
     found = {}
     for name, x in shapes.items():
         shape = [len(num_tokens), *x.shape[1:]]
