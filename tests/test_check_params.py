@@ -56,10 +56,13 @@ def test_the_project_s_own_parameters_pass_and_the_output_is_constant(earlier):
         ({"longdocs__corpus": "x"}, r"^longdocs\.corpus must be one of .*pg19, .* got 'x'$"),
         ({"longdocs__documents": 1}, r"^longdocs\.documents must be 'all' or .* to 2, got 1$"),
         ({"infini__local_context": -1}, r"infini\.local_context must be .* got -1"),
-        ({"distill__lr": -1}, r"distill\.lr must be greater than 0, got -1"),
+        ({"distill__lr": -1}, r"distill\.lr must be greater than .*, got -1"),
         ({"finetune__label_shift": 3}, r"finetune\.label_shift must be 1 or 2, got 3"),
         ({"finetune__label_shift": 2, "finetune__kl_weight": 0.5}, r"\.kl_weight must be 0 w"),
-        ({"finetune_control__lr": -1}, r"control\.lr must be greater than 0 or 'same', got -1"),
+        (
+            {"finetune_control__lr": 1e-320},
+            r"control\.lr must be greater than or equal to 0\.000000000001 or 'same', got 1e-320",
+        ),
         (
             {"infini__layers": [], "finetune__trainable": "all"}
             | {"finetune_control__trainable": "infini"},

@@ -15,7 +15,7 @@ Batch = Annotated[int, Field(gt=0, le=65_536)]  # rows that are in memory at onc
 Epochs = Annotated[int, Field(gt=0, le=1_000_000)]
 EpochsOrZero = Annotated[int, Field(ge=0, le=1_000_000)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
-LearningRate = Annotated[float, Field(gt=0, le=10)]
+LearningRate = Annotated[float, Field(ge=1e-12, le=10)]  # a lower one moves no float32 weight
 Factor = Annotated[float, Field(ge=0, le=1000)]
 Weight = Annotated[float, Field(ge=0, le=1)]
 Share = Annotated[float, Field(gt=0, lt=1)]

@@ -74,7 +74,7 @@ class LoraParams:
     """Section `finetune.lora` of params.yaml."""
 
     rank: Annotated[int, Field(gt=0, le=4096)]
-    alpha: Annotated[float, Field(gt=0, le=1e6)]  # the adapters' scale is alpha / rank
+    alpha: Annotated[float, Field(ge=1e-6, le=1e6)]  # the adapters' scale is alpha / rank
 
 
 def add_lora(
