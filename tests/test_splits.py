@@ -117,6 +117,15 @@ def test_a_long_text_is_cut_where_its_tokens_stay_the_same(monkeypatch, kind):
     assert next(tokenize(tokenizer, articles[2:])).input_ids.tolist() != whole
 
 
+def test_a_text_without_a_place_to_cut_is_cut_all_the_same(monkeypatch):
+    monkeypatch.setattr(splits_module, "PIECE_CHARS", 150)
+    monkeypatch.setattr(splits_module, "MAX_MORE_CHARS", 70)
+    text = "\u3042" * 1000
+    pieces = list(cut_text(tiny_tokenizer().backend_tokenizer, text))
+    assert "".join(pieces) == text
+    assert max(map(len, pieces)) <= 220
+
+
 def cut_anywhere(_tokenizer: Tokenizer, _text: str, begin: int) -> tuple[int, int]:
     return begin, begin
 

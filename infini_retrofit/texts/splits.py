@@ -22,6 +22,7 @@ from infini_retrofit.pipeline.tables import TokenIds, read_table, read_token_row
 SPLITS = ("train", "val", "test")
 MIN_ARTICLES = 2  # in each split: a memory is also tested on another article's text
 PIECE_CHARS = 1 << 15  # of a text that is encoded at once: memory is about 100 bytes a byte
+MAX_MORE_CHARS = 1 << 20  # of a piece, where no place to cut is found
 BATCH_PIECES = 16
 _PLACE = re.compile(r"\b|(?<=\S)(?=\s)")  # where a text may be cut, if its tokens stay the same
 _PLACES_TRIED, _SURROUNDINGS = 100, 100  # characters on each side of a place
@@ -149,7 +150,8 @@ def tokenize(tokenizer: Tokenizer, articles: Sequence[Article]) -> Iterator[Toke
 def cut_text(tokenizer: Tokenizer, text: str) -> Iterator[str]:
     """Cut a long text into pieces whose tokens, one after another, are those of the text.
 
-    A piece has about `PIECE_CHARS` characters, or all that are left where no cut is found.
+    A piece has about `PIECE_CHARS` characters. Where no place to cut is found, it has up to
+    `MAX_MORE_CHARS` more, and tokens around its end may differ.
     """
     begin = 0
     while begin + PIECE_CHARS < len(text):
@@ -165,7 +167,8 @@ def _find_cut(tokenizer: Tokenizer, text: str, begin: int) -> tuple[int, int]:
 
     The second begins without its space for a tokenizer that puts one before every text.
     """
-    for match in islice(_PLACE.finditer(text, begin), _PLACES_TRIED):
+    end = min(begin + MAX_MORE_CHARS, len(text))
+    for match in islice(_PLACE.finditer(text, begin, end), _PLACES_TRIED):
         place = match.start()
         left, right = text[place - _SURROUNDINGS : place], text[place : place + _SURROUNDINGS]
         for space in ("", " "):
@@ -173,7 +176,7 @@ def _find_cut(tokenizer: Tokenizer, text: str, begin: int) -> tuple[int, int]:
             whole, before, after = _encode(tokenizer, parts)
             if right.startswith(space) and whole == before + after:
                 return place, place + len(space)
-    return len(text), len(text)
+    return end, end
 
 
 def _encode(tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:
