@@ -5,7 +5,6 @@ code and a model card. `AutoModelForCausalLM.from_pretrained(OUT, trust_remote_c
 """
 
 import argparse
-import json
 import re
 import subprocess
 import sys
@@ -14,6 +13,7 @@ from typing import Any
 
 import yaml
 
+from infini_retrofit.pipeline.files import read_json
 from infini_retrofit.pipeline.guard import run_stage
 
 MODELS, LOCK, RESULTS = Path("models"), Path("dvc.lock"), Path("metrics/eval_sliding.json")
@@ -47,7 +47,7 @@ def main(arguments: list[str] | None = None) -> None:
 
     is_recorded = dvc_vouches_for(given.folder)
     about = About(
-        metrics=json.loads(RESULTS.read_text(encoding="utf-8")) if is_recorded else {},
+        metrics=read_json(RESULTS, dict) if is_recorded else {},
         training=recorded_params(given.folder.name) if is_recorded else {},
         license=given.license,
         base_model=given.base_model,
