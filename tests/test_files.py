@@ -1,5 +1,6 @@
 """Files are written whole or not at all, and a changed file is found."""
 
+import contextlib
 import itertools
 import json
 import re
@@ -15,6 +16,7 @@ from infini_retrofit.pipeline.files import (
     seal_results,
     verify_manifest,
     verify_results,
+    whole_folder,
     write_manifest,
     write_metrics,
     write_rows,
@@ -53,6 +55,22 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="disk full"):
         write_metrics(path, {"val_ppl": 8.0})
     assert json.loads(path.read_text()) == {"val_ppl": 7.0}
+
+
+def test_what_a_killed_run_began_to_write_is_no_file_and_no_folder_keeps_it(folder):
+    (folder / "weights" / "model.bin.partial").write_bytes(b"123")
+    verify_manifest(folder)
+    path = folder / "new"
+    with contextlib.suppress(KeyboardInterrupt), whole_folder(path) as partial:
+        partial.mkdir()
+        raise KeyboardInterrupt
+    assert not partial.exists()
+    (partial / "old").mkdir(parents=True)
+    with whole_folder(path) as again:
+        assert not again.exists()
+        again.mkdir()
+    assert list(path.iterdir()) == []
+    assert not partial.exists()
 
 
 def test_metrics_are_sorted_json_and_rows_are_tab_separated(tmp_path):

@@ -20,6 +20,7 @@ from typing import Any
 from infini_retrofit.pipeline.schema import build
 
 MANIFEST = "manifest.json"
+_PARTIAL = ".partial"  # ends the name of a file that is being written
 _MAX_JSON_BYTES = 1 << 24  # a manifest of 100,000 files has fewer
 
 
@@ -53,18 +54,22 @@ def read_json(path: Path, schema: Any, made_by: str = "dvc repro") -> Any:
         FileNotFoundError: if the file is missing.
         ValueError: names the file, what is wrong in it, and `made_by`.
     """
+    return _as(schema, _read(path, made_by)[1], path, made_by)
+
+
+def _read(path: Path, made_by: str) -> tuple[str, Any]:
+    """Return a JSON file's text and values."""
     check_made(path, made_by)
     advice = _advice(made_by)
     if (size := path.stat().st_size) > _MAX_JSON_BYTES:
         raise ValueError(f"{path} must have at most {_MAX_JSON_BYTES} bytes, got {size}: {advice}")
     try:
         text = path.read_bytes().decode()
-        values = json.loads(text, object_pairs_hook=_unique, parse_constant=_refuse_constant)
+        return text, json.loads(text, object_pairs_hook=_unique, parse_constant=_refuse_constant)
     except RecursionError as error:
         raise ValueError(f"{path} is not valid JSON (nested too deeply): {advice}") from error
     except ValueError as error:
         raise ValueError(f"{path} is not valid JSON ({error}): {advice}") from error
-    return _as(schema, values, path, advice)
 
 
 def write_sealed(path: Path, values: Any) -> None:
@@ -74,18 +79,19 @@ def write_sealed(path: Path, values: Any) -> None:
 
 def read_sealed(path: Path, schema: Any, made_by: str) -> Any:
     """Read what `write_sealed` wrote, as `read_json` does; a changed byte is refused."""
-    values = read_json(path, dict, made_by)
+    text, found = _read(path, made_by)
+    values = _as(dict, found, path, made_by)
     values.pop("sha256", None)
-    if path.read_text(encoding="utf-8") != _sealed_text(values):
+    if text != _sealed_text(values):
         raise ValueError(f"{path} differs from its sha256: {_advice(made_by)}")
-    return _as(schema, values, path, _advice(made_by))
+    return _as(schema, values, path, made_by)
 
 
-def _as(schema: Any, values: Any, path: Path, advice: str) -> Any:
+def _as(schema: Any, values: Any, path: Path, made_by: str) -> Any:
     try:
         return build(schema, values, str(path))
     except (RecursionError, ValueError) as error:
-        raise ValueError(f"{error}: {advice}") from error
+        raise ValueError(f"{error}: {_advice(made_by)}") from error
 
 
 def _advice(made_by: str) -> str:
@@ -119,7 +125,7 @@ def write_text(path: Path, text: str) -> None:
 def whole_file(path: Path) -> Iterator[Path]:
     """Lend the path of a file that replaces `path` at the end: no reader sees half a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
+    partial = path.with_name(path.name + _PARTIAL)
     try:
         yield partial
         partial.replace(path)
@@ -132,12 +138,18 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
-    """Lend a path whose folder becomes `path` at the end, which must not exist then."""
+    """Lend a path whose folder becomes `path` at the end, which must not exist then.
+
+    It is always the same path: what a killed run left there is removed first.
+    """
+    partial = path.with_name(f".partial-{path.name}")
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".partial-") as parent:
-        partial = Path(parent) / path.name
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
         yield partial
         partial.rename(path)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def write_manifest(folder: Path) -> None:
@@ -226,9 +238,12 @@ def sha256(path: Path) -> str:
 
 
 def _file_names(folder: Path) -> list[str]:
-    """List every file below `folder` but its manifest, with forward slashes."""
+    """List every file below `folder` but its manifest, with forward slashes.
+
+    A file that a killed run began to write is none.
+    """
     names = (p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
-    return sorted(name for name in names if name != MANIFEST)
+    return sorted(name for name in names if name != MANIFEST and not name.endswith(_PARTIAL))
 
 
 def check_writable(folder: Path, free_bytes: int = 0) -> None:

@@ -22,13 +22,7 @@ from pathlib import Path
 
 from filelock import AcquireReturnProxy, FileLock, Timeout
 
-from infini_retrofit.pipeline.files import (
-    MANIFEST,
-    check_writable,
-    sha256,
-    whole_folder,
-    write_text,
-)
+from infini_retrofit.pipeline.files import MANIFEST, check_writable, sha256, write_text
 from infini_retrofit.pipeline.params import PARAMS_PATH, read_params
 from infini_retrofit.pipeline.schema import leaves
 
@@ -38,6 +32,7 @@ _ROOT = Path(__file__).resolve().parents[2]  # holds the library, the stages and
 _CODE = ("stages/", "infini_retrofit/", "analysis/")
 _IMPORTED: dict[str, str] = {}  # digests of the code as this process imported it
 _DISK_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
+_LOCK, _KEPT = ".lock", ".done"  # beside the checkpoint folder of a run
 _TORCHRUN_SECONDS = 3  # in which torchrun ends the processes beside a failed one
 _PR_SET_PDEATHSIG = 1  # of Linux's prctl.h
 
@@ -173,8 +168,8 @@ def training_run(stage: str) -> Iterator[Path]:
     the outputs are kept until DVC has recorded them.
     """
     dependencies = _BEGUN.get(stage) or Dependencies(stage)
-    folder = _checkpoints() / f"{stage}-{dependencies.fingerprint()}"
-    lock, is_first = FileLock(f"{folder}.lock"), is_first_process()
+    folder, is_first = _folder(dependencies), is_first_process()
+    lock = FileLock(folder.with_suffix(_LOCK))
     for place in (folder, Path.cwd()):
         check_writable(place, FREE_BYTES)
     with _end_on_sigterm(), _acquire(lock) if is_first else contextlib.nullcontext():
@@ -185,8 +180,7 @@ def training_run(stage: str) -> Iterator[Path]:
         if is_first:
             if "DVC_STAGE" in os.environ:
                 _keep(dependencies, folder)
-            shutil.rmtree(folder, ignore_errors=True)
-            Path(lock.lock_file).unlink()  # a process that waits for it makes a new one
+            _remove(folder)
 
 
 def _stage_of(main: Callable[[], str | None]) -> str | None:
@@ -215,38 +209,51 @@ def _checkpoints() -> Path:
     return Path(os.environ.get("DVC_ROOT", ".")) / "checkpoints"
 
 
-def _kept(dependencies: Dependencies) -> Path:
-    """Return the folder for the outputs of a finished training until DVC has recorded them."""
-    return _checkpoints() / f"{dependencies.stage}-{dependencies.fingerprint()}.done"
+def _folder(dependencies: Dependencies) -> Path:
+    """Return the checkpoint folder of a run; its lock and kept outputs stand beside it."""
+    return _checkpoints() / f"{dependencies.stage}-{dependencies.fingerprint()}"
 
 
-def _keep(dependencies: Dependencies, checkpoints: Path) -> None:
+def _remove(folder: Path) -> None:
+    """Remove checkpoints and lock of a run that ended well."""
+    shutil.rmtree(folder, ignore_errors=True)
+    # A process that waits for the lock makes a new one.
+    folder.with_suffix(_LOCK).unlink(missing_ok=True)
+
+
+def _keep(dependencies: Dependencies, folder: Path) -> None:
     """Copy the outputs of a training, in place of those of its last run."""
-    kept = _kept(dependencies)
-    for old in kept.parent.glob(f"{dependencies.stage}-*.done"):
+    for old in folder.parent.glob(f"{dependencies.stage}-*{_KEPT}"):
         shutil.rmtree(old)
-    for makes_room in (checkpoints, kept):
+    partial = folder / "outputs"  # removed with the folder, should the run be killed here
+    for _ in range(2):
+        shutil.rmtree(partial, ignore_errors=True)
         try:
-            with whole_folder(kept) as partial:
-                for path in map(Path, dependencies.outputs()):
-                    (partial / path.parent).mkdir(parents=True, exist_ok=True)
-                    copy = shutil.copytree if path.is_dir() else shutil.copyfile
-                    copy(path, partial / path)
+            for path in map(Path, dependencies.outputs()):
+                (partial / path.parent).mkdir(parents=True, exist_ok=True)
+                copy = shutil.copytree if path.is_dir() else shutil.copyfile
+                copy(path, partial / path)
+            partial.rename(folder.with_suffix(_KEPT))
             break
-        except OSError:  # the disk is full
-            shutil.rmtree(makes_room, ignore_errors=True)
+        except OSError:  # the disk is full: they matter more than checkpoints
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _bring_back(dependencies: Dependencies) -> bool:
-    """Put the kept outputs back unless DVC recorded them; remove what it recorded of others."""
-    kept, is_first = _kept(dependencies), is_first_process()
-    others = set(_checkpoints().glob("*.done")) - {kept}
+    """Put the kept outputs back unless DVC recorded them; remove what it recorded of others.
+
+    A run that was killed after it kept them left its checkpoints and its lock.
+    """
+    folder, is_first = _folder(dependencies), is_first_process()
+    kept = folder.with_suffix(_KEPT)
+    others = set(_checkpoints().glob(f"*{_KEPT}")) - {kept}
     for other in filter(_is_recorded, others if is_first else ()):
         shutil.rmtree(other)
     if not kept.is_dir() or _is_recorded(kept):
         return False
     if is_first:
         shutil.copytree(kept, ".", dirs_exist_ok=True)
+        _remove(folder)
     return True
 
 
