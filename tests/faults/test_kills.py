@@ -162,7 +162,7 @@ def test_after_a_kill_dvc_repro_ends_as_if_undisturbed(project, kill):
 
 
 def repro(stage: str) -> tuple[subprocess.Popen, Path]:
-    """Start `dvc repro` in a session of its own; return it and its output's file."""
+    """Start `dvc repro` in a process group of its own; return it and its output's file."""
     log = Path("../repro.log").resolve()
     with log.open("w") as file:
         command = ["dvc", "repro", stage]
