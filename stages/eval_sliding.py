@@ -3,9 +3,9 @@
 The metrics of base and control stand beside them. If distill.epochs is 0, only the finetuned is
 scored; `analysis.zero_cost` then measures what insertion costs.
 
-Reads:  params.yaml (eval, infini, distill.epochs), models, data/wikitext, data/longdocs, and of
-        base and control metrics/*_eval.json, plots/*_documents.tsv, plots/*_positions.tsv,
-        data/*_eval.manifest.json
+Reads:  params.yaml (eval, infini, distill.epochs), models, data/wikitext, data/longdocs,
+        data/key_tokens.json, and of base and control metrics/*_eval.json,
+        plots/*_documents.tsv, plots/*_positions.tsv, data/*_eval.manifest.json
 Writes: metrics/eval_sliding.json, plots/eval_sliding.tsv, plots/eval_documents.tsv,
         plots/eval_positions.tsv, plots/memory_share.tsv, data/eval_sliding.manifest.json
 """
@@ -16,7 +16,8 @@ from pathlib import Path
 
 from infini_retrofit.evaluation.evaluation import Report, Row, evaluate, share_histogram
 from infini_retrofit.evaluation.gains import gains, gap_recovered, gap_test_nats
-from infini_retrofit.evaluation.protocols import EvalParams, Setting
+from infini_retrofit.evaluation.key_tokens import read_key_tokens
+from infini_retrofit.evaluation.protocols import EvalParams, Setting, read_val_documents
 from infini_retrofit.evaluation.rival import rival_of
 from infini_retrofit.layer.form import InfiniParams
 from infini_retrofit.model.base import vocab_size
@@ -30,7 +31,8 @@ from infini_retrofit.scoring.memory_use import run_and_read
 
 BASE = Path("models/base")
 DISTILLED, FINETUNED = Path("models/distilled"), Path("models/finetuned")
-TEST_TEXT, TEST_DOCUMENTS = Path("data/wikitext/test.parquet"), Path("data/longdocs/test.parquet")
+TEST_TEXT, KEY_TOKENS = Path("data/wikitext/test.parquet"), Path("data/key_tokens.json")
+TEST_DOCUMENTS, VAL_DOCUMENTS = (Path(f"data/longdocs/{n}.parquet") for n in ("test", "val"))
 METRICS, PERPLEXITIES = Path("metrics/eval_sliding.json"), Path("plots/eval_sliding.tsv")
 DOCUMENTS, POSITIONS = Path("plots/eval_documents.tsv"), Path("plots/eval_positions.tsv")
 MEMORY_SHARE = Path("plots/memory_share.tsv")
@@ -41,9 +43,12 @@ def main() -> str:
     """Run the stage and return what it made."""
     params, infini = load_section(EvalParams, "eval"), load_section(InfiniParams, "infini")
     epochs = load_section(int, "distill.epochs")
+    num_ids = vocab_size(BASE)
     text = read_test_text(
-        TEST_TEXT, TEST_DOCUMENTS, vocab_size(BASE), params.sliding_tokens, params.documents
+        TEST_TEXT, TEST_DOCUMENTS, num_ids, params.sliding_tokens, params.documents
     )
+    val_documents = read_val_documents(VAL_DOCUMENTS, num_ids, params)
+    key_tokens = read_key_tokens(KEY_TOKENS, text.documents)
     reports = {"base": Report.read("baseline"), "control": Report.read("control")}
     retrofits = [DISTILLED, FINETUNED] if epochs else [FINETUNED]
     for folder in retrofits:
@@ -51,7 +56,8 @@ def main() -> str:
     device, dtype = start_run()
     for folder in retrofits:
         model = load_retrofit(BASE, folder, dtype)[0].to(device)
-        setting = Setting(params, text, rival_of(model, infini))
+        rival = rival_of(model, infini)
+        setting = Setting(params, text, rival, val_documents, key_tokens)
         reports[folder.name] = evaluate(folder.name, model, setting)
     # Of the finetuned, the last one.
     documents = text.documents[:HISTOGRAM_DOCUMENTS]

@@ -1,5 +1,7 @@
 """Which score stands under which name, and that no run is repeated."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from transformers import PreTrainedModel
@@ -11,18 +13,27 @@ from infini_retrofit.evaluation.evaluation import (
     score_positions,
 )
 from infini_retrofit.evaluation.gains import gains
+from infini_retrofit.evaluation.key_tokens import KeyTokens
 from infini_retrofit.evaluation.protocols import (
     PROTOCOLS,
     EvalParams,
     Setting,
+    full_runs,
     score_full,
     score_sliding,
 )
-from infini_retrofit.evaluation.rival import make_rival, rival_of
+from infini_retrofit.evaluation.rival import make_rival, make_windowed, rival_of
 from infini_retrofit.layer.form import InfiniParams
-from infini_retrofit.model.retrofit import insert_infini
+from infini_retrofit.model.retrofit import insert_infini, state_bytes
 from infini_retrofit.pipeline import tokens
-from infini_retrofit.scoring.score import Score, score_segments, segment_runs, t2_nlls, total
+from infini_retrofit.scoring.score import (
+    Score,
+    next_token_nlls,
+    score_segments,
+    segment_runs,
+    t2_nlls,
+    total,
+)
 from tests.reference import both_families, infini_params
 from tests.tiny import ids_for, tiny_model
 
@@ -31,11 +42,9 @@ TITLES = ["a", "b", "a"]
 EVAL = {"window": 11, "stride": 4, "sliding_tokens": STREAM, "documents": 3}
 INFINI = infini_params(layers=[0, 2], local_context=2)
 OTHERS = {f"segment_{name}" for name in ("off", "recent", "swapped", "kv")}
-# Memory in float32, and two tokens' keys and values at two bytes a channel.
-LAYER_BYTES = {
-    "llama": 4 * 2 * (6 * 6 + 6) + 2 * 2 * 2 * 6 * 2,
-    "gpt_neox": 4 * 3 * (10 * 10 + 10) + 2 * 2 * 3 * 10 * 2,
-}
+# Of a layer: memory in float32, and a token's keys and values at two bytes a channel.
+MEMORY_BYTES = {"llama": 4 * 2 * (6 * 6 + 6), "gpt_neox": 4 * 3 * (10 * 10 + 10)}
+CONTEXT_BYTES = {"llama": 2 * 2 * 6 * 2, "gpt_neox": 2 * 3 * 10 * 2}
 
 
 def make(
@@ -53,31 +62,49 @@ def make(
 def test_every_name_stands_for_its_own_protocol(family, inserted):
     model, setting = make(family, inserted)
     documents, rival = setting.text.documents, make_rival(model, setting.rival)
-    runs = segment_runs(model, documents, SEGMENT)
+    own = make_windowed(model, setting.rival)  # a base, in the retrofit's window
+    runs = list(segment_runs(own, documents, SEGMENT))
     want = {
         "full": score_full(model, documents),
-        "t2": [Score.of(t2_nlls(model, *run, SEGMENT)) for run in runs],
-        "segment": score_segments(model, documents, SEGMENT),
-        "segment_off": score_segments(model, documents, SEGMENT, "off"),
-        "segment_recent": score_segments(model, documents, SEGMENT, "recent"),
-        "segment_swapped": score_segments(model, documents, SEGMENT, "swapped"),
+        "t2": [Score.of(t2_nlls(own, *run, SEGMENT)) for run in runs],
+        "segment": score_segments(own, documents, SEGMENT),
+        "segment_off": score_segments(own, documents, SEGMENT, "off"),
+        "segment_recent": score_segments(own, documents, SEGMENT, "recent"),
+        "segment_swapped": score_segments(own, documents, SEGMENT, "swapped"),
         "segment_kv": score_segments(rival, documents, SEGMENT),
     }
     totals = {name: total(scores) for name, scores in want.items()}
     totals["sliding"] = score_sliding(model, setting.text.stream, 11, 4)
+    nlls = torch.stack([next_token_nlls(own, *run) for run in runs])
+    full = torch.stack([next_token_nlls(model, *run) for run in full_runs(model, documents)])
+    is_key = nlls - full > 1
     report = evaluate("finetuned", model, setting)
-    assert report.metrics == {
+    assert report.key_tokens.mask.equal(is_key)
+    shorts = ("full", "segment", "off", "recent", "swapped", "kv")
+    assert {k for k in report.metrics if "key" in k} == {
+        "num_key_tokens",
+        *(f"key_token_nll_{short}" for short in shorts),
+    }
+    assert report.metrics["num_key_tokens"] == is_key.sum()
+    assert report.metrics["key_token_nll_full"] == pytest.approx(full[is_key].mean().item())
+    assert report.metrics["key_token_nll_segment"] == pytest.approx(nlls[is_key].mean().item())
+    given = replace(setting, key_tokens=KeyTokens(num_scored=DOCUMENT - 1, positions=[[3], [], []]))
+    of_one = evaluate("finetuned", model, given).metrics["key_token_nll_segment"]
+    assert of_one == pytest.approx(nlls[0, 3].item())
+    assert {k: v for k, v in report.metrics.items() if "key" not in k} == {
         f"{name}_test_ppl": pytest.approx(score.ppl) for name, score in totals.items()
     } | {
         "full_test_nll": pytest.approx(totals["full"].nll),
         "segment_test_nll": pytest.approx(totals["segment"].nll),
-        "state_bytes": 2 * LAYER_BYTES[family] if inserted else 0,
+        "state_bytes": state_bytes(own),
         "num_documents": 3,
         "num_articles": 2,
     }
     assert {name: list(nlls) for name, nlls in report.document_nlls().items()} == {
         name: pytest.approx([score.nll for score in scores]) for name, scores in want.items()
     }
+    window = 2 * 2 * CONTEXT_BYTES[family]  # of a base too
+    assert state_bytes(own) == 2 * MEMORY_BYTES[family] * inserted + window
     assert evaluate("finetuned", model, setting) == report  # the model stays as it is
     different = {round(score.nll, 4) for score in totals.values()}
     assert len(different) == (len(totals) if inserted else len(totals) - 3)

@@ -71,7 +71,7 @@ def test_the_rival_carries_keys_and_values_in_every_layer(family, form, nums_car
     base, params = tiny_model(family).double(), infini_params(**form)
     model = make_model(family, form) if inserted else tiny_model(family).double()
     rival = Rival(segment_length=SEGMENT, num_tokens=nums_carried[family])
-    assert rival_of(model, params) == rival
+    assert rival_of(model, params).num_tokens == rival.num_tokens
     ids = random_ids(base.config.vocab_size, 2, DOCUMENT)
     before, made = run_folded(model, ids, SEGMENT), make_rival(model, rival)
     want = loop_with_carried_keys(base, ids, rival.num_tokens)

@@ -36,7 +36,8 @@ from tests.tiny_project import (
 PIPELINE = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
 TRAINED = {"distill": "distilled", "finetune": "finetuned", "finetune_control": "control"}
 MODELS = ("base", "control", "distilled", "finetuned")
-RESULTS = {"full_test_nll", "segment_test_nll", "state_bytes", "num_documents", "num_articles"}
+NUMS = {"state_bytes", "num_documents", "num_articles", "num_key_tokens"}
+RESULTS = {"full_test_nll", "segment_test_nll"} | NUMS
 
 
 def outputs_of(stage: str) -> set[str]:
@@ -60,10 +61,12 @@ def test_every_model_has_a_finite_number_under_every_protocol(name, finished):
     extra = {"base": {"unigram_test_ppl"}, "control": {"gap_test_nats"}}
     assert set(metrics) == set(MODELS)
     for model, numbers in metrics.items():
-        scored = {key: p for key, p in PROTOCOLS.items() if model in p.models}
+        scored = {key: p for key, p in PROTOCOLS.items() if model in p.models and not p.rival}
         gains = {f"gain_over_{p.gain}" for p in scored.values() if p.gain} | {"gap_recovered"}
-        expected = RESULTS | {f"{key}_test_ppl" for key in scored} | extra.get(model, gains)
-        assert set(numbers) == expected, model
+        ppls = {f"{key}_test_ppl" for key in scored}
+        whole = scored.keys() - {"sliding", "t2"} if numbers["num_key_tokens"] else set()
+        of_key_tokens = {f"key_token_nll_{key.removeprefix('segment_')}" for key in whole}
+        assert set(numbers) == RESULTS | ppls | of_key_tokens | extra.get(model, gains), model
         assert all(math.isfinite(value) for value in numbers.values()), model
         for protocol in ("full", "segment"):
             nll = numbers[f"{protocol}_test_nll"]
@@ -80,7 +83,7 @@ def test_an_untouched_base_is_below_the_unigram_on_every_path_but_the_doubly_shi
     unigram = metrics.pop("unigram_test_ppl")
     doubly_shifted = metrics.pop("t2_test_ppl")
     scores = {key: value for key, value in metrics.items() if key.endswith("_ppl")}
-    assert len(scores) == len(PROTOCOLS) - 1
+    assert len(scores) == len([p for p in PROTOCOLS.values() if not p.rival]) - 1
     assert all(1 < value < 0.5 * unigram for value in scores.values())
     assert doubly_shifted > unigram
 

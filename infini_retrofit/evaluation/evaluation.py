@@ -9,7 +9,7 @@ Axes:
 
 import csv
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,16 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from infini_retrofit.evaluation.protocols import PROTOCOLS, Setting, score_protocols
+from infini_retrofit.evaluation.costs import rival_costs
+from infini_retrofit.evaluation.dynamic import choose_lr
+from infini_retrofit.evaluation.key_tokens import KeyTokens
+from infini_retrofit.evaluation.protocols import (
+    PROTOCOLS,
+    Setting,
+    protocols_of,
+    score_protocols,
+)
+from infini_retrofit.evaluation.rival import make_windowed
 from infini_retrofit.layer.probe import MemoryReading
 from infini_retrofit.model.retrofit import state_bytes
 from infini_retrofit.pipeline.files import (
@@ -43,14 +52,17 @@ class Report:
     Attributes:
         metrics: `<protocol>_test_ppl` for every protocol, `full_test_nll` and `segment_test_nll`
             in nats a token, `state_bytes` that cross a segment border, `num_documents`, and
-            `num_articles` that these are cut from.
+            `num_articles` that these are cut from; see docs/protocols.md for those of key tokens
+            and rivals.
         documents: rows of a plot: model, protocol, document, article, nll.
         positions: rows of a plot: model, protocol, position, nll, num_scored.
+        key_tokens: those of the documents; None if the report was read.
     """
 
     metrics: dict[str, Any]
     documents: list[Row]
     positions: list[Row]
+    key_tokens: KeyTokens | None = None
 
     def __str__(self) -> str:
         """Name the documents, and the perplexity with and without a border between segments."""
@@ -90,20 +102,43 @@ def _paths(name: str) -> list[Path]:
 
 def evaluate(name: str, model: PreTrainedModel, setting: Setting) -> Report:
     """Score a base or retrofitted model under the protocols of its name, one of `MODELS`."""
-    text = setting.text
-    names = [key for key, protocol in PROTOCOLS.items() if name in protocol.models]
+    text, params, fitted = setting.text, setting.params, {}
+    names = protocols_of(name, params)
+    if "segment_dynamic" in names:
+        windowed, length = make_windowed(model, setting.rival), setting.rival.segment_length
+        fitted["dynamic_lr"] = choose_lr(windowed, setting.val_documents, length)
+        setting = replace(setting, **fitted)
     nlls = score_protocols(model, setting, names)
     scores = {key: total(map(Score.of, rows)) for key, rows in nlls.items()}
     metrics = {
         **{f"{key}_test_ppl": score.ppl for key, score in scores.items()},
         **{f"{key}_test_nll": scores[key].nll for key in ("full", "segment")},
-        "state_bytes": state_bytes(model),
+        "state_bytes": state_bytes(make_windowed(model, setting.rival)),
         "num_documents": len(text.documents),
         "num_articles": len(set(text.titles)),
+        **fitted,
     }
+    if name == "base" and params.rivals:
+        num_tokens = text.documents.shape[1]
+        metrics |= rival_costs(model, setting.rival, params.rivals, num_tokens)
     documents = {k: torch.stack(rows) for k, rows in nlls.items() if not PROTOCOLS[k].of_stream}
+    key_tokens = setting.key_tokens or KeyTokens.of(documents["full"], documents["segment"])
+    metrics |= score_key_tokens(key_tokens, documents)
     positions = position_rows(name, documents, setting.rival.segment_length)
-    return Report(metrics, document_rows(name, documents, text.titles), positions)
+    return Report(metrics, document_rows(name, documents, text.titles), positions, key_tokens)
+
+
+def score_key_tokens(
+    key_tokens: KeyTokens, nlls: Mapping[str, Float[Tensor, "B _"]]
+) -> dict[str, int | float]:
+    """Return `num_key_tokens` and, where there are any, `key_token_nll_<protocol>`."""
+    mask = key_tokens.mask
+    metrics: dict[str, int | float] = {"num_key_tokens": int(mask.sum())}
+    for key, found in nlls.items():
+        if mask.any() and not PROTOCOLS[key].shifts_twice:
+            score = Score.of(found[mask])
+            metrics[f"key_token_nll_{key.removeprefix('segment_')}"] = score.nll
+    return metrics
 
 
 def document_rows(

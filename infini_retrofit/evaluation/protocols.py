@@ -10,11 +10,12 @@ Axes:
     Test  token of the test split
 """
 
-from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Literal
 
 import torch
 from jaxtyping import Int
@@ -22,12 +23,16 @@ from pydantic import Field
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from infini_retrofit.evaluation.rival import Rival, make_rival
+from infini_retrofit.evaluation import pointer
+from infini_retrofit.evaluation.costs import pointer_tokens
+from infini_retrofit.evaluation.dynamic import dynamic_runs
+from infini_retrofit.evaluation.key_tokens import KeyTokens
+from infini_retrofit.evaluation.rival import Rival, make_rival, make_selected, make_windowed
 from infini_retrofit.model.retrofit import has_memory
 from infini_retrofit.model.running import run_in_layer
 from infini_retrofit.pipeline.fields import Count
 from infini_retrofit.pipeline.progress import progress
-from infini_retrofit.pipeline.tokens import TestText
+from infini_retrofit.pipeline.tokens import TestText, read_documents
 from infini_retrofit.scoring.score import (
     MemoryRead,
     Run,
@@ -45,6 +50,8 @@ WINDOWS_PER_BATCH = 8
 MODELS = ("base", "control", "distilled", "finetuned")
 # The distilled model shows what insertion costs. Its memory has not yet learned on documents.
 NOT_DISTILLED = ("base", "control", "finetuned")
+# Rivals that take time, and are scored where `eval.rivals` names them.
+OtherRival = Literal["selected", "pointer", "dynamic"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +62,7 @@ class EvalParams:
     stride: Count  # tokens
     sliding_tokens: Annotated[int, Field(ge=2)]  # at most, of the test split's stream
     documents: Annotated[int, Field(ge=2)]  # at most, of the test split
+    rivals: list[OtherRival] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         """Refuse windows under which a token would be scored without context."""
@@ -67,11 +75,27 @@ class EvalParams:
 
 @dataclass(frozen=True)
 class Setting:
-    """The texts on which a model is scored, and the size of its rival."""
+    """The texts on which a model is scored, and the size of its rival.
+
+    Attributes:
+        val_documents: those that fit what rivals need; None where `eval.rivals` is empty.
+        key_tokens: chosen by the base; None: this is the base.
+        dynamic_lr: of the rival `dynamic`.
+    """
 
     params: EvalParams
     text: TestText
     rival: Rival
+    val_documents: Int[Tensor, "B T"] | None = None
+    key_tokens: KeyTokens | None = None
+    dynamic_lr: float = 0.0
+
+
+def read_val_documents(
+    path: Path, vocab_size: int, params: EvalParams
+) -> Int[Tensor, "B T"] | None:
+    """Read the documents that fit the rivals, as many as are scored; without rivals none."""
+    return read_documents(path, vocab_size, params.documents) if params.rivals else None
 
 
 # Runs the stream or the documents of a setting in one way.
@@ -91,6 +115,7 @@ class Protocol:
             score under `segment` stands for it.
         models: the models to score, of `MODELS`.
         by_position: the models whose score is plotted by position in the segment.
+        rival: scored only where `eval.rivals` names it; None: always.
         gain: `segment` is compared with this score as `gain_over_<gain>`; None: it is not.
         gain_models: the score of "model" or "control"; the better one if both.
     """
@@ -101,6 +126,7 @@ class Protocol:
     applies: Callable[[PreTrainedModel, Rival], bool] = lambda model, rival: True
     models: tuple[str, ...] = MODELS
     by_position: tuple[str, ...] = ()
+    rival: OtherRival | None = None
     gain: str | None = None
     gain_models: tuple[str, ...] = ("model",)
 
@@ -137,7 +163,44 @@ PROTOCOLS: dict[str, Protocol] = {
         gain="kv",
         gain_models=("model", "control"),
     ),
+    "segment_selected": Protocol(
+        run=lambda model, setting: segment_runs(
+            make_selected(model, setting.rival),
+            setting.text.documents,
+            setting.rival.segment_length,
+        ),
+        applies=lambda _, rival: rival.num_selected > 0,
+        models=("base", "control"),
+        rival="selected",
+        gain="selected",
+        gain_models=("control",),
+    ),
+    "segment_dynamic": Protocol(
+        run=lambda model, setting: dynamic_runs(
+            make_windowed(model, setting.rival),
+            setting.text.documents,
+            setting.rival.segment_length,
+            setting.dynamic_lr,
+        ),
+        models=("base", "control"),
+        rival="dynamic",
+        gain="dynamic",
+        gain_models=("control",),
+    ),
+    # Its score is that under `segment`, into which `pointer.mix` mixes the proposals.
+    "segment_pointer": Protocol(
+        models=NOT_DISTILLED, rival="pointer", gain="pointer", gain_models=("control",)
+    ),
 }
+
+
+def protocols_of(name: str, params: EvalParams) -> list[str]:
+    """List the protocols under which a model of `MODELS` is scored."""
+    return [
+        key
+        for key, protocol in PROTOCOLS.items()
+        if name in protocol.models and (protocol.rival is None or protocol.rival in params.rivals)
+    ]
 
 
 def score_protocols(
@@ -148,7 +211,7 @@ def score_protocols(
     Returns:
         The NLLs of each document or window in nats, by protocol.
     """
-    used = {name: PROTOCOLS[name] for name in names}
+    used = {name: PROTOCOLS[name] for name in names if name != "segment_pointer"}
     for name, protocol in used.items():
         if not protocol.applies(model, setting.rival):
             used[name] = PROTOCOLS["segment"]
@@ -156,13 +219,28 @@ def score_protocols(
     ways, length = dict.fromkeys(p.run for p in nlls), setting.rival.segment_length
     reads = [way for way in ways if not callable(way)]
     others = ({way: run} for way in ways if callable(way) for run in way(model, setting))
-    for runs in chain(memory_runs(model, setting.text.documents, length, reads), others):
+    windowed = make_windowed(model, setting.rival)
+    for runs in chain(memory_runs(windowed, setting.text.documents, length, reads), others):
         for protocol, found in nlls.items():
             if run := runs.get(protocol.run):
                 t2 = protocol.shifts_twice
                 nll = t2_nlls(model, *run, length) if t2 else next_token_nlls(model, *run)
                 found.append(nll.cpu())
-    return {name: nlls[protocol] for name, protocol in used.items()}
+    found = {name: nlls[protocol] for name, protocol in used.items()}
+    if "segment_pointer" in names:
+        found["segment_pointer"] = add_pointer(windowed, setting, found["segment"])
+    return found
+
+
+def add_pointer(model: PreTrainedModel, setting: Setting, nlls: Sequence[Tensor]) -> list[Tensor]:
+    """Mix a pointer into scores under `segment`; its weights fit the validation documents."""
+    documents, rival = setting.val_documents, setting.rival
+    runs = segment_runs(model, documents, rival.segment_length)
+    val_nlls = torch.stack([next_token_nlls(model, *run).cpu() for run in runs])
+    num_stored = pointer_tokens(model, rival)
+    weights = pointer.fit_weights(val_nlls, *pointer.matches(documents, num_stored))
+    found = pointer.matches(setting.text.documents, num_stored)
+    return list(pointer.mix(torch.stack(list(nlls)), *found, weights))
 
 
 def full_runs(model: PreTrainedModel, documents: Int[Tensor, "B T"]) -> Iterator[Run]:
