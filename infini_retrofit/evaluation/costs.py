@@ -15,7 +15,7 @@ from infini_retrofit.evaluation.selected import BYTES_PER_MASS
 from infini_retrofit.model.families import decoder_layers
 from infini_retrofit.model.retrofit import attention_shape, state_bytes
 
-BYTES_PER_WEIGHT = 4  # of an adapter, float32
+BYTES_PER_WEIGHT = 3 * 4  # of an adapter, with Adam's two moments, float32
 
 
 def rival_costs(

@@ -1,4 +1,4 @@
-"""A pointer into the text read so far: what followed the last time proposes the next token.
+"""A pointer into the text behind the window: what followed the last time proposes the next token.
 
 It needs the token ids alone, and helps any model: its proposal is mixed into the model's
 probability. Knows no model and no file.
@@ -10,6 +10,8 @@ Axes:
     M  tokens that match, from 0 (no proposal) to `MOST_MATCHED`
 """
 
+from dataclasses import dataclass
+
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -18,37 +20,53 @@ MOST_MATCHED = 4  # tokens
 _STEPS = 60  # of the bisection: more change nothing in float64
 
 
-def longest_matches(
-    ids: Int[Tensor, "T"], num_stored: int
-) -> tuple[Int[Tensor, "Scored"], Int[Tensor, "Scored"]]:
-    """Find for each token but the first what the text before it proposes.
+@dataclass(frozen=True, kw_only=True)
+class Stored:
+    """Which token ids a pointer has: the last before the window of a segment."""
 
-    The longest match of the tokens before it counts, up to `MOST_MATCHED`, and of these the most
-    recent one. `num_stored` are the last tokens that are stored.
+    segment_length: int  # tokens
+    window: int  # tokens before a segment, which the model sees itself
+    num_stored: int  # tokens behind the window
 
-    Returns:
-        The number of tokens that match, 0 where none does, and the proposal (-1 there).
-    """
-    tokens = ids.tolist()
-    lengths, proposals = [], []
-    last: dict[tuple[int, ...], int] = {}  # where what follows a run of tokens stands
-    for at in range(1, len(tokens)):
-        runs = [tuple(tokens[at - n : at]) for n in range(1, min(MOST_MATCHED, at) + 1)]
-        oldest = at - num_stored
-        found = [run for run in runs if run in last and last[run] - len(run) >= oldest]
-        lengths.append(len(found[-1]) if found else 0)
-        proposals.append(tokens[last[found[-1]]] if found else -1)
-        last.update(dict.fromkeys(runs, at))
-    return torch.tensor(lengths), torch.tensor(proposals)
+    def longest_matches(
+        self, ids: Int[Tensor, "T"]
+    ) -> tuple[Int[Tensor, "Scored"], Int[Tensor, "Scored"]]:
+        """Find for each token but the first what the stored text proposes.
+
+        The longest match of the tokens before it counts, up to `MOST_MATCHED`, and of these the
+        most recent one.
+
+        Returns:
+            The number of tokens that match, 0 where none does, and the proposal (-1 there).
+        """
+        tokens = ids.tolist()
+        lengths, proposals, num_left = [], [], 1
+        last: dict[tuple[int, ...], int] = {}  # where what follows a run of tokens stands
+        for at in range(1, len(tokens)):
+            # The token before `at` predicts: its segment counts.
+            border = (at - 1) // self.segment_length * self.segment_length - self.window
+            for follows in range(num_left, border):
+                last.update(dict.fromkeys(_runs(tokens, follows), follows))
+            num_left = max(num_left, border)
+            oldest = border - self.num_stored
+            runs = _runs(tokens, at)
+            found = [run for run in runs if run in last and last[run] - len(run) >= oldest]
+            lengths.append(len(found[-1]) if found else 0)
+            proposals.append(tokens[last[found[-1]]] if found else -1)
+        return torch.tensor(lengths), torch.tensor(proposals)
+
+    def matches(
+        self, documents: Int[Tensor, "B T"]
+    ) -> tuple[Int[Tensor, "B Scored"], Bool[Tensor, "B Scored"]]:
+        """Return how many tokens match before each token, and whether it is what was proposed."""
+        found = [self.longest_matches(ids) for ids in documents]
+        lengths, proposals = (torch.stack(x) for x in zip(*found, strict=True))
+        return lengths, proposals == documents[:, 1:].cpu()
 
 
-def matches(
-    documents: Int[Tensor, "B T"], num_stored: int
-) -> tuple[Int[Tensor, "B Scored"], Bool[Tensor, "B Scored"]]:
-    """Return how many tokens match before each token, and whether it is what was proposed."""
-    found = [longest_matches(ids, num_stored) for ids in documents]
-    lengths, proposals = (torch.stack(x) for x in zip(*found, strict=True))
-    return lengths, proposals == documents[:, 1:].cpu()
+def _runs(tokens: list[int], end: int) -> list[tuple[int, ...]]:
+    """Return the runs of tokens before a place, the shortest first."""
+    return [tuple(tokens[end - n : end]) for n in range(1, min(MOST_MATCHED, end) + 1)]
 
 
 def fit_weights(

@@ -237,9 +237,13 @@ def add_pointer(model: PreTrainedModel, setting: Setting, nlls: Sequence[Tensor]
     documents, rival = setting.val_documents, setting.rival
     runs = segment_runs(model, documents, rival.segment_length)
     val_nlls = torch.stack([next_token_nlls(model, *run).cpu() for run in runs])
-    num_stored = pointer_tokens(model, rival)
-    weights = pointer.fit_weights(val_nlls, *pointer.matches(documents, num_stored))
-    found = pointer.matches(setting.text.documents, num_stored)
+    stored = pointer.Stored(
+        segment_length=rival.segment_length,
+        window=rival.local_context,
+        num_stored=pointer_tokens(model, rival),
+    )
+    weights = pointer.fit_weights(val_nlls, *stored.matches(documents))
+    found = stored.matches(setting.text.documents)
     return list(pointer.mix(torch.stack(list(nlls)), *found, weights))
 
 
