@@ -19,6 +19,7 @@ from tests.tiny_project import (
     write_params,
 )
 
+RIVALS = ("selected", "pointer", "dynamic")
 
 @both_projects
 def test_memory_and_context_count_in_the_models_that_have_them(name, finished):
@@ -85,3 +86,24 @@ def test_a_protocol_is_one_entry_of_the_table(project, monkeypatch):
     for plot, models in (("documents", {"control", "finetuned"}), ("positions", {"finetuned"})):
         rows = rows_of(project, f"eval_{plot}")
         assert {row["model"] for row in rows if row["protocol"] == "segment_sink"} == models
+
+
+def test_rivals_that_are_named_add_scores_and_change_none(project):
+    before = metrics_of(project, "eval_sliding")
+    write_params(project, SMALL | LINEAR | {"eval.rivals": list(RIVALS)})
+    for stage in ("baseline_eval", "control_eval", "eval_sliding"):
+        run_stage(stage)
+    after = metrics_of(project, "eval_sliding")
+    assert all(after[model].items() >= before[model].items() for model in MODELS)
+    new = {model: after[model].keys() - before[model].keys() for model in MODELS}
+    scores = {name: {f"segment_{name}_test_ppl", f"key_token_nll_{name}"} for name in RIVALS}
+    assert new["control"] == set().union(*scores.values()) | {"dynamic_lr"}
+    costs = {f"{n}_{what}" for n in ("kv", *RIVALS) for what in ("state_bytes", "operations")}
+    assert new["base"] == new["control"] | costs
+    gains = {f"gain_over_{name}" for name in RIVALS}
+    assert new["distilled"] == gains
+    assert new["finetuned"] == scores["pointer"] | gains
+    own = after["finetuned"]["segment_test_ppl"]
+    for name in RIVALS:
+        won = math.log(after["control"][f"segment_{name}_test_ppl"] / own)
+        assert after["finetuned"][f"gain_over_{name}"] == pytest.approx(won)
