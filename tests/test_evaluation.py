@@ -13,7 +13,7 @@ from infini_retrofit.evaluation.evaluation import (
     score_positions,
 )
 from infini_retrofit.evaluation.gains import gains
-from infini_retrofit.evaluation.key_tokens import KeyTokens
+from infini_retrofit.evaluation.key_tokens import KeyTokens, read_key_tokens
 from infini_retrofit.evaluation.protocols import (
     PROTOCOLS,
     EvalParams,
@@ -26,6 +26,7 @@ from infini_retrofit.evaluation.rival import make_rival, make_windowed, rival_of
 from infini_retrofit.layer.form import InfiniParams
 from infini_retrofit.model.retrofit import insert_infini, state_bytes
 from infini_retrofit.pipeline import tokens
+from infini_retrofit.pipeline.files import write_sealed
 from infini_retrofit.scoring.score import (
     Score,
     next_token_nlls,
@@ -146,3 +147,21 @@ def test_positions_are_those_of_the_token_that_predicts_and_lose_no_token(length
         columns = [t for t in range(DOCUMENT - 1) if begin <= t % length < end]
         assert found[begin].num_scored == 2 * len(columns)
         assert found[begin].nll == pytest.approx(nlls[:, columns].double().mean().item())
+
+
+@pytest.mark.parametrize(
+    ("num_scored", "positions", "fault"),
+    [
+        (14, [[0], [13]], "must be of 3 documents with 14 scored tokens each, got 2 with 14"),
+        (13, [[0], [], []], "must be of 3 documents with 14 scored tokens each, got 3 with 13"),
+        (14, [[0], [14], []], r"must name tokens in 0\.\.13"),
+    ],
+)
+def test_key_tokens_of_other_documents_are_refused(num_scored, positions, fault, tmp_path):
+    path, documents = tmp_path / "key_tokens.json", torch.zeros(3, DOCUMENT, dtype=torch.long)
+    good = KeyTokens(num_scored=14, positions=[[0, 13], [], [5]])
+    write_sealed(path, good)
+    assert read_key_tokens(path, documents) == good
+    write_sealed(path, replace(good, num_scored=num_scored, positions=positions))
+    with pytest.raises(ValueError, match=f"key_tokens.json {fault}.*dvc repro baseline_eval"):
+        read_key_tokens(path, documents)
