@@ -102,8 +102,11 @@ def test_rivals_that_are_named_add_scores_and_change_none(project):
     assert new["base"] == new["control"] | costs
     gains = {f"gain_over_{name}" for name in RIVALS}
     assert new["distilled"] == gains
-    assert new["finetuned"] == scores["pointer"] | gains
+    assert new["finetuned"] == scores["pointer"] | gains | {"gain_beside_pointer"}
     own = after["finetuned"]["segment_test_ppl"]
     for name in RIVALS:
         won = math.log(after["control"][f"segment_{name}_test_ppl"] / own)
         assert after["finetuned"][f"gain_over_{name}"] == pytest.approx(won)
+    both = [after[model]["segment_pointer_test_ppl"] for model in ("control", "finetuned")]
+    beside = after["finetuned"]["gain_beside_pointer"]
+    assert beside == pytest.approx(math.log(both[0] / both[1]))

@@ -24,15 +24,19 @@ def gains(model: DocumentNlls, control: DocumentNlls, titles: Sequence[str]) -> 
 
     Returns:
         `gain_over_<other>`, the nats a token by which the model is better, and, given enough
-        articles, the ends of its 95% paired bootstrap interval, `_low` and `_high`.
+        articles, the ends of its 95% paired bootstrap interval, `_low` and `_high`. Also
+        `gain_beside_pointer`, where both models have the pointer too.
     """
-    metrics, scores = {}, {"model": model, "control": control}
+    pairs, metrics, scores = {}, {}, {"model": model, "control": control}
     for name, protocol in PROTOCOLS.items():
         others = [scores[which].get(name) for which in protocol.gain_models]
         if protocol.gain is None or any(other is None for other in others):
             continue
-        key, best = f"gain_over_{protocol.gain}", min(others, key=np.mean)
-        metrics[key], low, high = paired_bootstrap(best - model["segment"], titles)
+        pairs[f"gain_over_{protocol.gain}"] = min(others, key=np.mean), model["segment"]
+    if "segment_pointer" in model:
+        pairs["gain_beside_pointer"] = control["segment_pointer"], model["segment_pointer"]
+    for key, (best, own) in pairs.items():
+        metrics[key], low, high = paired_bootstrap(best - own, titles)
         if len(set(titles)) >= MIN_GROUPS_FOR_INTERVAL:
             metrics |= {f"{key}_low": low, f"{key}_high": high}
     return metrics
