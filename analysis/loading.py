@@ -38,6 +38,8 @@ ABSENT = {
     "infini.state_dtype": "float32",
     "infini.window": "64",
     "infini.memory_layers": "all",
+    "infini.memory_key": "own",
+    "infini.memory_value": "hidden",
     "infini.recall_norm": "none",
     "infini.written_tokens": "all",
     "infini.initial_state": "empty",

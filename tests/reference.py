@@ -31,8 +31,9 @@ SHAPE = AttentionShape(
 CHOICES = {
     "update_rule": ("linear", "delta", "delta_gamma", "gated_delta"),
     "feature_map": ("elu1", "hedgehog", "unit"),
-    "num_features": ("base", 6),
-    "local": ("softmax", "linear"),
+    "memory_key": ("own", "before"),
+    "num_features": ("base", 4),
+    "local": ("softmax", "linear", "none"),
     "positions": ("rope", "alibi", "none"),
     "heads": ("base", "single"),
     "gate": ("head", "query"),
@@ -52,16 +53,19 @@ def without_conflicts(form: dict) -> dict:
     """Return a form without choices that others exclude."""
     form = dict(form)
     if form.get("update_rule") == "gated_delta":
-        form |= {"feature_map": "unit", "local": "softmax"}
+        form |= {"feature_map": "unit"}
+        form |= {"local": "softmax"} if form.get("local") == "linear" else {}
     elif form.get("feature_map") == "unit":
         form |= {"feature_map": "elu1"}
     if form.get("update_rule", "linear") != "linear":
         form |= {"decay": "none", "seed_scaling": False}
-    if form.get("feature_map", "elu1") != "hedgehog":
+    if form.get("feature_map", "elu1") == "elu1":
         form |= {"num_features": "base"}
     if form.get("heads") == "single":
         form = {"init": "random_attention"} | form
         form |= {"positions": "none"} if form.get("positions", "rope") == "rope" else {}
+    if form.get("local") == "none":
+        form |= {"insertion": "parallel"}
     if form.get("local") == "linear" and form.get("positions") == "alibi":
         form |= {"positions": "none"}
     return form
@@ -105,6 +109,20 @@ MODEL_FORMS = (
         "seed_scaling": True,
     },
     {"update_rule": "gated_delta", "feature_map": "unit", "local_context": 3},
+    {
+        "insertion": "parallel",
+        "init": "random_attention",
+        "local": "none",
+        "positions": "none",
+        "heads": "single",
+        "memory_layers": [1],
+        "memory_key": "before",
+        "memory_value": "embedding",
+        "update_rule": "gated_delta",
+        "feature_map": "unit",
+        "num_features": 6,
+        "local_context": 5,
+    },
 )
 
 

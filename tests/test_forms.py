@@ -11,6 +11,7 @@ from infini_retrofit.layer import local_attention
 from infini_retrofit.layer.attention import InfiniAttention
 from infini_retrofit.layer.cut import Cut
 from infini_retrofit.layer.form import InfiniParams
+from infini_retrofit.layer.naive import NaiveLayer
 from infini_retrofit.layer.state import LayerState, State
 from tests.reference import (
     CHOICES,
@@ -21,6 +22,7 @@ from tests.reference import (
     WIDTH,
     draw_hidden,
     every_form,
+    infini_params,
     largest,
     make_layer,
     name_of,
@@ -143,6 +145,7 @@ def changes() -> list[dict]:
     """Return what one choice alone changes in the published form."""
     known = {name: values for name, values in CHOICES.items() if name not in ("heads", *EXACT)}
     needed = {"num_features": {"feature_map": "hedgehog"}, "gated_delta": {"feature_map": "unit"}}
+    needed["local"] = {"insertion": "parallel"}  # as none must
     one = [
         needed.get(name, {}) | needed.get(other, {}) | {name: other}
         for name, (_, *rest) in known.items()
@@ -150,6 +153,18 @@ def changes() -> list[dict]:
         if other != "unit"  # of gated_delta alone
     ]
     return [*one, {"segment_length": SEGMENT + 1}]
+
+
+@torch.no_grad()
+def test_values_of_embeddings_are_those_of_the_loop():
+    form = {"local": "none", "insertion": "parallel", "heads": "single", "positions": "none"}
+    form |= {"init": "random_attention", "memory_value": "embedding", "memory_key": "before"}
+    form |= {"segment_length": SEGMENT}
+    layer, (x, embeddings) = make_layer(form), draw_hidden(2, DOCUMENT)
+    got = layer(x[None], embeddings=embeddings[None])[0][0]
+    expected = NaiveLayer(layer, infini_params(**form))(x, None, embeddings=embeddings)
+    assert largest(got - expected) < 1e-9
+    assert largest(got - layer(x[None], embeddings=x[None])[0][0]) > 1e-3
 
 
 @pytest.mark.parametrize("change", changes(), ids=str)
@@ -164,6 +179,7 @@ def test_the_loop_tells_forms_apart(change):
 
 def test_every_choice_is_in_a_form():
     kinds = {field.name: field.type for field in fields(InfiniParams)}
-    for name in kinds.keys() - {"layers", "memory", "memory_layers", "init", "insertion"}:
+    of_models = {"layers", "memory", "memory_layers", "memory_value", "init", "insertion"}
+    for name in kinds.keys() - of_models:
         choices = {c for c in get_args(kinds[name]) if isinstance(c, str)}
         assert choices <= {form[name] for form in FORMS}, name

@@ -33,7 +33,7 @@ from infini_retrofit.layer.memory import MemoryState
 from infini_retrofit.layer.state import LayerState, State
 from infini_retrofit.layer.tokens import Tokens
 from infini_retrofit.model.families import decoder_layers
-from infini_retrofit.model.retrofit import attention_modules, resolve_layers
+from infini_retrofit.model.retrofit import attention_modules, infini_modules, resolve_layers
 from infini_retrofit.model.weights import check_kinds, kind_of, read_tensors
 
 # The method of transformers' GenerationMixin that `enable_generation` replaces.
@@ -272,7 +272,9 @@ def _check_tensors(
         wanted = _expected_kinds(num_seen, num_tokens, model)
     found = {name: _kind_of(name, x) for name, x in tensors.items()}
     check_kinds(found, wanted, path, _ADVICE)
-    length, context = (model.config.infini[x] for x in ("segment_length", "local_context"))
+    length = model.config.infini["segment_length"]
+    # The memory of a branch does not wait for a window.
+    context = next((m.local_context for m in infini_modules(model).values() if m.memory), 0)
     for name, x in tensors.items():
         counts, expected = num_tokens, num_tokens
         if name.endswith(".unfinished.is_token"):

@@ -28,11 +28,11 @@ from infini_retrofit.layer.attention import InfiniAttention
 from infini_retrofit.layer.cut import Cut
 from infini_retrofit.layer.form import InfiniParams
 from infini_retrofit.layer.state import State
-from infini_retrofit.model.families import decoder_layers, family_of
+from infini_retrofit.model.families import decoder_layers
 from infini_retrofit.model.retrofit import (
     BRANCH,
     attention_modules,
-    attention_shape,
+    confine,
     infini_modules,
     put_beside,
     without_memory,
@@ -190,22 +190,13 @@ def _make_mask(model: PreTrainedModel, *args: Any) -> Tensor:
 
 
 def _confine_others(model: PreTrainedModel, params: InfiniParams) -> None:
-    """Confine the base's own attention to its segment, in place.
-
-    It becomes an `InfiniAttention` of the same weights, without memory and context. Beside a
-    branch, which has the layer's index, its index is that plus the number of layers.
-    """
-    family, shape = family_of(model.config), attention_shape(model.config)
+    """Confine the base's own attention to its segment, in place."""
     confined, layers = without_memory(params), decoder_layers(model)
     for index, base in enumerate(attention_modules(model)):
         if isinstance(base, InfiniAttention):
             continue
-        branch, parameter = getattr(base, BRANCH, None), next(base.parameters())
+        branch = getattr(base, BRANCH, None)
         is_beside = branch is not None or hasattr(layers[index], BRANCH)
-        with torch.random.fork_rng(devices=[]):
-            own = InfiniAttention(shape, confined, index + is_beside * len(layers))
-        own.load_state_dict(family.split(base))
-        own.to(device=parameter.device, dtype=parameter.dtype)
+        own = confine(model, index, confined, is_beside=is_beside)
         if branch is not None:
             put_beside(own, branch)
-        setattr(layers[index], family.attention, own.train(base.training))

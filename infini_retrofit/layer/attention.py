@@ -39,7 +39,10 @@ from infini_retrofit.layer.state import LayerState, Segments, State, running_seg
 from infini_retrofit.layer.tokens import Tokens
 
 # The gate at the start: small enough to keep the base's output, large enough to have a gradient.
+# A branch without local attention has nothing to displace: its gate starts half open.
 INITIAL_MEMORY_SHARE = 0.02
+# A recalled embedding is small beside what it is added to: from 1 it learns too late (LOG.md).
+INITIAL_EMBEDDING_SCALE = 8.0
 
 
 class InfiniAttention(nn.Module):
@@ -55,12 +58,21 @@ class InfiniAttention(nn.Module):
         super().__init__()
         shape = shape.of_heads(params.heads)
         self.shape, self.params, self.layer_index = shape, params, layer_index
-        self.segment_length, self.local_context = params.segment_length, params.local_context
+        self.segment_length = params.segment_length
+        self.local_context = 0 if params.local == "none" else params.local_context
         q_size, kv_size = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
-        self.q_proj = nn.Linear(shape.hidden_size, q_size, bias=shape.qkv_bias)
-        self.k_proj = nn.Linear(shape.hidden_size, kv_size, bias=shape.qkv_bias)
-        self.v_proj = nn.Linear(shape.hidden_size, kv_size, bias=shape.qkv_bias)
+        qk_bias = shape.qkv_bias or params.local == "none"  # to take away what keys have in common
+        self.q_proj = nn.Linear(shape.hidden_size, q_size, bias=qk_bias)
+        self.k_proj = nn.Linear(shape.hidden_size, kv_size, bias=qk_bias)
+        v_bias = shape.qkv_bias or params.memory_value == "embedding"
+        self.v_proj = nn.Linear(shape.hidden_size, kv_size, bias=v_bias)
         self.o_proj = nn.Linear(q_size, shape.hidden_size, bias=shape.o_bias)
+        if params.memory_key == "before" and q_size == kv_size:
+            self.q_proj.load_state_dict(self.k_proj.state_dict())  # a query is like its own key
+        if params.memory_value == "embedding":  # what is recalled starts as an embedding
+            nn.init.eye_(self.v_proj.weight)
+            nn.init.zeros_(self.v_proj.bias)
+            self.o_proj.weight.data.copy_(self.v_proj.weight.data * INITIAL_EMBEDDING_SCALE)
         num_features = params.count_features(shape.head_dim)
         self.feature_maps = None
         if params.memory == "on" or params.local == "linear":
@@ -72,6 +84,8 @@ class InfiniAttention(nn.Module):
         if params.memory == "on":
             self.memory = CompressiveMemory(shape, params, num_features)
             logit = math.log(INITIAL_MEMORY_SHARE / (1 - INITIAL_MEMORY_SHARE))
+            if params.local == "none":
+                logit = 0.0
             self.gate_logit = nn.Parameter(torch.full((shape.num_heads,), logit))
 
     @property
@@ -95,6 +109,9 @@ class InfiniAttention(nn.Module):
             others.insert(0, self.memory.query_gate)
             if self.memory.write_gate is not None:
                 others += self.memory.write_gate.parameters()
+        if self.params.local == "none":
+            projections = (self.q_proj, self.k_proj, self.v_proj, self.o_proj)
+            others += (p for module in projections for p in module.parameters())
         groups = {"gate": gates, "memory": others}
         return {name: [p for p in group if p is not None] for name, group in groups.items()}
 
@@ -109,17 +126,21 @@ class InfiniAttention(nn.Module):
         cut: Cut | None = None,
         state: State | None = None,
         probe: Probe | None = None,
+        embeddings: Float[Tensor, "R T D"] | None = None,
         **_: object,
     ) -> tuple[Float[Tensor, "R T D"], None]:
         """Attend within segments and read the memory of the segments before.
 
-        `position_embeddings` are cosines and sines, (R or 1, T, P) each, for RoPE only. Without
-        `state` the document begins and ends here. The None of the result stands where attention
+        `position_embeddings` are cosines and sines, (R or 1, T, P) each, for RoPE only;
+        `embeddings` are those of the tokens, for `memory_value: embedding` only. Without `state`
+        the document begins and ends here. The None of the result stands where attention
         modules of `transformers` return weights.
         """
         cut, probe = cut or Cut(), probe or Probe()
         before = (state or State()).before.get(self.layer_index, LayerState())
-        query, key, value = (p(hidden_states) for p in (self.q_proj, self.k_proj, self.v_proj))
+        query, key = self.q_proj(hidden_states), self.k_proj(hidden_states)
+        of_embedding = self.params.memory_value == "embedding"
+        value = self.v_proj(embeddings if of_embedding else hidden_states)
         tables = position_embeddings if self.params.positions == "rope" else None
         new = Tokens.of(key, value, tables, cut.is_token)
         if cut.is_open:
@@ -192,6 +213,8 @@ class InfiniAttention(nn.Module):
             # finds by content, not by distance.
             write = self.memory.recent_states if probe.read == "recent" else self.memory.states
             feature = self.feature_maps.of_key(key)
+            if self.params.memory_key == "before":  # none for a segment's first token
+                feature = F.pad(feature[..., :-1, :], (0, 0, 1, 0))
             memories, memory = write(feature, key, value, is_token, before.memory)
         return Segments(place, keys, line, memories, memory)
 
@@ -199,14 +222,7 @@ class InfiniAttention(nn.Module):
         self, query: Float[Tensor, "B S H L K"], segments: Segments, probe: Probe
     ) -> Float[Tensor, "B S H L V"]:
         """Attend inside each segment, and blend with what its memory recalls (eq. 10)."""
-        keys = segments.keys
-        is_key = None if keys.is_key is None else keys.is_key.flatten(0, 1)
-        flat = (x.flatten(0, 1) for x in (segments.place(query), keys.key, keys.value))
-        if self.params.local == "linear":
-            local = linear_attention(*flat, is_key, self.feature_maps)
-        else:
-            local = softmax_attention(*flat, is_key, slopes=self.slopes)
-        local = local.unflatten(0, query.shape[:2])
+        local = self._attend_locally(query, segments)
         if segments.memories is None:
             return local
         if probe.memories is not None:
@@ -225,3 +241,18 @@ class InfiniAttention(nn.Module):
         if self.memory.rule == "gated_delta":  # recalls little for a key that it does not hold
             return torch.addcmul(local, share, numerator).to(local.dtype)
         return mix(local, numerator, denominator, share)
+
+    def _attend_locally(
+        self, query: Float[Tensor, "B S H L K"], segments: Segments
+    ) -> Float[Tensor, "B S H L V"]:
+        """Attend inside each segment, and to what it carries."""
+        if self.params.local == "none":
+            return torch.zeros_like(query)
+        keys = segments.keys
+        is_key = None if keys.is_key is None else keys.is_key.flatten(0, 1)
+        flat = (x.flatten(0, 1) for x in (segments.place(query), keys.key, keys.value))
+        if self.params.local == "linear":
+            local = linear_attention(*flat, is_key, self.feature_maps)
+        else:
+            local = softmax_attention(*flat, is_key, slopes=self.slopes)
+        return local.unflatten(0, query.shape[:2])

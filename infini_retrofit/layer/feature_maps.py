@@ -83,7 +83,8 @@ class FeatureMaps(nn.Module):
 
     `hedgehog` starts as the exponential of x / K^(1/4): a query and a key, each scaled so, have
     the dot product that softmax attention exponentiates. With fewer features it starts from random
-    orthogonal directions, the same for queries and keys. `unit` starts as x / |x|.
+    orthogonal directions, the same for queries and keys. `unit` starts as x / |x|, x cut off after
+    so many channels as there are features.
     """
 
     def __init__(
@@ -104,7 +105,7 @@ class FeatureMaps(nn.Module):
                 start = torch.linalg.qr(torch.randn(key_dim, num_features // 2)).Q
             start = start * key_dim**-0.25
         if name == "unit":
-            start = torch.eye(key_dim)
+            start = torch.eye(key_dim, num_features)
         if name != "elu1":
             self.query_weight = nn.Parameter(start.repeat(num_heads, 1, 1))
             self.key_weight = nn.Parameter(start.repeat(num_kv_heads, 1, 1))

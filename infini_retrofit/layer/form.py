@@ -27,14 +27,21 @@ class InfiniParams:
     # replace the base's attention; or add alpha * an attention, alpha * a whole decoder layer
     insertion: Literal["replace", "parallel", "adapter"] = "replace"
     init: Literal["base", "random_attention", "random_layer"] = "base"  # what starts at random
-    local: Literal["softmax", "linear"] = "softmax"  # attention inside a segment
+    # attention inside a segment; none: of a parallel branch that is a memory and nothing else
+    local: Literal["softmax", "linear", "none"] = "softmax"
     positions: Literal["rope", "alibi", "none"] = "rope"  # encoding of the local attention
     heads: Literal["base", "single"] = "base"  # as many as the base has, or one of full width
     memory: Literal["on", "off"] = "on"
     memory_layers: list[int] | Literal["all"] = "all"  # of `layers`: those with a memory
     update_rule: UpdateRule = "linear"
+    # The key that a value is written under: its token's, or that of the token before it, so that
+    # a query like that key recalls what came next.
+    memory_key: Literal["own", "before"] = "own"
+    # What is written: a projection of the layer's hidden state, or of the token's embedding.
+    memory_value: Literal["hidden", "embedding"] = "hidden"
     feature_map: FeatureMapName = "elu1"
-    num_features: int | Literal["base"] = "base"  # of hedgehog, a head; base: two a channel
+    # of a learnable map, a head; base: hedgehog has two a channel, unit one
+    num_features: int | Literal["base"] = "base"
     seed_scaling: bool = False  # the seeds' mistake: recalled / segment_length
     gate: Literal["head", "query"] = "head"  # query: each query moves its head's share, learnable
     decay: Literal["none", "feature"] = "none"  # feature: each forgets at a learnable rate
@@ -111,10 +118,21 @@ class InfiniParams:
                 "infini.init must be base or random_attention when infini.insertion is parallel, "
                 "which adds an attention and no layer, got random_layer"
             )
-        if self.num_features != "base" and self.feature_map != "hedgehog":
+        if self.num_features != "base" and self.feature_map == "elu1":
             raise ValueError(
-                "infini.num_features must be base unless infini.feature_map is hedgehog, the only "
-                f"one that can have another number, got {self.num_features}"
+                "infini.num_features must be base when infini.feature_map is elu1, which has one "
+                f"feature a channel, got {self.num_features}"
+            )
+        if self.local == "none" and (self.insertion, self.memory) != ("parallel", "on"):
+            raise ValueError(
+                "infini.local must be softmax or linear unless infini.insertion is parallel and "
+                f"infini.memory is on, got none with {self.insertion} and {self.memory}"
+            )
+        if self.memory_value == "embedding" and (self.local, self.heads) != ("none", "single"):
+            raise ValueError(
+                "infini.memory_value must be hidden unless infini.local is none (whose values the "
+                f"memory alone reads) and infini.heads single, got embedding with {self.local} and "
+                f"{self.heads}"
             )
         if self.local == "linear" and self.positions == "alibi":
             raise ValueError(

@@ -57,19 +57,23 @@ class NaiveLayer:
         self.layer, self.params, self.memory = layer, params, layer.memory
         # Whole segments among the carried tokens are not in the memory yet.
         length = params.segment_length
-        self.late = params.local_context // length * length
+        self.late = layer.local_context // length * length
         self.num_kv_heads = layer.shape.num_kv_heads
         self.group = layer.shape.num_heads // self.num_kv_heads
 
     def __call__(
-        self, hidden_states: Tensor, tables: Tables | None, memory_of: Tensor | None = None
+        self,
+        hidden_states: Tensor,
+        tables: Tables | None,
+        memory_of: Tensor | None = None,
+        embeddings: Tensor | None = None,
     ) -> Tensor:
-        """Compute the output (T D) of one document (T D).
+        """Compute the output (T D) of one document (T D), whose tokens have `embeddings` (T D).
 
         It reads the memory of the document `memory_of` (T D); None: its own.
         """
-        heads = self.project(hidden_states)
-        owner = heads if memory_of is None else self.project(memory_of)
+        heads = self.project(hidden_states, embeddings)
+        owner = heads if memory_of is None else self.project(memory_of, None)
         rows = []
         for h in range(len(heads.query)):
             memories = self.write(owner, h // self.group) if self.memory is not None else {}
@@ -120,7 +124,7 @@ class NaiveLayer:
         for begin in range(0, num_tokens, length):
             memories[begin] = list(entries)
             for t in range(begin, min(begin + length, num_tokens)):
-                feature, mass = self.feature(heads.key[n, t], n, "key"), 1.0
+                feature, mass = self.written_key(heads, n, t), 1.0
                 value = heads.value[n, t]
                 if self.params.update_rule == "gated_delta":
                     entries.append(self.gated_entry(heads, entries, n, t))
@@ -134,11 +138,18 @@ class NaiveLayer:
                 entries.append(Entry(feature, value, mass, t))
         return {begin: memories[max(begin - self.late, 0)] for begin in memories}
 
+    def written_key(self, heads: Heads, n: int, t: int) -> Tensor:
+        """Return the feature under which a token's value is written."""
+        if self.params.memory_key == "own":
+            return self.feature(heads.key[n, t], n, "key")
+        before = self.feature(heads.key[n, max(t - 1, 0)], n, "key")
+        return before if t % self.params.segment_length else torch.zeros_like(before)
+
     def gated_entry(self, heads: Heads, entries: list[Entry], n: int, t: int) -> Entry:
         """Return what one token writes under the gated delta rule, given all before it."""
         gates = self.memory.write_gate(heads.key[:, t].flatten())
         strength, log_decay = torch.sigmoid(gates[n]), -F.softplus(gates[self.num_kv_heads + n])
-        feature = self.feature(heads.key[n, t], n, "key")
+        feature = self.written_key(heads, n, t)
         known = self.read(feature, entries, n, t)[0] * log_decay.exp()
         return Entry(feature, strength * (heads.value[n, t] - known), 1.0, t, log_decay)
 
@@ -162,6 +173,8 @@ class NaiveLayer:
         self, heads: Heads, tables: Tables | None, h: int, t: int, begin: int
     ) -> Tensor:
         """Attend with one query to its segment up to itself, and to the carried context."""
+        if self.params.local == "none":
+            return torch.zeros_like(heads.query[h, t])
         key, value, distance = self.visible(heads, tables, h // self.group, begin, t)
         query = place_at(heads.query[h, t], t, tables)
         if self.params.local == "linear":
@@ -199,22 +212,24 @@ class NaiveLayer:
             return projected / projected.norm()
         return torch.cat([projected.exp(), (-projected).exp()])
 
-    def project(self, hidden_states: Tensor) -> Heads:
+    def project(self, hidden_states: Tensor, embeddings: Tensor | None) -> Heads:
         """Project hidden states (T D), one head after another."""
         size, shape = self.layer.shape.head_dim, self.layer.shape
 
-        def heads_of(linear: torch.nn.Linear, num_heads: int) -> Tensor:
+        def heads_of(linear: torch.nn.Linear, x: Tensor, num_heads: int) -> Tensor:
             heads = []
             for h in range(num_heads):
                 rows = slice(h * size, (h + 1) * size)
                 bias = 0 if linear.bias is None else linear.bias[rows]
-                heads.append(hidden_states @ linear.weight[rows].T + bias)
+                heads.append(x @ linear.weight[rows].T + bias)
             return torch.stack(heads)
 
+        of_embedding = self.params.memory_value == "embedding"
         return Heads(
-            heads_of(self.layer.q_proj, shape.num_heads),
-            heads_of(self.layer.k_proj, shape.num_kv_heads),
-            heads_of(self.layer.v_proj, shape.num_kv_heads),
+            heads_of(self.layer.q_proj, hidden_states, shape.num_heads),
+            heads_of(self.layer.k_proj, hidden_states, shape.num_kv_heads),
+            heads_of(self.layer.v_proj, embeddings if of_embedding else hidden_states,
+                     shape.num_kv_heads),
         )
 
 

@@ -4,9 +4,12 @@ Knows nothing of training, files, texts or protocols.
 """
 
 import copy
+import inspect
 from dataclasses import replace
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
@@ -104,7 +107,7 @@ def state_bytes(model: PreTrainedModel, params: InfiniParams | None = None) -> i
         with torch.device("meta"):
             model = type(model)(copy.deepcopy(model.config))
             insert_infini(model, params)
-    return sum(module.state_bytes for module in infini_modules(model).values())
+    return sum(m.state_bytes for m in model.modules() if isinstance(m, InfiniAttention))
 
 
 def insert_infini(model: PreTrainedModel, params: InfiniParams, seed: int = 0) -> None:
@@ -124,6 +127,12 @@ def insert_infini(model: PreTrainedModel, params: InfiniParams, seed: int = 0) -
         with_memory = memory_layers(params, chosen, len(layers))
         for index in chosen:
             own = layers[index]
+            has_branch = params.local != "none" or index in with_memory
+            if params.insertion == "parallel" and params.local_context:
+                window = without_memory(params, params.local_context)
+                confine(model, index, window, is_beside=has_branch)
+            if not has_branch:
+                continue
             layer = copy.deepcopy(own) if params.insertion == "adapter" else own
             base = getattr(layer, family.attention)
             memory = params.memory if index in with_memory else "off"
@@ -143,8 +152,29 @@ def insert_infini(model: PreTrainedModel, params: InfiniParams, seed: int = 0) -
             if layer is not own:
                 put_beside(own, layer)
             own.train(model.training)
+    if params.memory_value == "embedding":
+        model.base_model.register_forward_pre_hook(_give_embeddings, with_kwargs=True)
     # The caches of `transformers` hold no memory; `enable_generation` adds one that does.
     model.generation_config.use_cache = False
+
+
+def confine(
+    model: PreTrainedModel, index: int, params: InfiniParams, *, is_beside: bool
+) -> InfiniAttention:
+    """Make a layer's own attention an `InfiniAttention` of the same weights, without a memory.
+
+    Beside a branch, which has the layer's index, its index is that plus the number of layers.
+    """
+    family, layers = family_of(model.config), decoder_layers(model)
+    base = getattr(layers[index], family.attention)
+    with torch.random.fork_rng(devices=[]):
+        shape = attention_shape(model.config)
+        own = InfiniAttention(shape, params, index + is_beside * len(layers))
+    own.load_state_dict(family.split(base))
+    parameter = next(base.parameters())
+    own.to(device=parameter.device, dtype=parameter.dtype)
+    setattr(layers[index], family.attention, own.train(base.training))
+    return own
 
 
 def put_beside(base: nn.Module, branch: nn.Module) -> None:
@@ -168,6 +198,17 @@ def _add_branch(base: nn.Module, args: tuple, kwargs: dict, output: Output) -> O
         return output + (branch.alpha.to(added.dtype) * added).to(output.dtype)
     added = branch.alpha.to(added[0].dtype) * added[0]
     return (output[0] + added.to(output[0].dtype), *output[1:])
+
+
+def _give_embeddings(
+    body: nn.Module, args: tuple, kwargs: dict[str, Any]
+) -> tuple[tuple, dict[str, Any]]:
+    """Hand the embeddings of a forward pass's tokens to every layer, normed like its states."""
+    given = inspect.signature(body.forward).bind_partial(*args, **kwargs).arguments
+    embeddings = given.get("inputs_embeds")
+    if embeddings is None:
+        embeddings = body.get_input_embeddings()(given["input_ids"])
+    return args, kwargs | {"embeddings": F.rms_norm(embeddings, embeddings.shape[-1:])}
 
 
 def _randomise(module: nn.Module) -> None:
