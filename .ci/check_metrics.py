@@ -22,6 +22,9 @@ MARGIN = 8  # allowed: so many times the largest difference seen, for processors
 # matches a metric counts; a metric without a pattern must be equal.
 DIFFERENCES = [
     # metrics                                                   float32  if broken
+    # The number type moves a few of the tokens that a threshold chooses.
+    (r".*num_key_tokens", 10),  # of 794
+    (r".*key_token_nll_\w+", 0.0231),  # memory not read: 0.76
     (r"(baseline_eval|\w+\.base)\.(?!t2|unigram)\w+_(ppl|nll)", 0.0006),  # labels off: 7.1
     (r"eval_sliding\.finetuned\.t2_test_ppl", 0.0099),  # one shift: 6.8
     (r".*t2_test_ppl", 0.0033),  # one shift: 6.9

@@ -48,6 +48,7 @@ ABSENT = {
     "finetune.kl_context": "segment",
     "distill.lr_scale.memory": "1",
     "distill.lr_scale.infini": "1",
+    "eval.rivals": "[]",
     "distill.min_delta": "0",
     "finetune.min_delta": "0",
 }

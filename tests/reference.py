@@ -31,9 +31,8 @@ SHAPE = AttentionShape(
 CHOICES = {
     "update_rule": ("linear", "delta", "delta_gamma", "gated_delta"),
     "feature_map": ("elu1", "hedgehog", "unit"),
-    "memory_key": ("own", "before"),
     "num_features": ("base", 4),
-    "local": ("softmax", "linear", "none"),
+    "local": ("softmax", "linear"),
     "positions": ("rope", "alibi", "none"),
     "heads": ("base", "single"),
     "gate": ("head", "query"),
@@ -53,8 +52,7 @@ def without_conflicts(form: dict) -> dict:
     """Return a form without choices that others exclude."""
     form = dict(form)
     if form.get("update_rule") == "gated_delta":
-        form |= {"feature_map": "unit"}
-        form |= {"local": "softmax"} if form.get("local") == "linear" else {}
+        form |= {"feature_map": "unit", "local": "softmax"}
     elif form.get("feature_map") == "unit":
         form |= {"feature_map": "elu1"}
     if form.get("update_rule", "linear") != "linear":
@@ -64,8 +62,6 @@ def without_conflicts(form: dict) -> dict:
     if form.get("heads") == "single":
         form = {"init": "random_attention"} | form
         form |= {"positions": "none"} if form.get("positions", "rope") == "rope" else {}
-    if form.get("local") == "none":
-        form |= {"insertion": "parallel"}
     if form.get("local") == "linear" and form.get("positions") == "alibi":
         form |= {"positions": "none"}
     return form

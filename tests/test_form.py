@@ -19,7 +19,7 @@ REFUSED = [
     ({"segment_length": 2}, r"segment_length must be at least 3 tokens, .* got 2"),
     ({"local_context": -1}, r"local_context must be in 0\.\.[\d,]+ tokens, got -1"),
     ({"num_features": 5, **HEDGEHOG}, r"num_features must be base or an even .* got 5"),
-    ({"num_features": 4}, r"num_features must be base unless .* hedgehog, .* got 4"),
+    ({"num_features": 4}, r"num_features must be base when .* elu1, .* got 4"),
     ({"bptt_segments": 0}, r"bptt_segments must be all or at least 1, got 0"),
     ({"heads": "single", "init": "random_layer"}, r"heads must be base .* got single"),
     ({"heads": "single", "positions": "none"}, r"heads must be base .* got single"),
@@ -28,6 +28,9 @@ REFUSED = [
     ({"update_rule": "gated_delta"}, r"feature_map must be unit .* got elu1 with gated_delta"),
     ({"feature_map": "unit"}, r"feature_map must be unit .* got unit with linear"),
     ({**GATED, "local": "linear"}, r"local must be softmax .* unit, .* got linear"),
+    ({"local": "none"}, r"local must be softmax or linear unless .* got none with replace and on"),
+    ({"memory_key": "before"}, r"memory_key must be own and .* got before and hidden"),
+    ({"memory_value": "embedding"}, r"memory_key must be own and .* got own and embedding"),
     ({"local": "linear", "positions": "alibi"}, r"positions must be rope or none .* got alibi"),
     (
         {"update_rule": "delta", "seed_scaling": True},
@@ -42,7 +45,7 @@ TAKEN = [
     {"seed_scaling": True, "decay": "feature", "local": "linear", "positions": "none"},
 ]
 # A digest of all fields and choices of `InfiniParams` when files of each format were written.
-FIELDS = {5: "25d68dbe8a0c71b5274d66e82bb12c33"}
+FIELDS = {5: "25d68dbe8a0c71b5274d66e82bb12c33", 6: "2894eb098074ce8ffdf71172922fa3f7"}
 
 
 @pytest.mark.parametrize(("over", "message"), REFUSED, ids=str)

@@ -145,7 +145,6 @@ def changes() -> list[dict]:
     """Return what one choice alone changes in the published form."""
     known = {name: values for name, values in CHOICES.items() if name not in ("heads", *EXACT)}
     needed = {"num_features": {"feature_map": "hedgehog"}, "gated_delta": {"feature_map": "unit"}}
-    needed["local"] = {"insertion": "parallel"}  # as none must
     one = [
         needed.get(name, {}) | needed.get(other, {}) | {name: other}
         for name, (_, *rest) in known.items()
@@ -155,16 +154,22 @@ def changes() -> list[dict]:
     return [*one, {"segment_length": SEGMENT + 1}]
 
 
-@torch.no_grad()
-def test_values_of_embeddings_are_those_of_the_loop():
+@pytest.mark.parametrize("rule", ["linear", "gated_delta"])
+@pytest.mark.parametrize("value", ["hidden", "embedding"])
+@pytest.mark.parametrize("key", ["own", "before"])
+def test_a_branch_that_is_a_memory_equals_the_loop(rule, value, key):
     form = {"local": "none", "insertion": "parallel", "heads": "single", "positions": "none"}
-    form |= {"init": "random_attention", "memory_value": "embedding", "memory_key": "before"}
-    form |= {"segment_length": SEGMENT}
-    layer, (x, embeddings) = make_layer(form), draw_hidden(2, DOCUMENT)
-    got = layer(x[None], embeddings=embeddings[None])[0][0]
-    expected = NaiveLayer(layer, infini_params(**form))(x, None, embeddings=embeddings)
-    assert largest(got - expected) < 1e-9
-    assert largest(got - layer(x[None], embeddings=x[None])[0][0]) > 1e-3
+    form |= {"init": "random_attention", "memory_key": key, "memory_value": value}
+    form |= {"update_rule": rule, "feature_map": "unit" if rule == "gated_delta" else "elu1"}
+    form |= {"segment_length": SEGMENT, "local_context": 2 * SEGMENT}  # of the base beside it
+    layer, x = make_layer(form), draw_hidden(2, DOCUMENT).requires_grad_()
+    got = layer(x[:1], embeddings=x[1:])[0][0]
+    want = NaiveLayer(layer, infini_params(**form))(x[0], None, embeddings=x[1])
+    assert largest(got - want) < 1e-9
+    gradients = [torch.autograd.grad(out.sin().sum(), x)[0] for out in (got, want)]
+    assert largest(gradients[0] - gradients[1]) < 1e-9
+    assert (largest(gradients[0][1]) > 1e-4) == (value == "embedding")
+    assert got[:SEGMENT].count_nonzero() == 0
 
 
 @pytest.mark.parametrize("change", changes(), ids=str)
@@ -179,7 +184,8 @@ def test_the_loop_tells_forms_apart(change):
 
 def test_every_choice_is_in_a_form():
     kinds = {field.name: field.type for field in fields(InfiniParams)}
-    of_models = {"layers", "memory", "memory_layers", "memory_value", "init", "insertion"}
-    for name in kinds.keys() - of_models:
+    of_branches = {"memory_key", "memory_value", "insertion"}
+    for name in kinds.keys() - {"layers", "memory", "memory_layers", "init"} - of_branches:
         choices = {c for c in get_args(kinds[name]) if isinstance(c, str)}
+        choices -= {"none"} if name == "local" else set()  # of branches too
         assert choices <= {form[name] for form in FORMS}, name

@@ -58,7 +58,8 @@ def test_a_prompt_in_parts_or_at_once_equals_the_run_that_is_trained(family, oth
     enable_generation(model, params, other)
     for got in (at_once(model, ids), *(in_parts(model, ids, sizes) for sizes in PARTS)):
         assert largest(got - trained[other]) < 1e-9
-    has_others = params.layers != "all" or params.insertion == "parallel"
+    is_beside = params.insertion == "parallel" and not params.local_context
+    has_others = params.layers != "all" or is_beside
     assert (largest(trained["full"] - trained["segment"]) > 1e-2) == has_others
 
 

@@ -10,9 +10,17 @@ from transformers import PreTrainedModel
 
 from infini_retrofit.layer.cut import Cut
 from infini_retrofit.model.families import decoder_layers
-from infini_retrofit.model.retrofit import alphas, attention_modules
+from infini_retrofit.model.retrofit import alphas, attention_modules, insert_infini
 from infini_retrofit.model.running import run_folded, run_in_layer
-from tests.reference import MODEL_FORMS, both_families, largest, name_of, retrofitted, set_share
+from tests.reference import (
+    MODEL_FORMS,
+    both_families,
+    infini_params,
+    largest,
+    name_of,
+    retrofitted,
+    set_share,
+)
 from tests.tiny import ids_for, tiny_model
 
 SEGMENT, DOCUMENT = 5, 20
@@ -31,7 +39,11 @@ def open_branches(model: PreTrainedModel, alpha: float = 0.7) -> None:
 @torch.no_grad()
 def test_before_training_a_branch_changes_nothing_and_then_it_does(family, form):
     insertion = "adapter" if form.get("init") == "random_layer" else "parallel"
-    base = tiny_model(family).double()
+    base = tiny_model(family)
+    if insertion == "parallel" and (window := form.get("local_context")):
+        layers = form.get("layers", "all")
+        insert_infini(base, infini_params(layers=layers, memory="off", local_context=window))
+    base = base.double()
     model = retrofitted(family, **form | {"insertion": insertion}).double()
     ids = ids_for(base, 2, DOCUMENT)
     for run in (run_folded, run_in_layer):

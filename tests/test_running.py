@@ -29,7 +29,7 @@ def ids_for(model: PreTrainedModel, num_rows: int = 2, num_tokens: int = DOCUMEN
 
 
 def dtypes_of(state: State) -> set[torch.dtype]:
-    memories = [after.memory for after in state.after.values()]
+    memories = [after.memory for after in state.after.values() if after.memory is not None]
     return {x.dtype for m in memories for x in (m.matrix, m.normalizer)}
 
 

@@ -67,7 +67,7 @@ class InfiniAttention(nn.Module):
         v_bias = shape.qkv_bias or params.memory_value == "embedding"
         self.v_proj = nn.Linear(shape.hidden_size, kv_size, bias=v_bias)
         self.o_proj = nn.Linear(q_size, shape.hidden_size, bias=shape.o_bias)
-        if params.memory_key == "before" and q_size == kv_size:
+        if params.memory_key == "before":
             self.q_proj.load_state_dict(self.k_proj.state_dict())  # a query is like its own key
         if params.memory_value == "embedding":  # what is recalled starts as an embedding
             nn.init.eye_(self.v_proj.weight)

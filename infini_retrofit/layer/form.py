@@ -128,11 +128,12 @@ class InfiniParams:
                 "infini.local must be softmax or linear unless infini.insertion is parallel and "
                 f"infini.memory is on, got none with {self.insertion} and {self.memory}"
             )
-        if self.memory_value == "embedding" and (self.local, self.heads) != ("none", "single"):
+        what_came_next = (self.memory_key, self.memory_value) != ("own", "hidden")
+        if what_came_next and (self.local, self.heads) != ("none", "single"):
             raise ValueError(
-                "infini.memory_value must be hidden unless infini.local is none (whose values the "
-                f"memory alone reads) and infini.heads single, got embedding with {self.local} and "
-                f"{self.heads}"
+                "infini.memory_key must be own and infini.memory_value hidden unless infini.local "
+                "is none and infini.heads single: other projections are those of the local "
+                f"attention too, got {self.memory_key} and {self.memory_value}"
             )
         if self.local == "linear" and self.positions == "alibi":
             raise ValueError(

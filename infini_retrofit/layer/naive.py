@@ -73,7 +73,7 @@ class NaiveLayer:
         It reads the memory of the document `memory_of` (T D); None: its own.
         """
         heads = self.project(hidden_states, embeddings)
-        owner = heads if memory_of is None else self.project(memory_of, None)
+        owner = heads if memory_of is None else self.project(memory_of)
         rows = []
         for h in range(len(heads.query)):
             memories = self.write(owner, h // self.group) if self.memory is not None else {}
@@ -212,7 +212,7 @@ class NaiveLayer:
             return projected / projected.norm()
         return torch.cat([projected.exp(), (-projected).exp()])
 
-    def project(self, hidden_states: Tensor, embeddings: Tensor | None) -> Heads:
+    def project(self, hidden_states: Tensor, embeddings: Tensor | None = None) -> Heads:
         """Project hidden states (T D), one head after another."""
         size, shape = self.layer.shape.head_dim, self.layer.shape
 

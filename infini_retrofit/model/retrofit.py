@@ -127,6 +127,7 @@ def insert_infini(model: PreTrainedModel, params: InfiniParams, seed: int = 0) -
         with_memory = memory_layers(params, chosen, len(layers))
         for index in chosen:
             own = layers[index]
+            weights = family.split(getattr(own, family.attention))
             has_branch = params.local != "none" or index in with_memory
             if params.insertion == "parallel" and params.local_context:
                 window = without_memory(params, params.local_context)
@@ -138,7 +139,7 @@ def insert_infini(model: PreTrainedModel, params: InfiniParams, seed: int = 0) -
             memory = params.memory if index in with_memory else "off"
             infini = InfiniAttention(shape, replace(params, memory=memory), index)
             if params.init == "base":
-                infini.load_state_dict(family.split(base), strict=False)
+                infini.load_state_dict(weights, strict=False)
             if params.init == "random_layer":
                 layer.apply(_randomise)
             parameter = next(base.parameters())

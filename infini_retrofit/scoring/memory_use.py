@@ -69,14 +69,15 @@ def memory_use(
         for name in ("share", "recalled_norm", "local_norm")
     )
     p05, p50, p95 = np.percentile(share, (5, 50, 95))
-    return {
+    found = {
         "memory_share_mean": float(share.mean(dtype=np.float64)),
         "memory_share_p05": float(p05),
         "memory_share_p50": float(p50),
         "memory_share_p95": float(p95),
-        "recalled_over_local": float(
-            recalled.mean(dtype=np.float64) / local.mean(dtype=np.float64)
-        ),
         "segment_val_ppl": own.ppl,
         "segment_off_val_ppl": off.ppl,
     }
+    if local.any():  # a branch may have no local attention
+        quotient = recalled.mean(dtype=np.float64) / local.mean(dtype=np.float64)
+        found["recalled_over_local"] = float(quotient)
+    return found

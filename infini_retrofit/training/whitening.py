@@ -33,16 +33,10 @@ def whiten_keys(
 ) -> None:
     """Make the queries and keys of branches with `memory_key: before` white, in place.
 
-    Only a single head's projections are square. Over the tokens of `documents` their channels
-    then have mean 0, variance 1 and no correlation, largest principal component first. Values of
-    embeddings get the mean 0.
+    Over the tokens of `documents` their channels then have mean 0, variance 1 and no correlation,
+    largest principal component first. Values of embeddings get the mean 0.
     """
-    form = ("none", "single", "before")
-    modules = [
-        m
-        for m in infini_modules(model).values()
-        if m.memory and (m.params.local, m.params.heads, m.params.memory_key) == form
-    ]
+    modules = [m for m in infini_modules(model).values() if m.params.memory_key == "before"]
     if not modules:
         return
     with _inputs(modules) as inputs:
