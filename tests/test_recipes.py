@@ -26,6 +26,7 @@ OWN_BUDGET = {
     "scratch": {"finetune.epochs", "finetune.patience", "finetune.lr"},
     "memory-only": {"finetune.lr"},
     "memory-and-context": {"finetune.lr"},
+    "code-gated-delta": {"finetune.lr"},
 }
 SIZES = ("samples", "tokens_per_sample", "train_documents", "batch_size", "epochs", "seed")
 TINY = {"one": "# sets a\na: 2\n", "two": "# sets b\nb: 3\n", "broken": "# fails\nb: text\n"}
@@ -183,7 +184,7 @@ def test_the_list_says_what_each_recipe_is_in_a_line(capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("line", "words"),
     [
-        ("infini-al --print", ["must be one of adapter-layer0, control", "got 'infini-al'"]),
+        ("infini-al --print", ["must be one of adapter-layer0, code-", "got 'infini-al'"]),
         ("control --print -S distill.epoch=3", ["distill.epoch must", "distill has batch_size, "]),
         ("control --print -S distil.epochs=3", ["distil.epochs must", "params.yaml has corpora, "]),
         ("control --print -S distill.epochs", ["-S must be key=value", "got 'distill.epochs'"]),
