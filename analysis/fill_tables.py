@@ -29,6 +29,7 @@ DEFAULT_METRICS = [
     *("gap_test_nats", "gap_recovered", "state_bytes", "num_documents", "num_articles"),
 ]
 SEED_RECIPES = ("v1", "v1-fixed", "v2", "v2-fixed", "two-stage", "two-stage-fixed")  # docs/seeds.md
+ON_CODE = ("code-gated-delta",)  # other texts: their scores compare with no other recipe's
 DROPPED = ("lolcats",)  # of the recipes' budget; their form and recipe are gone from the code
 # Of one control and one budget; each differs from another in what README speaks of.
 CHOICES = (
@@ -207,8 +208,8 @@ def default_results() -> str:
 
 
 def recipes_by_ppl(metrics: pd.DataFrame) -> list[str]:
-    """Return the recipes that share a budget and those dropped, the best under `segment` first."""
-    shared = {*recipe_names(), *DROPPED} - {*SEED_RECIPES}
+    """Return the recipes that share budget and texts and those dropped, the best first."""
+    shared = {*recipe_names(), *DROPPED} - {*SEED_RECIPES, *ON_CODE}
     ranked = metrics[SEGMENT].sort_values(kind="stable").index
     return [name for name in ranked if name in shared]
 

@@ -8,7 +8,15 @@ from pathlib import Path
 import pytest
 
 from analysis import fill_tables
-from analysis.fill_tables import DROPPED, SEED_RECIPES, fill, pages, recipes_by_ppl, tables
+from analysis.fill_tables import (
+    DROPPED,
+    ON_CODE,
+    SEED_RECIPES,
+    fill,
+    pages,
+    recipes_by_ppl,
+    tables,
+)
 from analysis.loading import load_metrics
 from infini_retrofit.pipeline.params import read_params
 from recipes.kept import kept_experiments
@@ -53,7 +61,7 @@ def test_a_metric_that_changes_changes_its_table(tmp_path, monkeypatch):
 def test_every_recipe_has_its_row_and_those_that_compare_a_line_in_the_picture(monkeypatch):
     monkeypatch.chdir(ROOT)
     rows = recipes_by_ppl(load_metrics(kept_experiments()))
-    assert {*rows, *SEED_RECIPES} == {*recipe_names(), *DROPPED}
+    assert {*rows, *SEED_RECIPES, *ON_CODE} == {*recipe_names(), *DROPPED}
     drawn = [label.get_text() for label in fill_tables.draw_recipes().axes[0].get_yticklabels()]
     assert drawn == [name for name in rows if name != "scratch"]
     assert fill_tables.PICTURE.read_bytes().startswith(b"\x89PNG")
