@@ -102,7 +102,7 @@ def score_corpus(
                 {
                     "corpus": name,
                     "document": f"{document.title}, part {document.part}",
-                    "article": document.title,
+                    "source": document.source or document.title,
                     "context": "all" if context is None else context,
                     "nll": nll.mean().item(),
                     "key_share": is_key.double().mean().item(),
@@ -126,8 +126,8 @@ def score_after(
 def cells(scores: pd.DataFrame) -> list[str]:
     """Write a corpus's row: nats a token by context, and what lies beyond the window."""
     table = scores.pivot(index="document", columns="context", values="nll")
-    articles = scores.groupby("document")["article"].first()[table.index]
-    gain, *ends = paired_bootstrap((table[WINDOW] - table["all"]).to_numpy(), list(articles))
+    sources = scores.groupby("document")["source"].first()[table.index]
+    gain, *ends = paired_bootstrap((table[WINDOW] - table["all"]).to_numpy(), list(sources))
     keys = scores[scores["context"] == "all"][["key_share", "key_nats"]].mean()
     return [
         f"{scores['corpus'].iloc[0]} ({len(table)})",

@@ -37,7 +37,7 @@ from analysis.programs import (
     print_growing,
 )
 from infini_retrofit.model.running import run_folded, run_in_layer
-from infini_retrofit.pipeline.tokens import read_titles
+from infini_retrofit.pipeline.tokens import read_sources
 from infini_retrofit.scoring.score import next_token_nlls
 
 BEGINNINGS_PER_BATCH = 2  # they go through the model at once
@@ -53,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Score one model from ever earlier beginnings and print the table."""
     options = _options(arguments)
     documents = open_documents(options.documents)
-    titles = read_titles(DOCUMENTS, options.documents)
+    sources = read_sources(DOCUMENTS, options.documents)
     model, length = open_model(options.model)
     num_segments = documents.shape[1] // length
     if max(options.segments) + options.scored > num_segments:
@@ -66,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         before = None
         for reach in sorted(set(options.segments)):
             scored = score_reach(model, documents, length, reach, options.scored)
-            yield [str(reach), *cells(scored, before, titles)]
+            yield [str(reach), *cells(scored, before, sources)]
             before = scored
 
     print_growing([*HEADER, *FULL_HEADER], rows())
@@ -121,20 +121,20 @@ def _score_last(
 def cells(
     scored: Sequence[Float[Tensor, "B"]],
     before: Sequence[Float[Tensor, "B"]] | None,
-    titles: Sequence[str],
+    sources: Sequence[str],
 ) -> list[str]:
     """Write a row: perplexity and what it wins over a shorter reach, for each way of reading.
 
     Args:
         scored: nats a token of each document, one tensor for each way of reading.
         before: the same of the row above; None: there is none.
-        titles: of each document's article; documents of one article are not independent.
+        sources: of each document; documents of one source are not independent.
     """
     found = []
     for way, nlls in enumerate(scored):
         won, interval = "", ""
         if before is not None:
-            articles = pd.Index(titles, name="article")
+            articles = pd.Index(sources, name="article")
             won, interval = write_lead(pd.Series(before[way] - nlls, articles))
         found += [f"{nlls.mean().exp().item():.3f}", won, interval]
     return found

@@ -62,7 +62,7 @@ def main() -> str:
     # Of the finetuned, the last one.
     documents = text.documents[:HISTOGRAM_DOCUMENTS]
     _, readings = run_and_read(model, documents, infini.segment_length)
-    add_gains([reports[folder.name] for folder in retrofits], reports["control"], text.titles)
+    add_gains([reports[folder.name] for folder in retrofits], reports["control"], text.sources)
     write_metrics(METRICS, {name: report.metrics for name, report in reports.items()})
     write_rows(PERPLEXITIES, perplexity_rows(reports))
     write_rows(DOCUMENTS, [row for report in reports.values() for row in report.documents])
@@ -74,11 +74,11 @@ def main() -> str:
     return f"eval_sliding: {made}"
 
 
-def add_gains(retrofits: Sequence[Report], control: Report, titles: Sequence[str]) -> None:
+def add_gains(retrofits: Sequence[Report], control: Report, sources: Sequence[str]) -> None:
     """Add the gains of its memory to each retrofit's metrics; warn where there is no gap."""
     has_gap = gap_test_nats(control.metrics) > 0
     for report in retrofits:
-        report.metrics.update(gains(report.document_nlls(), control.document_nlls(), titles))
+        report.metrics.update(gains(report.document_nlls(), control.document_nlls(), sources))
         if has_gap:
             report.metrics["gap_recovered"] = gap_recovered(report.metrics, control.metrics)
     if not has_gap:

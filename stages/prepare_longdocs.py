@@ -21,6 +21,7 @@ from infini_retrofit.texts.splits import (
     Article,
     Document,
     TokenizedArticle,
+    by_turns,
     cut_documents,
     open_tokenizer,
     read_articles,
@@ -44,7 +45,7 @@ def main() -> str:
     if params.corpus != SAME:
         split_of = {k: split for split in SPLITS for a in articles[split] for k in identity(a)}
         articles = {
-            split: list(take_enough(tokenize(tokenizer, of_split), params))
+            split: list(take_enough(tokenize(tokenizer, by_turns(of_split)), params))
             for split, of_split in read_other_corpus(split_of).items()
         }
     check_lengths(articles, params.tokens_per_document)
@@ -120,12 +121,13 @@ def check_lengths(articles: dict[str, list[TokenizedArticle]], tokens_per_docume
 
 
 def check_sources(documents: list[Document], tokens_per_document: int) -> None:
-    """Refuse test documents of a single article, whose memories cannot be swapped."""
-    sources = {document.title for document in documents}
+    """Refuse test documents of a single source, whose memories cannot be swapped."""
+    sources = {document.source or document.title for document in documents}
     if len(sources) < 2:
         raise ValueError(
-            f"longdocs.tokens_per_document must leave documents of at least 2 articles in test, "
-            f"whose memories can be swapped, got {tokens_per_document}: {len(sources)} is that long"
+            f"longdocs.tokens_per_document must leave test documents of at least 2 articles or "
+            f"packages, whose memories can be swapped, got {tokens_per_document}: {len(sources)} "
+            "is that long"
         )
 
 

@@ -34,7 +34,7 @@ from infini_retrofit.pipeline.device import pick_device, pick_dtype
 from infini_retrofit.pipeline.files import verify_results, write_metrics, write_rows, write_text
 from infini_retrofit.pipeline.guard import run_stage
 from infini_retrofit.pipeline.params import load_section
-from infini_retrofit.pipeline.tokens import read_documents, read_titles
+from infini_retrofit.pipeline.tokens import read_documents, read_sources
 
 BASE, CONTROL, FINETUNED = Path("models/base"), Path("models/control"), Path("models/finetuned")
 DOCUMENTS, SHOWN_TOKENS = Path("data/longdocs/test.parquet"), 60
@@ -77,8 +77,8 @@ def main() -> str:
 def continue_prefix(params: dict[str, Any]) -> tuple[str, list[tuple[str, str]]]:
     """Return the end of the prefix, and how each model continues it."""
     documents = read_documents(DOCUMENTS, vocab_size(BASE), params["eval"]["documents"])
-    titles = read_titles(DOCUMENTS, len(documents))
-    other = next((i for i, title in enumerate(titles) if title != titles[0]), 1)
+    sources = read_sources(DOCUMENTS, len(documents))
+    other = next((i for i, source in enumerate(sources) if source != sources[0]), 1)
     prefix = Prefix.of(documents, other, params["infini"]["segment_length"])
     device, dtype = pick_device(), pick_dtype(pick_device())
     found = {"the text itself": prefix.truth[0]}

@@ -1,5 +1,6 @@
 """The split of a corpus, its documents, and its files of tokens."""
 
+from dataclasses import replace
 from unicodedata import normalize
 
 import numpy as np
@@ -43,6 +44,17 @@ def test_splits_are_dealt_by_number(num_articles, shares, counts):
         assert tuple(len(splits[split]) for split in SPLITS) == counts
         assert {a for split in SPLITS for a in splits[split]} == set(articles)
         assert split_articles(articles[::-1], *shares) == splits
+
+
+def test_the_first_documents_come_from_as_many_sources_as_possible():
+    sources = {"a1": "a", "a2": "a", "a3": "a", "b1": "b", "b2": "b", "alone": ""}
+    articles = [replace(tokenized(title, 10), source=s) for title, s in sources.items()]
+    documents = cut_documents(articles, 4)
+    first = [document.source or document.title for document in documents[:3]]
+    assert sorted(first) == ["a", "alone", "b"]
+    of_a = [document for document in documents if document.source == "a"]
+    assert {document.title for document in of_a[:3]} == {"a1", "a2", "a3"}
+    assert len(documents) == 12
 
 
 def test_articles_of_one_title_stay_together():
@@ -179,6 +191,6 @@ def test_files_hold_the_rows_and_nothing_else(tmp_path):
     rows = read_token_rows(tmp_path / "test.parquet")
     assert [row.tolist() for row in rows] == [d.input_ids.tolist() for d in documents]
     assert all(row.dtype == np.int32 and row.flags.writeable for row in rows)
-    assert pq.read_schema(tmp_path / "test.parquet").names == ["title", "part", "input_ids"]
+    assert pq.read_schema(tmp_path / "test.parquet").names == ["title", "part", "input_ids", "source"]
     with pytest.raises(FileNotFoundError, match="run `dvc repro prepare_longdocs`"):
         read_token_rows(tmp_path / "longdocs" / "test.parquet")

@@ -1,5 +1,6 @@
 """Prepared tokens as tensors: their order and their number."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from infini_retrofit.pipeline.files import write_manifest
-from infini_retrofit.pipeline.tokens import read_documents, read_samples, read_stream, read_titles
+from infini_retrofit.pipeline.tokens import read_documents, read_samples, read_sources, read_stream
 from infini_retrofit.texts.splits import Document, TokenizedArticle, write_rows
 
 LENGTHS = (7, 3, 12)
@@ -43,16 +44,17 @@ def test_samples_longer_than_every_article_are_refused(path):
         read_samples(path, 22, 13, 9)
 
 
-def test_documents_are_the_first_rows_and_each_has_its_article_s_title(tmp_path):
+def test_documents_are_the_first_rows_and_each_has_its_source(tmp_path):
     rows = np.arange(12, dtype=np.int32).reshape(4, 3)
     pieces = [("b", 0), ("a", 0), ("b", 1), ("c", 0)]
     documents = [Document(*piece, row) for piece, row in zip(pieces, rows, strict=True)]
+    documents[3] = replace(documents[3], source="package")
     write_rows(tmp_path, "test", documents)
     write_manifest(tmp_path)
     path = tmp_path / "test.parquet"
     assert read_documents(path, 22, 3).tolist() == rows[:3].tolist()
-    assert read_titles(path, 3) == ["b", "a", "b"]
-    assert read_titles(path, 9) == ["b", "a", "b", "c"]
+    assert read_sources(path, 3) == ["b", "a", "b"]
+    assert read_sources(path, 9) == ["b", "a", "b", "package"]
 
 
 def rewritten(path: Path, **columns: pa.Array) -> None:
@@ -67,7 +69,7 @@ def rewritten(path: Path, **columns: pa.Array) -> None:
 def test_a_flipped_bit_is_refused_and_so_is_a_table_without_a_manifest(path):
     content = path.read_bytes()
     path.write_bytes(content[:100] + bytes([content[100] ^ 1]) + content[101:])
-    for read in (lambda: read_stream(path, 22), lambda: read_titles(path, 9)):
+    for read in (lambda: read_stream(path, 22), lambda: read_sources(path, 9)):
         with pytest.raises(ValueError, match=r"train\.parquet differs from its manifest .* run"):
             read()
     path.with_name("manifest.json").unlink()

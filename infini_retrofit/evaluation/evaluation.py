@@ -52,8 +52,8 @@ class Report:
     Attributes:
         metrics: `<protocol>_test_ppl` for every protocol, `full_test_nll` and `segment_test_nll`
             in nats a token, `state_bytes` that cross a segment border, `num_documents`, and
-            `num_articles` that these are cut from; see docs/protocols.md for those of key tokens
-            and rivals.
+            `num_articles` (or packages) that these are cut from; see docs/protocols.md for those of
+            key tokens and rivals.
         documents: rows of a plot: model, protocol, document, article, nll.
         positions: rows of a plot: model, protocol, position, nll, num_scored.
         key_tokens: those of the documents; None if the report was read.
@@ -115,7 +115,7 @@ def evaluate(name: str, model: PreTrainedModel, setting: Setting) -> Report:
         **{f"{key}_test_nll": scores[key].nll for key in ("full", "segment")},
         "state_bytes": state_bytes(make_windowed(model, setting.rival)),
         "num_documents": len(text.documents),
-        "num_articles": len(set(text.titles)),
+        "num_articles": len(set(text.sources)),
         **fitted,
     }
     if name == "base" and params.rivals:
@@ -125,7 +125,7 @@ def evaluate(name: str, model: PreTrainedModel, setting: Setting) -> Report:
     key_tokens = setting.key_tokens or KeyTokens.of(documents["full"], documents["segment"])
     metrics |= score_key_tokens(key_tokens, documents)
     positions = position_rows(name, documents, setting.rival.segment_length)
-    return Report(metrics, document_rows(name, documents, text.titles), positions, key_tokens)
+    return Report(metrics, document_rows(name, documents, text.sources), positions, key_tokens)
 
 
 def score_key_tokens(
@@ -142,11 +142,11 @@ def score_key_tokens(
 
 
 def document_rows(
-    name: str, nlls: Mapping[str, Float[Tensor, "B _"]], titles: Sequence[str]
+    name: str, nlls: Mapping[str, Float[Tensor, "B _"]], sources: Sequence[str]
 ) -> list[Row]:
-    """Return a model's mean NLL of each document; articles are numbered in their order."""
-    articles = list(dict.fromkeys(titles))
-    numbers = [articles.index(title) for title in titles]
+    """Return a model's mean NLL of each document; sources are numbered in their order."""
+    order = list(dict.fromkeys(sources))
+    numbers = [order.index(source) for source in sources]
     return [
         {"model": name, "protocol": key, "document": index, "article": numbers[index], "nll": nll}
         for key, found in nlls.items()

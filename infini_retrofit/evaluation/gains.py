@@ -12,7 +12,7 @@ from infini_retrofit.evaluation.evaluation import DocumentNlls
 from infini_retrofit.evaluation.protocols import PROTOCOLS
 
 
-def gains(model: DocumentNlls, control: DocumentNlls, titles: Sequence[str]) -> dict[str, float]:
+def gains(model: DocumentNlls, control: DocumentNlls, sources: Sequence[str]) -> dict[str, float]:
     """Compare a model with its rivals, document by document.
 
     A gain is left out if a score that it needs is missing.
@@ -20,7 +20,7 @@ def gains(model: DocumentNlls, control: DocumentNlls, titles: Sequence[str]) -> 
     Args:
         model: scores of a model with a memory.
         control: scores of a model that was trained alike without one.
-        titles: of each document's article; documents of one article are not independent.
+        sources: of each document; documents of one source are not independent.
 
     Returns:
         `gain_over_<other>`, the nats a token by which the model is better, and, given enough
@@ -36,8 +36,8 @@ def gains(model: DocumentNlls, control: DocumentNlls, titles: Sequence[str]) -> 
     if "segment_pointer" in model:
         pairs["gain_beside_pointer"] = control["segment_pointer"], model["segment_pointer"]
     for key, (best, own) in pairs.items():
-        metrics[key], low, high = paired_bootstrap(best - own, titles)
-        if len(set(titles)) >= MIN_GROUPS_FOR_INTERVAL:
+        metrics[key], low, high = paired_bootstrap(best - own, sources)
+        if len(set(sources)) >= MIN_GROUPS_FOR_INTERVAL:
             metrics |= {f"{key}_low": low, f"{key}_high": high}
     return metrics
 

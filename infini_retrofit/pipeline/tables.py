@@ -86,6 +86,7 @@ def _types() -> dict[str, Any]:
 
     return {
         "title": pa.string(),
+        "source": pa.string(),
         "text": pa.large_string(),
         "part": pa.int32(),
         "input_ids": pa.large_list(pa.int32()),

@@ -25,17 +25,17 @@ class TestText:
 
     stream: Int[Tensor, "Stream"]  # all articles, one after another
     documents: Int[Tensor, "B T"]
-    titles: list[str]  # of each document's article
+    sources: list[str]  # of each document: documents of one source are not independent
 
 
 def read_test_text(
     articles: Path, documents: Path, vocab_size: int, max_tokens: int, max_documents: int
 ) -> TestText:
-    """Read the start of a stream, and the first documents with their titles."""
+    """Read the start of a stream, and the first documents with their sources."""
     return TestText(
         read_stream(articles, vocab_size, max_tokens),
         read_documents(documents, vocab_size, max_documents),
-        read_titles(documents, max_documents),
+        read_sources(documents, max_documents),
     )
 
 
@@ -52,9 +52,10 @@ def read_documents(path: Path, vocab_size: int, max_documents: int) -> Int[Tenso
     return torch.from_numpy(np.stack(rows[:max_documents]).astype(np.int64))
 
 
-def read_titles(path: Path, max_documents: int) -> list[str]:
-    """Return the article's title of each of the first documents."""
-    return read_table(path, ["title"])["title"].to_pylist()[:max_documents]
+def read_sources(path: Path, max_documents: int) -> list[str]:
+    """Return the source of each of the first documents: a package, or the article alone."""
+    rows = read_table(path, ["title", "source"]).to_pylist()
+    return [row["source"] or row["title"] for row in rows[:max_documents]]
 
 
 def read_samples(

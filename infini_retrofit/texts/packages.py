@@ -43,7 +43,7 @@ def _read_package(requirement: str) -> list[Article]:
     """Read a package `name==version`, in the order of the files' names."""
     name, _, version = requirement.partition("==")
     found = _installed(name, requirement)
-    if found.version != version:
+    if found.version.partition("+")[0] != version:  # of torch, +cpu is the same text
         raise ValueError(
             f"corpora.<preset> must name installed packages, got {requirement}: {found.version} is "
             f"installed; run `python -m pip install {requirement}`"
@@ -51,7 +51,11 @@ def _read_package(requirement: str) -> list[Article]:
     paths = sorted(path for path in found.files or [] if path.suffix == ".py")
     kept = [path for path in paths if not _LEFT_OUT & set(path.parts)]
     texts = {str(path): path.locate().read_text(encoding="utf-8") for path in kept}
-    return [Article(f"{name}: {path}", text) for path, text in texts.items() if text.strip()]
+    return [
+        Article(f"{name}: {path}", text, source=name)
+        for path, text in texts.items()
+        if text.strip()
+    ]
 
 
 def _installed(name: str, requirement: str) -> Distribution:

@@ -7,10 +7,12 @@ Knows neither the source of the articles (`articles`) nor how they are cleaned (
 import hashlib
 import re
 import unicodedata
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, fields
 from itertools import combinations, groupby, islice
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -30,10 +32,16 @@ _PLACES_TRIED, _SURROUNDINGS = 100, 100  # characters on each side of a place
 
 @dataclass(frozen=True)
 class Article:
-    """One text; its title decides to which split it belongs."""
+    """One text; its title decides to which split it belongs.
+
+    Attributes:
+        source: what it shares with articles that it is not independent of, such as a package; "":
+            it stands alone.
+    """
 
     title: str
     text: str
+    source: str = field(default="", kw_only=True)
 
 
 @dataclass(frozen=True)
@@ -50,6 +58,10 @@ class Document:
     title: str
     part: int
     input_ids: TokenIds
+    source: str = field(default="", kw_only=True)
+
+
+Piece = TypeVar("Piece", Article, Document)
 
 
 def split_articles(
@@ -119,6 +131,17 @@ def title_order(piece: Article | Document) -> tuple[bytes, str]:
     return hashlib.sha256(same_title(piece.title).encode()).digest(), piece.title
 
 
+def by_turns(pieces: Iterable[Piece]) -> list[Piece]:
+    """Return the first piece of every source, then the second of each, and so on."""
+    seen: Counter[str] = Counter()
+    turns = []
+    for piece in pieces:
+        source = piece.source or piece.title
+        turns.append((seen[source], piece))
+        seen[source] += 1
+    return [piece for _, piece in sorted(turns, key=lambda turn: turn[0])]
+
+
 def open_tokenizer(path: Path) -> Tokenizer:
     """Open the tokenizer.json of a base, without truncation and padding."""
     check_made(path, "dvc repro prepare_base")
@@ -144,7 +167,7 @@ def tokenize(tokenizer: Tokenizer, articles: Sequence[Article]) -> Iterator[Toke
     )
     for number, rows in groupby(encoded, key=lambda row: row[0]):
         article, input_ids = articles[number], np.concatenate([ids for _, ids in rows])
-        yield TokenizedArticle(article.title, article.text, input_ids)
+        yield TokenizedArticle(article.title, article.text, input_ids, source=article.source)
 
 
 def cut_text(tokenizer: Tokenizer, text: str) -> Iterator[str]:
@@ -188,15 +211,15 @@ def cut_documents(articles: Sequence[TokenizedArticle], tokens_per_document: int
     """Cut articles into pieces of one length; the rest of each is dropped.
 
     The first pieces of all articles precede the second ones: the first N documents come from as
-    many articles as possible. Each part is sorted by the hash of the titles.
+    many sources, and then articles, as possible. Each part is sorted by the hash of the titles.
     """
     length = tokens_per_document
     documents = [
-        Document(article.title, part, article.input_ids[part * length : (part + 1) * length])
-        for article in articles
-        for part in range(len(article.input_ids) // length)
+        Document(a.title, part, a.input_ids[part * length : (part + 1) * length], source=a.source)
+        for a in articles
+        for part in range(len(a.input_ids) // length)
     ]
-    return sorted(documents, key=lambda document: (document.part, title_order(document)))
+    return by_turns(sorted(documents, key=lambda piece: (piece.part, title_order(piece))))
 
 
 def write_rows(folder: Path, split: str, rows: Sequence[TokenizedArticle | Document]) -> None:
@@ -208,6 +231,6 @@ def write_rows(folder: Path, split: str, rows: Sequence[TokenizedArticle | Docum
 def read_articles(folder: Path, split: str) -> list[TokenizedArticle]:
     """Read one split that `write_rows` wrote."""
     path = folder / f"{split}.parquet"
-    texts = read_table(path, ["title", "text"]).to_pylist()
+    texts = read_table(path, ["title", "text", "source"]).to_pylist()
     rows = zip(texts, read_token_rows(path), strict=True)
     return [TokenizedArticle(**text, input_ids=input_ids) for text, input_ids in rows]
