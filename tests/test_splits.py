@@ -191,6 +191,8 @@ def test_files_hold_the_rows_and_nothing_else(tmp_path):
     rows = read_token_rows(tmp_path / "test.parquet")
     assert [row.tolist() for row in rows] == [d.input_ids.tolist() for d in documents]
     assert all(row.dtype == np.int32 and row.flags.writeable for row in rows)
-    assert pq.read_schema(tmp_path / "test.parquet").names == ["title", "part", "input_ids", "source"]
+    assert pq.read_schema(tmp_path / "test.parquet").names == [
+        *("title", "part", "input_ids", "source")
+    ]
     with pytest.raises(FileNotFoundError, match="run `dvc repro prepare_longdocs`"):
         read_token_rows(tmp_path / "longdocs" / "test.parquet")
