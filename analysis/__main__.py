@@ -23,6 +23,8 @@ COMMANDS = {
     "fixed_share": "score memories of fixed shares, untrained",
     "carried_context": "score ever more carried keys and values",
     "context_worth": "what distance of context is worth to the base, by corpus",
+    "layers_worth": "in which layers far sight is worth what to the base",
+    "recall": "what an untrained memory recalls, by rule and bytes",
     "memory_reach": "score a model by how many segments it has read",
     "fill_tables": "rewrite the tables in README.md and docs/ from results/",
 }

@@ -17,6 +17,7 @@ Axes:
 
 import argparse
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 
 import pandas as pd
@@ -34,7 +35,14 @@ from infini_retrofit.pipeline.params import load_presets
 from infini_retrofit.scoring.score import next_token_nlls
 from infini_retrofit.texts.articles import read_splits
 from infini_retrofit.texts.corpora import CORPORA
-from infini_retrofit.texts.splits import Document, cut_documents, open_tokenizer, tokenize
+from infini_retrofit.texts.splits import (
+    Document,
+    by_turns,
+    cut_documents,
+    open_tokenizer,
+    title_order,
+    tokenize,
+)
 
 CONTEXTS = (64, 256, 512, 1024)  # tokens, and all
 WINDOW = 512  # tokens: a context that every model affords
@@ -63,15 +71,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def draw_documents(name: str, number: int, tokens: int) -> list[Document]:
-    """Draw documents of as many articles of a corpus as possible."""
+    """Draw documents of as many sources, and then articles, of a corpus as possible."""
     corpora = load_presets(CORPORA, "corpora")
     if name not in corpora:
         raise ValueError(f"--corpora must be of {', '.join(sorted(corpora))}, got {name}")
     articles = [article for split in read_splits(corpora[name]).values() for article in split]
-    long = [article for article in articles if len(article.text) > tokens]
+    long = by_turns(a for a in sorted(articles, key=title_order) if len(a.text) > tokens)
     tokenizer = open_tokenizer(BASE / "tokenizer.json")
-    tokenized = list(tqdm(tokenize(tokenizer, long), f"tokenise {name}", len(long), leave=False))
-    documents = cut_documents(tokenized, tokens)[:number]
+    pieces = tqdm(tokenize(tokenizer, long), f"tokenise {name}", len(long), leave=False)
+    enough = list(islice((a for a in pieces if len(a.input_ids) >= tokens), number))
+    documents = cut_documents(enough, tokens)[:number]
     if len(documents) < number:
         raise ValueError(
             f"{name} must have {number} documents of {tokens} tokens, got {len(documents)}"
