@@ -4,6 +4,7 @@ import argparse
 import sys
 from collections.abc import Mapping, Sequence
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 from infini_retrofit.pipeline.params import read_params
@@ -28,6 +29,7 @@ from recipes.overlays import (
     read_overlay,
     recipe_names,
 )
+from recipes.without_dvc import run_without_dvc, with_overrides
 
 # Options that show finished experiments, by the commands of `analysis`. That imports from this
 # package, and is imported only when asked for.
@@ -54,6 +56,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             keep_results(args.names)
         elif args.diff:
             run_and_compare(args)
+        elif args.without_dvc:
+            run_plainly(args)
         elif args.names:
             run_recipes(args)
         else:
@@ -78,6 +82,8 @@ def make_parser() -> argparse.ArgumentParser:
     own = "a parameter of your own; it wins over the recipe's"
     add("-S", "--set-param", action="append", default=[], metavar="key=value", help=own)
     add("--temp", action="store_true", help="run in a copy: the workspace stays as it is")
+    about = "run one NAME's stages without DVC, and write their small files to a folder"
+    add("--without-dvc", metavar="FOLDER", type=Path, help=about)
     add("--force", action="store_true", help="overwrite the experiment, and run every stage again")
     add("--name", help="name of the experiment, if not the recipe's (one recipe only)")
     return parser
@@ -124,6 +130,21 @@ def run_and_compare(args: argparse.Namespace) -> None:
         print(printable(command), flush=True)
         if not args.print and (code := run(command)):
             sys.exit(code)
+
+
+def run_plainly(args: argparse.Namespace) -> None:
+    """Run one recipe's stages one after another, as on a machine without DVC.
+
+    Raises:
+        ValueError: if there is not one recipe, a key does not exist, or a stage fails.
+    """
+    if len(args.names) != 1:
+        raise ValueError(f"--without-dvc must come with one recipe, got {args.names}")
+    (recipe,) = args.names
+    check_recipe(recipe)
+    params = read_params()
+    settings = overrides(recipe, params, {}, args.set_param)
+    run_without_dvc(with_overrides(params, settings), args.without_dvc)
 
 
 def run_recipes(args: argparse.Namespace) -> None:
