@@ -13,13 +13,16 @@ from analysis.loading import differing, find_experiments, load_scores, load_sett
 from analysis.table import MISSING, rows_as_markdown, write_interval
 from infini_retrofit.evaluation.gains import gains
 
-# The rivals by the names that `gains` gives them.
+# What the model is compared with, by the names that `gains` gives the gains.
 RIVALS = {
-    "off": "its memory off",
-    "swapped": "another document's memory",
-    "recent": "the memory of the last segment only",
-    "control": "the control",
-    "kv": "the better rival of equal bytes",
+    "gain_over_off": "its memory off",
+    "gain_over_swapped": "another document's memory",
+    "gain_over_recent": "the memory of the last segment only",
+    "gain_over_control": "the control",
+    "gain_over_kv": "the better rival of equal bytes",
+    "gain_over_selected": "the control with as many bytes of selected keys and values",
+    "gain_over_pointer": "the control with a pointer",
+    "gain_beside_pointer": "the control with a pointer, both with it",
 }
 
 
@@ -72,8 +75,7 @@ def gains_of_repeats(scores: pd.DataFrame, names: Sequence[str]) -> list[list[st
     average = _gains(scores.groupby(keys, as_index=False).nll.mean())
     found.append(average)
     rows = []
-    for rival, description in RIVALS.items():
-        key = f"gain_over_{rival}"
+    for key, description in RIVALS.items():
         if all(key in own for own in found):
             ends = [average.get(f"{key}_{end}") for end in ("low", "high")]
             interval = MISSING if None in ends else write_interval(*ends)
