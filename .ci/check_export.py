@@ -1,8 +1,9 @@
 """Compare an exported model, opened without this project, with the model here.
 
 Run `python .ci/check_export.py [models/finetuned]` in the top folder after `make repro`. It exports
-the model and opens it in a virtual environment of torch, transformers and safetensors alone, as
-requirements.txt pins them. Both models continue the first test document in float32.
+the model and opens it in a virtual environment of torch, transformers and safetensors alone: first
+as requirements.txt pins them, then with the newest transformers of the package index. All continue
+the first test document in float32.
 """
 
 import os
@@ -17,7 +18,7 @@ PACKAGES = ("torch", "transformers", "safetensors")  # torch first: others may p
 PROMPT_TOKENS, NEW_TOKENS = 600, 40  # the prompt crosses two borders of the default's segments
 
 OPEN_EXPORTED = """
-import importlib.util, sys, torch
+import importlib.util, sys, torch, transformers
 from transformers import AutoModelForCausalLM
 strange = [n for n in ("infini_retrofit", "jaxtyping", "peft") if importlib.util.find_spec(n)]
 assert not strange, strange
@@ -25,7 +26,7 @@ model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True
 model = model.float().eval()
 """
 OPEN_HERE = """
-import sys, torch
+import sys, torch, transformers
 from pathlib import Path
 from infini_retrofit import enable_generation, load_retrofit
 model, form = load_retrofit(Path("models/base"), Path(sys.argv[1]), torch.float32)
@@ -36,12 +37,13 @@ ids = torch.tensor([list(map(int, sys.argv[2].split(",")))])
 with torch.no_grad():
     last = model(ids, use_cache=False).logits[0, -1]
 new = model.generate(ids, max_new_tokens=int(sys.argv[3]), do_sample=False)[0, ids.shape[1]:]
-print(",".join(map(str, new.tolist())), float(last.double().square().sum()))
+print(",".join(map(str, new.tolist())), float(last.double().square().sum()), end=" ")
+print("transformers", transformers.__version__)
 """
 
 
 def main() -> None:
-    """Print both results; exit with 1 if the tokens differ."""
+    """Print all results; exit with 1 if the tokens differ."""
     retrofit = sys.argv[1] if len(sys.argv) > 1 else "models/finetuned"
     with tempfile.TemporaryDirectory() as folder:
         exported = str(Path(folder, "model"))
@@ -49,9 +51,11 @@ def main() -> None:
         python = make_environment(Path(folder, "venv"))
         prompt = ",".join(map(str, first_tokens()))
         here = generate(sys.executable, OPEN_HERE, retrofit, prompt, Path.cwd())
-        there = generate(python, OPEN_EXPORTED, exported, prompt, Path(folder))
-    print(f"here:  {here}\nthere: {there}")
-    same = here.split()[0] == there.split()[0]
+        there = [generate(python, OPEN_EXPORTED, exported, prompt, Path(folder))]
+        run(python, "-m", "pip", "install", "--quiet", "--upgrade", "transformers")
+        there.append(generate(python, OPEN_EXPORTED, exported, prompt, Path(folder)))
+    print("\n".join([f"here:  {here}", *(f"there: {line}" for line in there)]))
+    same = {line.split()[0] for line in there} == {here.split()[0]}
     print(f"{NEW_TOKENS} tokens are {'the same' if same else 'NOT the same'}")
     sys.exit(0 if same else 1)
 

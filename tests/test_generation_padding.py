@@ -7,6 +7,7 @@ from transformers import PreTrainedModel
 
 from infini_retrofit.generation import generation
 from infini_retrofit.generation.cache import InfiniCache
+from infini_retrofit.layer.cut import Cut
 from tests.reference import largest
 from tests.tiny_generation import (
     SEGMENT,
@@ -67,9 +68,10 @@ def test_padding_may_stand_anywhere_and_calls_may_end_anywhere(family, other, fo
 
 def test_segments_counted_from_the_padding_are_noticed(monkeypatch):
     model, (ids, mask) = generating_model(), padded_batch(0)
-    want = generate(model, ids, attention_mask=mask)[1]
-    monkeypatch.setattr(generation, "_padding", lambda *args: None)
-    assert largest(generate(model, ids, attention_mask=mask)[1] - want) > 1e-3
+    about = {"attention_mask": mask, "position_ids": positions_of(mask)}
+    want = at_once(model, ids, **about)[:, -1]
+    monkeypatch.setattr(generation, "Cut", lambda is_open, is_token: Cut(is_open=is_open))
+    assert largest(at_once(model, ids, **about)[:, -1] - want) > 1e-3
 
 
 def filled_cache(model: PreTrainedModel, num_batches: int = 2) -> InfiniCache:

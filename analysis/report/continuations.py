@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from infini_retrofit.generation.cache import InfiniCache
 from infini_retrofit.generation.generation import enable_generation, read, segment_length
+from infini_retrofit.generation.versions import CACHE
 from infini_retrofit.layer.form import InfiniParams
 from infini_retrofit.layer.state import LayerState
 
@@ -118,9 +119,9 @@ def _generate(
     found = model.generate(
         ids,
         attention_mask=mask,
-        past_key_values=cache,
         max_new_tokens=prefix.truth.shape[1],
         do_sample=False,
         pad_token_id=0,
+        **({} if cache is None else {CACHE: cache}),
     )
     return found[0, ids.shape[1] :].cpu()

@@ -26,6 +26,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DummyLayer, DynamicLayer
 
+from infini_retrofit.generation.versions import CACHE
 from infini_retrofit.layer.attention import InfiniAttention
 from infini_retrofit.layer.cut import Cut
 from infini_retrofit.layer.form import InfiniParams
@@ -126,7 +127,7 @@ class InfiniCache(Cache):
         """Refuse a batch of another number of rows."""
         if self.batch_size not in (-1, num_rows):
             raise ValueError(
-                f"past_key_values must have a row for each of the {num_rows} of the batch, got "
+                f"{CACHE} must have a row for each of the {num_rows} of the batch, got "
                 f"{self.batch_size}: repeat them with batch_repeat_interleave"
             )
 
@@ -294,7 +295,7 @@ def _expected_kinds(
     """Return the kind of every tensor that the model keeps, learned from one token."""
     probe, ids = InfiniCache(model), torch.zeros(1, 1, dtype=torch.long, device=model.device)
     with torch.no_grad():
-        model.base_model(input_ids=ids, past_key_values=probe, use_cache=True)
+        model.base_model(input_ids=ids, use_cache=True, **{CACHE: probe})
     shapes = probe._tensors() | {"num_tokens": num_tokens}
     if not probe.is_bounded:
         shapes["is_token"] = torch.empty(1, num_seen, dtype=torch.bool, device="meta")

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
 from infini_retrofit.generation.cache import InfiniCache, check_file
 from infini_retrofit.generation.generation import enable_generation, read
+from infini_retrofit.generation.versions import CACHE
 from infini_retrofit.model.base import load_tokenizer
 from infini_retrofit.model.checkpoints import load_retrofit
 from infini_retrofit.pipeline.device import start_run
@@ -80,12 +81,12 @@ class Reader:
         found = self.model.generate(
             ids,
             attention_mask=cache.mask_for(ids),
-            past_key_values=cache,
             max_new_tokens=self.options.max_new_tokens,
             do_sample=temperature > 0,
             temperature=temperature or None,  # without sampling transformers warns of a value
             pad_token_id=self.tokenizer.eos_token_id,
             streamer=TextStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True),
+            **{CACHE: cache},
         )
         return found[0, -1:].tolist()
 

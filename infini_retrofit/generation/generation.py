@@ -3,8 +3,9 @@
 Call `enable_generation` once, after the weights are loaded (a model class calls it at the end of
 its constructor). Then `generate` and forward passes with `use_cache=True` work as with any model
 of `transformers`, and padding (a 2-D `attention_mask`) reaches the memory with or without a cache.
-A forward pass that is given a `cut` stays as it is. For beams, or several answers to one prompt,
-`generate` repeats the rows of a filled cache in place.
+A forward pass that is given a `cut` stays as it is. Rows that hold several documents, whose
+positions start again at each, run as one row a document, without a cache. For beams, or several
+answers to one prompt, `generate` repeats the rows of a filled cache in place.
 
 Axes:
     B  row of the batch
@@ -20,10 +21,12 @@ from typing import Any
 import torch
 from jaxtyping import Int
 from torch import Tensor, nn
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import Cache, GenerationConfig, PreTrainedModel
 from transformers.generation import GenerationMode
 
 from infini_retrofit.generation.cache import PREPARE, InfiniCache, check_enabled
+from infini_retrofit.generation.packing import find_documents
+from infini_retrofit.generation.versions import CACHE, CACHE_NAMES, unproven
 from infini_retrofit.layer.attention import InfiniAttention
 from infini_retrofit.layer.cut import Cut
 from infini_retrofit.layer.form import InfiniParams
@@ -55,8 +58,11 @@ def enable_generation(
 
     Raises:
         ValueError: if `other_layers` is neither, or `full` and the layers are confined already or
-            none is an Infini layer.
+            none is an Infini layer, or this version of `transformers` would lose the cache.
     """
+    has_name = CACHE in inspect.signature(model.base_model.forward).parameters
+    if not has_name or not all(hasattr(model, name) for name in (PREPARE, _MAKE_MASK)):
+        raise ValueError(unproven("would not hand a cache from one token to the next"))
     if other_layers is None:
         other_layers = getattr(model.config, "other_layers", "segment")
     if other_layers not in ("segment", "full"):
@@ -91,7 +97,7 @@ def read(
     for part in input_ids.split(num_segments * segment_length(model), dim=1):
         with torch.no_grad():
             part = part.to(model.device)
-            model.base_model(input_ids=part, past_key_values=cache, use_cache=True)
+            model.base_model(input_ids=part, use_cache=True, **{CACHE: cache})
         yield part.shape[1]
 
 
@@ -108,27 +114,70 @@ def _open(body: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, 
         kwargs = dict(**inspect.signature(body.forward).bind_partial(*args).arguments, **kwargs)
     ids = kwargs.get("input_ids")
     num_rows, num_columns = (kwargs["inputs_embeds"] if ids is None else ids).shape[:2]
-    mask, cache = kwargs.get("attention_mask"), kwargs.get("past_key_values")
-    uses_cache = kwargs.get("use_cache")
-    if cache is None and (body.config.use_cache if uses_cache is None else uses_cache):
-        cache = InfiniCache(body)
-    state, num_seen = None, 0
-    if cache is not None:
-        if not isinstance(cache, InfiniCache):
-            raise ValueError(f"past_key_values must be an InfiniCache, got {type(cache).__name__}")
+    cache, uses_cache, state = _take_cache(kwargs), kwargs.get("use_cache"), None
+    num_seen = 0 if cache is None else cache.num_seen
+    is_token = _padding(kwargs.get("attention_mask"), num_seen, num_columns)
+    packing = find_documents(kwargs, is_token, (num_rows, num_columns), cache is not None)
+    if packing is not None:
+        kwargs, is_token = packing.unpack(kwargs), packing.is_token
+    elif cache is not None or (body.config.use_cache if uses_cache is None else uses_cache):
+        if kwargs.get("position_ids") is not None:
+            _check_positions(kwargs, is_token, cache)
+        cache = InfiniCache(body) if cache is None else cache
         cache.check_rows(num_rows)
-        state, num_seen = State(before=cache.layer_states), cache.num_seen
-    cut = Cut(is_open=cache is not None, is_token=_padding(mask, num_seen, num_columns))
+        state = State(before=cache.layer_states)
+    cut = Cut(is_open=cache is not None, is_token=is_token)
     if all(isinstance(module, InfiniAttention) for module in attention_modules(body)):
         # transformers takes a mask of four axes as it is, and builds none.
         kwargs["attention_mask"] = torch.ones(1, 1, 1, 1, dtype=torch.bool)
-    return (), kwargs | {"past_key_values": cache, "cut": cut, "state": state}
+    return (), kwargs | {CACHE: cache, "cut": cut, "state": state, "packing": packing}
 
 
-def _close(body: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
-    cache, state = kwargs.get("past_key_values"), kwargs.get("state")
+def _close(body: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
+    """Keep the state in the cache, which must be the one that the body returns."""
+    cache, state = kwargs.get(CACHE), kwargs.get("state")
+    if kwargs.get("packing") is not None:
+        return kwargs["packing"].pack(output)
     if isinstance(cache, InfiniCache) and state.before is cache.layer_states:
+        values = output if isinstance(output, tuple) else output.values()
+        if [x for x in values if isinstance(x, Cache)] != [cache]:
+            raise ValueError(unproven("returns another cache than the one that was filled"))
         cache.keep(state, kwargs["cut"], *output[0].shape[:2])  # of a tuple as well
+    return output
+
+
+def _take_cache(kwargs: dict[str, Any]) -> InfiniCache | None:
+    """Remove the cache from a pass's arguments; versions of `transformers` differ in its name."""
+    found = [name for name, x in kwargs.items() if name in CACHE_NAMES or isinstance(x, Cache)]
+    caches = [x for x in map(kwargs.pop, found) if x is not None]
+    if len(caches) > 1:
+        raise ValueError(f"{CACHE} must be one cache, got {len(caches)}: {', '.join(found)}")
+    if caches and not isinstance(caches[0], InfiniCache):
+        raise ValueError(f"{CACHE} must be an InfiniCache, got {type(caches[0]).__name__}")
+    return caches[0] if caches else None
+
+
+def _check_positions(
+    kwargs: dict[str, Any], is_token: Tensor | None, cache: InfiniCache | None
+) -> None:
+    """Refuse positions that a text cannot have after what the cache has seen."""
+    positions = kwargs["position_ids"]
+    if cache is None:
+        # A mask would have covered the tokens before these.
+        if kwargs.get("attention_mask") is None and positions[:, 0].any():
+            raise ValueError(
+                f"position_ids must start at 0 without a cache, got {int(positions[:, 0].max())}: "
+                f"pass the {CACHE} of the tokens before these, or use_cache=False"
+            )
+    elif cache.num_tokens is not None:
+        if is_token is not None:
+            positions = positions.where(is_token, torch.iinfo(positions.dtype).max)
+        if (positions.amin(dim=1) < cache.num_tokens.to(positions.device)).any():
+            raise ValueError(
+                f"position_ids must go on after the {cache.num_tokens.tolist()} tokens that the "
+                f"rows of {CACHE} have seen, got {positions.amin(dim=1).tolist()}: start a new "
+                "text with a new cache"
+            )
 
 
 def _padding(mask: Tensor | None, num_seen: int, num_columns: int) -> Tensor | None:
@@ -160,8 +209,8 @@ def _prepare_cache(
         )
     if generation_mode == GenerationMode.ASSISTED_GENERATION:
         raise ValueError("generate must run without an assistant: a memory takes no token back")
-    cache = model_kwargs.get("past_key_values")
-    if isinstance(cache, InfiniCache):
+    cache = _take_cache(model_kwargs)
+    if cache is not None:
         mask = model_kwargs.get("attention_mask")
         num_columns = config._mask_length if mask is None else mask.shape[1]
         if num_columns <= cache.num_seen:  # transformers would skip the whole prompt
@@ -172,15 +221,17 @@ def _prepare_cache(
         num_copies = max(config.num_beams, config.num_return_sequences)
         if num_copies > 1 and cache.batch_size == batch_size:
             cache.batch_repeat_interleave(num_copies)
-    elif cache is None and config.use_cache:
-        model_kwargs["past_key_values"] = InfiniCache(model)
+    elif config.use_cache:
+        cache = InfiniCache(model)
+    if cache is not None:
+        model_kwargs[CACHE] = cache
     prepare = getattr(type(model), PREPARE)
     prepare(model, config, model_kwargs, generation_mode, batch_size, *args)
 
 
 def _make_mask(model: PreTrainedModel, *args: Any) -> Tensor:
     """Make the mask that a caller of `generate` left out, if that is unambiguous."""
-    cache = args[-1].get("past_key_values")  # args end with model_kwargs
+    cache = args[-1].get(CACHE)  # args end with model_kwargs
     if isinstance(cache, InfiniCache) and cache.num_seen:
         raise ValueError(
             f"attention_mask must come with a cache that has seen {cache.num_seen} tokens, got "

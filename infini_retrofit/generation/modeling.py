@@ -11,6 +11,10 @@ from typing import Any
 import torch
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaForCausalLM
 
+# First: it refuses versions of transformers in which the others would not be found.
+from infini_retrofit.generation.versions import PROVEN
+
+# isort: split
 from infini_retrofit.generation.generation import enable_generation
 from infini_retrofit.layer.form import InfiniParams
 from infini_retrofit.layer.local_attention import alibi_slopes
@@ -29,9 +33,11 @@ class _InfiniConfig:
 
     infini: dict[str, Any] | None = None  # the fields of `InfiniParams`
     other_layers: str = "segment"  # what the base's own attention sees; or `full`: everything
+    proven_transformers: list[str] | None = None  # where generation is the same
 
     def __post_init__(self, **kwargs: Any) -> None:
         kwargs.setdefault("attn_implementation", NAME)
+        self.proven_transformers = list(PROVEN)
         super().__post_init__(**kwargs)
 
     @classmethod

@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from infini_retrofit.generation.versions import PROVEN
 from infini_retrofit.layer.form import InfiniParams
 
 # Name on the Hugging Face Hub and licence, by how the source in base.json begins. The name of a
@@ -53,9 +54,9 @@ with torch.no_grad():
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=20)[0]))
 ```
 
-The model needs torch, transformers and safetensors. `trust_remote_code=True` runs the code beside
-the weights: read it first. Each row of a batch has its own segments, which begin at its first real
-token.
+The model needs torch, transformers and safetensors; it was proven with transformers {versions}, and
+refuses older ones. `trust_remote_code=True` runs the code beside the weights: read it first. Each
+row of a batch has its own segments, which begin at its first real token.
 
 ## Training
 
@@ -125,6 +126,7 @@ def card_text(
         infini=infini,
         before=_before(infini),
         license_text=about.license or of_base,
+        versions=" and ".join(PROVEN),
         layers=str(infini.layers).strip("[]") or "none",
         other_layers=_OTHER_LAYERS[other_layers],
         training="Parameters of each stage, and" if about.training else "Not recorded, but",
