@@ -12,7 +12,7 @@ import torch
 
 from infini_retrofit.generation import chat, conversation
 from infini_retrofit.generation.cache import InfiniCache
-from infini_retrofit.generation.conversation import Reader
+from infini_retrofit.generation.conversation import Conversation, Reader
 from infini_retrofit.generation.generation import enable_generation
 from infini_retrofit.model.base import load_tokenizer
 from infini_retrofit.model.checkpoints import load_retrofit
@@ -89,9 +89,41 @@ def test_reading_is_shown_and_sampling_and_templates_reach_the_model(reader, mon
         reader.model, "generate", lambda ids, **k: seen.update(k, ids=ids) or generate(ids, **k)
     )
     reader.tokenizer.chat_template = "[{{ messages[0]['content'] }}]"
-    reader.answer("The dog", InfiniCache(reader.model), [])
+    Conversation(reader, InfiniCache(reader.model)).answer("The dog")
     assert (seen["do_sample"], seen["temperature"], seen["max_new_tokens"]) == (True, 0.7, 3)
     assert reader.tokenizer.decode(seen["ids"][0]) == "[The dog]"
+
+
+BEGIN = "{{ bos_token }}{% if messages[0]['role'] != 'system' %}system: Be kind.\n{% endif %}"
+TURNS = "{% for m in messages %}{{ m['role'] }}: CONTENT\n{% endfor %}assistant: "
+
+
+@pytest.mark.parametrize(
+    ("content", "is_read_again"),
+    [("{{ m['content'] }}", False), ("{{ messages | length }}{{ m['content'] }}", True)],
+    ids=["grows", "spells earlier turns otherwise"],
+)
+def test_turns_read_what_the_template_adds_and_no_system_prompt_twice(
+    reader, monkeypatch, capsys, content, is_read_again
+):
+    reader.tokenizer.chat_template = BEGIN + TURNS.replace("CONTENT", content)
+    reader.tokenizer.bos_token = "Once upon"
+    document, read = reader.read(TEXT), []
+    body = reader.model.base_model
+    body.register_forward_pre_hook(
+        lambda _, args, kwargs: read.extend(kwargs["input_ids"][0].tolist()), with_kwargs=True
+    )
+    conversation = Conversation(reader, document)
+    for prompt in ("hello", "and now"):
+        conversation.answer(prompt)
+    told = "the template spells earlier turns otherwise: all turns are read again"
+    assert (told in capsys.readouterr().err) == is_read_again
+    shown = reader.tokenizer.apply_chat_template(conversation.messages[:3], tokenize=False)
+    text = reader.decode(read[document.num_seen - conversation.cache.num_seen :])
+    assert text.startswith(shown)
+    assert text.count("Once upon") == text.count("Be kind.") == 1
+    assert reader.decode(read).endswith(text)
+    assert (reader.decode(read) == text) != is_read_again
 
 
 def test_the_page_s_example_and_commands_follow_each_other_with_one_cache(
