@@ -11,13 +11,14 @@ from typing import Any
 from infini_retrofit.bases.sources import BASE_KINDS
 from infini_retrofit.evaluation.protocols import EvalParams
 from infini_retrofit.layer.form import InfiniParams
+from infini_retrofit.longcontext.params import LongcontextParams
 from infini_retrofit.model.base import load_weightless, read_about
 from infini_retrofit.model.retrofit import check_form, resolve_layers
 from infini_retrofit.pipeline.fields import Launcher
 from infini_retrofit.pipeline.files import write_text
 from infini_retrofit.pipeline.guard import run_stage
 from infini_retrofit.pipeline.params import load_choice, load_section
-from infini_retrofit.texts.corpora import CORPORA, SAME, LongdocsParams
+from infini_retrofit.texts.corpora import CORPORA, SAME, LongdocsParams, PromptsCorpus
 from infini_retrofit.training.control import ControlParams
 from infini_retrofit.training.distillation import DistillParams
 from infini_retrofit.training.finetuning import FinetuneParams
@@ -40,13 +41,18 @@ class Params:
     finetune: FinetuneParams
     finetune_control: ControlParams
     eval: EvalParams
+    longcontext: LongcontextParams
 
 
 def main() -> str:
     """Run the stage and return what it made."""
     params = load_section(Params, "")
     model = load_choice(BASE_KINDS, "model", "models")
-    load_choice(CORPORA, "corpus", "corpora")
+    if isinstance(load_choice(CORPORA, "corpus", "corpora"), PromptsCorpus):
+        raise ValueError(
+            f"corpus must be a key of corpora that holds texts, got {params.corpus}, whose prompts "
+            "are for longdocs.corpus"
+        )
     if params.longdocs.corpus != SAME:
         load_choice(CORPORA, "longdocs.corpus", "corpora")
     check_between(params)

@@ -10,12 +10,15 @@ Writes: data/longdocs/{train,val,test}.parquet and their manifest.json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from tokenizers import Tokenizer
+
 from infini_retrofit.pipeline.files import write_manifest
 from infini_retrofit.pipeline.guard import run_stage
 from infini_retrofit.pipeline.params import load_choice, load_section
 from infini_retrofit.pipeline.progress import note, progress
 from infini_retrofit.texts.articles import read_splits
-from infini_retrofit.texts.corpora import CORPORA, SAME, LongdocsParams
+from infini_retrofit.texts.corpora import CORPORA, SAME, Corpus, LongdocsParams, PromptsCorpus
+from infini_retrofit.texts.prompts import PromptMaker
 from infini_retrofit.texts.splits import (
     SPLITS,
     Article,
@@ -42,17 +45,23 @@ def main() -> str:
     params = load_section(LongdocsParams, "longdocs")
     tokenizer = open_tokenizer(TOKENIZER)
     articles = {split: read_articles(WIKITEXT, split) for split in SPLITS}
+    corpus = None
     if params.corpus != SAME:
+        corpus = load_choice(CORPORA, "longdocs.corpus", "corpora")
+    if corpus is not None and not isinstance(corpus, PromptsCorpus):
         split_of = {k: split for split in SPLITS for a in articles[split] for k in identity(a)}
         articles = {
             split: list(take_enough(tokenize(tokenizer, by_turns(of_split)), params))
-            for split, of_split in read_other_corpus(split_of).items()
+            for split, of_split in read_other_corpus(corpus, split_of).items()
         }
     check_lengths(articles, params.tokens_per_document)
     most = None if params.documents == "all" else params.documents
     documents = {
-        split: cut_documents(articles[split], params.tokens_per_document)[:most] for split in SPLITS
+        split: cut_documents(articles[split], params.tokens_per_document) for split in SPLITS
     }
+    if isinstance(corpus, PromptsCorpus):
+        documents = add_prompts(corpus, documents, articles, tokenizer)
+    documents = {split: of_split[:most] for split, of_split in documents.items()}
     check_sources(documents["test"], params.tokens_per_document)
     for split in SPLITS:
         write_rows(LONGDOCS, split, documents[split])
@@ -67,14 +76,36 @@ def main() -> str:
     return f"prepare_longdocs: {', '.join(made)}"
 
 
-def read_other_corpus(split_of: dict[str | bytes, str]) -> dict[str, list[Article]]:
+def add_prompts(
+    corpus: PromptsCorpus,
+    documents: dict[str, list[Document]],
+    articles: dict[str, list[TokenizedArticle]],
+    tokenizer: Tokenizer,
+) -> dict[str, list[Document]]:
+    """Return prompts of each split, and text among them at equal distances."""
+    made = {}
+    for split, text in documents.items():
+        maker = PromptMaker(tokenizer, [a.input_ids for a in articles[split]], split)
+        length, number = len(text[0].input_ids), getattr(corpus, split)
+        made[split] = []
+        for i in progress(range(number), f"prompts of {split}", "documents"):
+            num_text = int((i + 1) * corpus.text_share)
+            if num_text > int(i * corpus.text_share):
+                made[split].append(text[(num_text - 1) % len(text)])
+            else:
+                made[split].append(Document(f"prompt {i}", 0, maker.document(i, length)))
+    return made
+
+
+def read_other_corpus(corpus: Corpus, split_of: dict[str | bytes, str]) -> dict[str, list[Article]]:
     """Read the documents' own corpus without articles of another split, in `title_order`.
 
     Args:
+        corpus: the documents' own.
         split_of: the split of each title and each text's digest of the sliding text. The two
             corpora may share an article and put it into different splits.
     """
-    splits = read_splits(load_choice(CORPORA, "longdocs.corpus", "corpora"))
+    splits = read_splits(corpus)
     kept = {
         split: [
             article

@@ -44,11 +44,14 @@ def stages_run(output: str) -> list[str]:
     return re.findall(r"^Running stage '(\w+)':$", output, re.M)
 
 
+AFTER_DISTILLING = ["distill", "finetune", "eval_sliding", "eval_longcontext", "report"]
+
+
 def test_an_experiment_runs_what_it_must_and_shows_what_it_changed(repository):
     assert json.loads(run("dvc", "status", "--json")) == {}
     before = contents(repository / "models")
     output = run("dvc", "exp", "run", "--set-param", "distill.epochs=2", "--name", "short")
-    assert stages_run(output) == ["check_params", "distill", "finetune", "eval_sliding", "report"]
+    assert stages_run(output) == ["check_params", *AFTER_DISTILLING]
     assert "| finetuned " in output.split("Running stage 'report':")[1]
     skipped = re.findall(r"^Stage '(\w+)' didn't change, skipping$", output, re.M)
     assert set(skipped) == set(STAGES) - set(stages_run(output))
@@ -102,5 +105,6 @@ def test_only_an_edit_of_what_a_model_is_made_of_trains_again(repository):
     assert not rerun["evaluation"] & TRAINING
     for folder in ("share", "analysis", "recipes"):
         assert rerun[folder] == set(), folder
-    for folder in ("generation", "report"):
-        assert rerun[folder] == {"report"}, folder
+    assert rerun["longcontext"] == {"check_params", "eval_longcontext"}
+    assert rerun["generation"] == {"eval_longcontext", "report"}
+    assert rerun["report"] == {"report"}

@@ -27,6 +27,7 @@ ROOMS = {
     "generation": {"model", "layer", "pipeline"},
     "training": {"scoring", "model", "layer", "pipeline"},
     "evaluation": {"scoring", "model", "layer", "pipeline"},
+    "longcontext": {"generation", "texts", "scoring", "model", "layer", "pipeline"},
     "share": {"generation", "scoring", "model", "layer", "pipeline"},
 }
 

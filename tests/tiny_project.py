@@ -49,6 +49,14 @@ SMALL = {
     "eval.stride": 16,
     "eval.sliding_tokens": 200,
     "eval.documents": 3,
+    "longcontext.lengths": [352],
+    "longcontext.pairs": [1],
+    "longcontext.needles": [1],
+    "longcontext.compressions": [1],
+    "longcontext.distance": 128,
+    "longcontext.document_tokens": [128],
+    "longcontext.baselines": ["streaming", "equal_bytes", "yarn"],
+    "longcontext.window": 32,
 }
 LINEAR = {
     "infini.layers": [0],

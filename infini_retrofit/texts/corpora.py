@@ -8,7 +8,16 @@ from typing import Annotated, Literal
 
 from pydantic import Field, PositiveInt
 
-from infini_retrofit.pipeline.fields import Commit, InnerPath, LocalPath, RepoId, Requirement, Share
+from infini_retrofit.pipeline.fields import (
+    Commit,
+    Count,
+    InnerPath,
+    LocalPath,
+    RepoId,
+    Requirement,
+    Share,
+    Weight,
+)
 
 SAME = "same"
 Packages = Annotated[list[Requirement], Field(min_length=1)]
@@ -72,6 +81,16 @@ class PackagesCorpus:
             raise ValueError(f"train, val and test must name a package once, got {twice[0]} twice")
 
 
+@dataclass(frozen=True, kw_only=True)
+class PromptsCorpus:
+    """Prompts that hide what they ask for, each as long as a document; for longdocs only."""
+
+    train: Count  # documents, text included
+    val: Annotated[int, Field(ge=2)]
+    test: Annotated[int, Field(ge=2)]
+    text_share: Weight  # of them that are plain text of the split
+
+
 Corpus = CorpusShares | HubSplits | PackagesCorpus
 CORPORA = {
     "gensim-sample": GensimCorpus,
@@ -79,6 +98,7 @@ CORPORA = {
     "hub-splits": HubSplits,
     "files": FilesCorpus,
     "packages": PackagesCorpus,
+    "prompts": PromptsCorpus,
 }
 
 

@@ -1,0 +1,280 @@
+"""Readers of long texts: caches, baselines and the stage's cells, against slow references."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from infini_retrofit.layer.form import InfiniParams
+from infini_retrofit.longcontext import readers
+from infini_retrofit.longcontext.cells import Cell, Cells, Result, plan, range_begins
+from infini_retrofit.longcontext.params import LongcontextParams
+from infini_retrofit.longcontext.readers import (
+    Reader,
+    carrying_reader,
+    cut_after,
+    full_reader,
+    infini_reader,
+    scaled_reader,
+    window_reader,
+)
+from infini_retrofit.longcontext.scaling import scale_rope
+from infini_retrofit.model.retrofit import insert_infini
+from infini_retrofit.model.running import run_folded
+from infini_retrofit.pipeline.files import verify_results
+from infini_retrofit.texts.prompts import Question
+from stages import eval_longcontext
+from tests.tiny import FAMILIES, ids_for, tiny_model
+from tests.tiny_project import both_projects, metrics_of, rows_of, run_stage
+
+SEGMENT, PIECE = 8, 16
+FORM = InfiniParams(segment_length=SEGMENT)
+PARAMS = LongcontextParams(
+    samples=2,
+    lengths=[400, 900],
+    depths=[0.0, 1.0],
+    haystacks=["sentence", "text"],
+    pairs=[1],
+    needles=[2],
+    questions=1,
+    compressions=[1, 4],
+    distance=128,
+    documents=2,
+    document_tokens=[256],
+    baselines=[],
+    window=16,
+)
+
+
+@pytest.fixture(autouse=True)
+def _short_pieces(monkeypatch):
+    monkeypatch.setattr(readers, "TOKENS_PER_PIECE", PIECE)
+
+
+def retrofit(family: str) -> Reader:
+    model = tiny_model(family)
+    insert_infini(model, FORM)
+    return infini_reader("finetuned", model, FORM)
+
+
+def all_readers(family: str) -> list[Reader]:
+    model = tiny_model(family)
+    return [
+        full_reader("base", model),
+        window_reader("window", model, 0, 24),
+        window_reader("streaming", model, 4, 24),
+        scaled_reader(model, "dynamic", 900),
+        carrying_reader("equal_bytes", model, SEGMENT, 5),
+        retrofit(family),
+    ]
+
+
+def log_prob(model, ids: list[int], answer: list[int]) -> float:
+    with torch.no_grad():
+        logits = model(torch.tensor([ids + answer[:-1]]), use_cache=False).logits[0]
+    found = logits[-len(answer) :].log_softmax(-1)
+    return float(found.gather(-1, torch.tensor(answer)[:, None]).sum())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_full_attention_scores_and_answers_as_a_model_that_reads_all_at_once(family):
+    model = tiny_model(family)
+    reader, ids = full_reader("base", model), ids_for(model, 1, 75)[0]
+    with torch.no_grad():
+        logits = model(ids[None], use_cache=False).logits[0]
+    expected = F.cross_entropy(logits[:-1], ids[1:], reduction="none")
+    torch.testing.assert_close(reader.nlls(ids), expected)
+    text, asked = ids[:40].tolist(), ids[40:46].tolist()
+    answers = ids[46:73].view(9, 3).tolist()
+    scores = [log_prob(model, text + asked, answer) for answer in answers]
+    best = max(range(9), key=scores.__getitem__)
+    cache = reader.read(torch.tensor(text))
+    for right in range(9):
+        ordered = [answers[right], *answers[:right], *answers[right + 1 :]]
+        assert reader.answer(cache, Question(asked, ordered))[0] == (right == best)
+    with torch.no_grad():
+        grown = model.generate(torch.tensor([text + asked]), max_new_tokens=3, do_sample=False)
+    likeliest = grown[0, -3:].tolist()
+    assert reader.answer(cache, Question(asked, [likeliest, answers[0]]))[1]
+    wrong = [*likeliest[:2], (likeliest[2] + 1) % model.config.vocab_size]
+    assert not reader.answer(cache, Question(asked, [wrong, answers[0]]))[1]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_retrofit_scores_as_it_was_trained_and_one_question_does_not_change_the_next(family):
+    reader, ids = retrofit(family), ids_for(tiny_model(family), 1, 80)[0]
+    model = tiny_model(family)
+    insert_infini(model, FORM)
+    with torch.no_grad():
+        hidden = run_folded(model, ids[None], SEGMENT)[0, :-1]
+    logits = model.get_output_embeddings()(hidden)
+    expected = F.cross_entropy(logits, ids[1:], reduction="none")
+    torch.testing.assert_close(reader.nlls(ids), expected, rtol=1e-4, atol=1e-4)
+    cache = reader.read(ids[:45])
+    question = Question(ids[45:52].tolist(), ids[52:73].view(7, 3).tolist())
+    first = reader.answer(cache, question)
+    reader.answer(cache, Question(question.input_ids[::-1], question.candidates))
+    assert (reader.answer(cache, question), cache.num_seen) == (first, 45)
+
+
+def windowed_logits(model, ids: Tensor, num_sinks: int, window: int) -> Tensor:
+    """Return the logits of the last piece, each piece read anew with what a window leaves."""
+    begin = (len(ids) - 1) // PIECE * PIECE
+    kept = range(max(num_sinks, begin - window), begin)
+    seen = torch.tensor([*range(min(num_sinks, begin)), *kept, *range(begin, len(ids))])
+    with torch.no_grad():
+        return model(ids[seen][None], use_cache=False).logits[0, begin - len(ids) :]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("num_sinks", [0, 4])
+def test_one_layer_of_a_window_sees_sinks_and_window_at_the_places_of_a_short_text(
+    family, num_sinks
+):
+    # Deeper layers' keys hold what has left: only one layer can be computed anew.
+    model = tiny_model(family, num_hidden_layers=1)
+    reader, ids = window_reader("window", model, num_sinks, 24), ids_for(model, 1, 75)[0]
+    cache = reader.read(ids[:64])
+    with torch.inference_mode():
+        hidden = reader._run(ids[None, 64:], cache)
+        logits = model.get_output_embeddings()(hidden)[0]
+    torch.testing.assert_close(
+        logits, windowed_logits(model, ids, num_sinks, 24), rtol=1e-4, atol=1e-4
+    )
+    assert cache.layers[0].keys.shape[-2] == num_sinks + 24
+    with pytest.raises(AssertionError):
+        torch.testing.assert_close(logits, windowed_logits(model, ids, 4 - num_sinks, 24))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_reader_counts_the_bytes_that_it_keeps(family):
+    ids = ids_for(tiny_model(family), 1, 75)[0]
+    full, window, streaming, dynamic, carrying, infini = all_readers(family)
+    token = sum(x.numel() for layer in full.read(ids).layers for x in (layer.keys, layer.values))
+    assert full.num_bytes(75) == dynamic.num_bytes(75) == 2 * token
+    for reader, num_tokens in ((window, 24), (streaming, 28)):
+        kept = reader.read(ids).layers
+        found = sum(x.numel() for layer in kept for x in (layer.keys, layer.values))
+        assert reader.num_bytes(75) == 2 * token // 75 * num_tokens == 2 * found
+    assert carrying.num_bytes(75) == 2 * token // 75 * (SEGMENT + 5)
+    assert infini.num_bytes(75) > 2 * token // 75 * SEGMENT
+
+
+def tables(model) -> Tensor:
+    return model.base_model.rotary_emb.inv_freq
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_each_scaling_changes_the_tables_as_its_formula_says(family):
+    model, factor = tiny_model(family), 4.0
+    plain, num = tables(model), 2 * len(tables(model))
+    assert torch.equal(tables(scale_rope(model, "linear", factor)), plain / factor)
+    yarn = scale_rope(model, "yarn", factor)
+    assert yarn.base_model.rotary_emb.attention_scaling == pytest.approx(1.1386294)  # 0.1 ln 4 + 1
+    # YaRN and Llama 3 keep fast rotations and divide slow ones.
+    for kind in ("yarn", "llama3"):
+        ratio = plain / tables(scale_rope(model, kind, factor))
+        assert ratio[0] == pytest.approx(1.0)
+        assert (ratio <= factor + 1e-4).all()
+        assert (ratio.diff() >= -1e-4).all()
+        assert ratio[-1] > 1
+    reader, longest = scaled_reader(model, "dynamic", 2048), 1024
+    reader.new_cache(longest)
+    # The base of the powers grows with the document: (4 * length / trained - 3) ^ (d / (d - 2)).
+    grown = (factor * longest / 512 - (factor - 1)) ** (num / (num - 2))
+    powers = torch.arange(0, num, 2) / num
+    torch.testing.assert_close(tables(reader.model), plain * grown**-powers)
+    assert torch.equal(tables(model), plain)
+
+
+def test_dynamic_scaling_does_not_let_one_document_change_the_next():
+    model = tiny_model("llama", max_position_embeddings=32)
+    ids = ids_for(model, 1, 90)[0]
+    reader = scaled_reader(model, "dynamic", 90)
+    alone = reader.nlls(ids[:60])
+    reader.nlls(ids)
+    assert torch.equal(reader.nlls(ids[:60]), alone)
+    short = full_reader("base", model).nlls(ids[:30])
+    assert torch.equal(reader.nlls(ids[:30]), short)
+    assert not torch.allclose(alone[:29], short)  # the tables are those of the whole document
+    # That of transformers does.
+    theirs = scale_rope(model, "dynamic", 3.0)
+    theirs.base_model.rotary_emb.rope_type = "dynamic"
+    with torch.no_grad():
+        first = theirs(ids[None, :60], use_cache=False).logits
+        theirs(ids[None], use_cache=False)
+        assert not torch.equal(theirs(ids[None, :60], use_cache=False).logits, first)
+
+
+def test_compressions_are_counted_and_segments_of_another_length_come_back():
+    reader = retrofit("llama")
+    cells = [c for c in plan(PARAMS, reader) if c.task in ("compressions", "distance")]
+    found = {(c.task, c.number): c.tokens for c in cells}
+    assert found == {
+        ("compressions", 1): SEGMENT,
+        ("compressions", 4): 4 * SEGMENT,
+        ("distance", 1): 128,
+        ("distance", 4): 128,
+    }
+    ids = ids_for(reader.model, 1, 64)[0]
+    writes: list[int] = []
+    memory = next(m for m in reader.model.modules() if hasattr(m, "states"))
+    memory.register_forward_hook(lambda *_: None)
+    own = memory.states
+    memory.states = lambda f, *rest: (writes.append(f.shape[1]), own(f, *rest))[1]
+    before = reader.nlls(ids)
+    coarse = sum(writes)
+    writes.clear()
+    with cut_after(reader.model, SEGMENT // 2):
+        assert not torch.allclose(reader.nlls(ids), before)
+    assert sum(writes) == 2 * coarse > 0
+    assert torch.equal(reader.nlls(ids), before)
+
+
+def test_a_reader_with_a_trained_length_skips_what_is_longer_and_others_do_not():
+    base = full_reader("base", tiny_model("llama"))  # 512 positions
+    assert {c.tokens for c in plan(PARAMS, base) if c.task == "passkey"} == {400}
+    window = window_reader("window", tiny_model("llama"), 0, 24)
+    assert {c.tokens for c in plan(PARAMS, window) if c.task == "passkey"} == {400, 900}
+    assert range_begins(2049) == [0, 256, 512, 1024, 2048]
+    assert replace(PARAMS, lengths=[]).longest == 256
+
+
+def test_a_killed_run_goes_on_from_its_whole_lines(tmp_path):
+    path, cell = tmp_path / "cells.jsonl", Cell("base", "passkey", "text", 512, 0.5, 1)
+    done = Result(**vars(cell), asked=3, chosen=2, greedy=1, num_bytes=7, nll_sums=[])
+    Cells(path).add(done)
+    whole = path.read_bytes()
+    path.write_bytes(whole + whole[: len(whole) // 2])
+    kept = Cells(path)
+    assert kept.found == {cell: done}
+    kept.add(replace(done, depth=1.0))
+    assert len(Cells(path).found) == 2
+
+
+@both_projects
+def test_the_stage_scores_every_reader_on_the_same_prompts(name, finished):
+    metrics = metrics_of(finished[name], "eval_longcontext")
+    assert set(metrics) == {"base", "control", "finetuned", "equal_bytes", "streaming", "yarn"}
+    for model, numbers in metrics.items():
+        # Two depths, a stored number, one in a haystack; since a memory was written, two more.
+        assert numbers["num_asked"] == (6 if model == "finetuned" else 4)
+        assert all(0 <= v <= 1 for k, v in numbers.items() if k.endswith(("accuracy", "greedy")))
+    rows = rows_of(finished[name], "longcontext_positions")
+    by_model = {row["model"]: float(row["nll"]) for row in rows}
+    assert by_model["base"] == pytest.approx(by_model["yarn"])  # inside the trained length
+    assert len({row["model"] for row in rows_of(finished[name], "longcontext_passkey")}) == 6
+    lines = (finished[name] / "data" / "longcontext.jsonl").read_text().splitlines()
+    assert len(lines) == sum(1 for _ in map(json.loads, lines)) > 6
+
+
+def test_a_document_that_is_longer_than_the_articles_is_refused(project, monkeypatch):
+    params = replace(PARAMS, document_tokens=[10**6])
+    monkeypatch.setattr(eval_longcontext, "load_section", lambda kind, _: params)
+    with pytest.raises(ValueError, match=r"^longcontext\.document_tokens must be at most \d+, "):
+        run_stage("eval_longcontext")
+    monkeypatch.undo()
+    verify_results("eval_longcontext", [eval_longcontext.METRICS])
