@@ -185,7 +185,7 @@ def test_a_title_of_both_corpora_never_stands_in_two_splits(monkeypatch, sliding
     assert in_both
     assert shared(articles, documents) == set()
     read = prepare_longdocs.read_other_corpus
-    monkeypatch.setattr(prepare_longdocs, "read_other_corpus", lambda _: read({}))
+    monkeypatch.setattr(prepare_longdocs, "read_other_corpus", lambda corpus, _: read(corpus, {}))
     leaked = shared(articles, titles_of(documents_of(sliding=sliding, corpus=corpus)))
     assert leaked
     assert {title[2:] for title in leaked} == {".txt"}
