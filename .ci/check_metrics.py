@@ -24,6 +24,8 @@ DIFFERENCES = [
     # metrics                                                   float32  if broken
     # The number type moves a few of the tokens that a threshold chooses.
     (r".*num_key_tokens", 10),  # of 794
+    (r"eval_longcontext\..*_(accuracy|greedy|worst_cell)", 0.125),  # any: few prompts are asked
+    (r"eval_longcontext\..*_nll", 0.0012),  # labels off: 7.1
     (r".*key_token_nll_\w+", 0.0231),  # memory not read: 0.76
     (r"(baseline_eval|\w+\.base)\.(?!t2|unigram)\w+_(ppl|nll)", 0.0006),  # labels off: 7.1
     (r"eval_sliding\.finetuned\.t2_test_ppl", 0.0099),  # one shift: 6.8

@@ -41,6 +41,7 @@ DEFAULT_METRICS = [
 SEED_RECIPES = ("v1", "v1-fixed", "v2", "v2-fixed", "two-stage", "two-stage-fixed")  # docs/seeds.md
 # Other texts: their scores compare with no other recipe's. The last ones are repeats.
 ON_CODE = ("code-gated-delta", "code-gated-delta-attention")
+LONG_CONTEXT = ("passkey", "passkey-mini", "streaming", "yarn")  # docs/long-context.md has theirs
 CODE_SEEDS = tuple(f"code-gated-delta-attention{end}" for end in ("", "-seed1", "-seed2"))
 CODE_PROTOCOLS = {
     "window alone": "segment",
@@ -230,7 +231,7 @@ def default_results() -> str:
 
 def recipes_by_ppl(metrics: pd.DataFrame) -> list[str]:
     """Return the recipes that share budget and texts and those dropped, the best first."""
-    shared = {*recipe_names(), *DROPPED} - {*SEED_RECIPES, *ON_CODE}
+    shared = {*recipe_names(), *DROPPED} - {*SEED_RECIPES, *ON_CODE, *LONG_CONTEXT}
     ranked = metrics[SEGMENT].sort_values(kind="stable").index
     return [name for name in ranked if name in shared]
 

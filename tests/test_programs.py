@@ -176,7 +176,7 @@ def test_every_reach_scores_the_same_tokens_and_without_a_memory_alike(finished,
 
 def test_every_recipe_of_this_base_has_its_form():
     forms = zero_cost.forms_of(recipe_names(), read_params())
-    assert set(recipe_names()) - set(forms) == {"scratch"}
+    assert set(recipe_names()) - set(forms) == {"passkey-mini", "scratch"}
     assert forms["memory-only"].decay == "feature"
     assert forms["control"].layers == []
     with pytest.raises(ValueError, match="a recipe must be one of"):

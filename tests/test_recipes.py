@@ -27,6 +27,18 @@ OWN_BUDGET = {
     "memory-only": {"finetune.lr"},
     "memory-and-context": {"finetune.lr"},
     "code-gated-delta": {"finetune.lr"},
+    "code-gated-delta-attention": {"finetune.lr"},
+    "passkey": {"longdocs.tokens_per_document", "finetune.train_documents", "finetune.lr"},
+    "passkey-mini": {
+        "longdocs.tokens_per_document",
+        "distill.tokens_per_sample",
+        "finetune.train_documents",
+        "finetune.val_documents",
+        "finetune.batch_size",
+        "finetune.epochs",
+        "finetune.patience",
+        "finetune.lr",
+    },
 }
 SIZES = ("samples", "tokens_per_sample", "train_documents", "batch_size", "epochs", "seed")
 TINY = {"one": "# sets a\na: 2\n", "two": "# sets b\nb: 3\n", "broken": "# fails\nb: text\n"}
@@ -99,7 +111,8 @@ def test_recipes_run_experiments_and_know_nothing_of_what_they_show():
 @pytest.mark.parametrize("name", sorted({*recipe_names()} - SEEDS))
 def test_recipes_share_one_budget_and_none_of_them_stops_early(name):
     values = dict(leaves(read_params()))
-    fixed = {key for key in values if key.split(".")[-1] in SIZES and "models." not in key}
+    sections = ("distill.", "finetune.", "finetune_control.")
+    fixed = {k for k in values if k.split(".")[-1] in SIZES and k.startswith(sections)}
     chosen = {key for key in values if key.startswith("infini.") or key.endswith(".trainable")}
     fixed |= own_values("budget").keys() - chosen - {"finetune_control.lr"}
     assert own_values(name).keys() & fixed == OWN_BUDGET.get(name, set())
