@@ -32,12 +32,15 @@ for name in {blocked}:
 """
 COMPARE = """
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM
 ids = torch.load("ids.pt")
 for folder in {folders}:
     model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+    body = AutoModel.from_pretrained(folder, trust_remote_code=True)
     with torch.no_grad():
         torch.save(model(input_ids=ids, use_cache=False).logits, folder + "-logits.pt")
+        same = torch.equal(body(ids)[0], model.base_model(ids)[0])
+    assert same and type(body) is type(model.base_model), type(body)
     torch.save(model.generate(ids, max_new_tokens=7, do_sample=False), folder + "-tokens.pt")
 model.save_pretrained("again")
 again = AutoModelForCausalLM.from_pretrained("again", trust_remote_code=True, dtype="bfloat16")

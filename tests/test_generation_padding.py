@@ -7,6 +7,7 @@ from transformers import PreTrainedModel
 
 from infini_retrofit.generation import generation
 from infini_retrofit.generation.cache import InfiniCache
+from infini_retrofit.generation.versions import CACHE
 from infini_retrofit.layer.cut import Cut
 from tests.reference import largest
 from tests.tiny_generation import (
@@ -123,3 +124,34 @@ def test_padding_taken_to_lie_all_on_the_left_is_noticed():
     cache, broken = filled_cache(model), filled_cache(model)
     broken.is_token = torch.arange(broken.num_seen).flip(0) < broken.num_tokens[:, None]
     assert largest(go_on(model, broken)[1] - go_on(model, cache)[1]) > 1e-3
+
+
+@both_others
+def test_rows_that_end_early_read_no_padding_and_go_on_as_if_alone(other):
+    model = generating_model("llama", other, layers=[1], local_context=2)
+    ids, mask = padded_batch(0)
+    alone = [generate(model, row_of(0, row)[None], max_new_tokens=12)[0][0] for row in range(4)]
+    end = int(alone[0][4])  # ends the first row early
+    options = {"max_new_tokens": 12, "eos_token_id": end}
+    cache, answers = InfiniCache(model), []
+    found, _ = generate(model, ids, attention_mask=mask, **{CACHE: cache}, **options)
+    for row in range(4):
+        answer = found[row].tolist()
+        answers.append(answer[: answer.index(end) + 1] if end in answer else answer)
+    lengths = [len(answer) for answer in answers]
+    assert min(lengths) < max(lengths) == found.shape[1]
+    # The last column was not read; a row that ended earlier has read all of its answer.
+    read = [min(n, found.shape[1] - 1) for n in lengths]
+    assert cache.num_tokens.tolist() == [n + m for n, m in zip(BATCHES[0], read, strict=True)]
+    tokens, logits = go_on(model, cache)
+    for row, answer in enumerate(answers):
+        parts = row_of(0, row), torch.tensor(answer[: read[row]]), row_of(2, row)
+        whole = torch.cat(parts)[None]
+        want = generate(model, whole, attention_mask=torch.ones_like(whole))
+        assert_same((tokens[row : row + 1], logits[row : row + 1]), want)
+
+
+def test_prompts_that_end_with_padding_are_refused():
+    model, (ids, mask) = generating_model(), padded_batch(0)
+    with pytest.raises(ValueError, match="attention_mask must end with a token in each row"):
+        generate(model, ids.flip(1), attention_mask=mask.flip(1))

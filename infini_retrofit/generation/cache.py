@@ -57,6 +57,9 @@ class InfiniCache(Cache):
     num_tokens: Int[Tensor, "B"] | None  # read, without padding; None: none yet
     # False in columns that were padding. For a bounded cache the number of tokens is enough.
     is_token: Bool[Tensor, "B _"] | None
+    # Of the last `generate`: columns before the first generated token, and tokens that end a row.
+    num_prompt: int | None
+    ends: Int[Tensor, "_"] | None
     # By index; a confined layer beside a parallel branch has an index of its own.
     layer_states: dict[int, LayerState]
 
@@ -135,7 +138,7 @@ class InfiniCache(Cache):
         """Empty the cache."""
         super().reset()
         self.layer_states, self.num_seen = {}, 0
-        self.num_tokens = self.is_token = None
+        self.num_tokens = self.is_token = self.num_prompt = self.ends = None
 
     def crop(self, tokens_to_remove: int) -> None:
         """Refuse to remove tokens."""
@@ -349,6 +352,11 @@ def _digest(model: PreTrainedModel) -> str:
     """Hash the name, shape and bfloat16 values of every parameter."""
     digest = hashlib.sha256()
     for name, parameter in sorted(model.named_parameters()):
+        if parameter.is_meta:
+            raise ValueError(
+                f"the weights of a model whose cache is saved or loaded must be in memory, got "
+                f"{name} offloaded: load the model without a device_map"
+            )
         digest.update(f"{name} {list(parameter.shape)}".encode())
         for part in parameter.detach().flatten().split(_VALUES_AT_ONCE):
             digest.update(part.to(torch.bfloat16).view(torch.int16).cpu().numpy())

@@ -41,7 +41,9 @@ from infini_retrofit.model.retrofit import (
     without_memory,
 )
 
-_MAKE_MASK = "_prepare_attention_mask_for_generation"  # of transformers' GenerationMixin
+# Of transformers' GenerationMixin.
+_MAKE_MASK = "_prepare_attention_mask_for_generation"
+_MAKE_INPUTS = "prepare_inputs_for_generation"
 
 
 def enable_generation(
@@ -61,7 +63,8 @@ def enable_generation(
             none is an Infini layer, or this version of `transformers` would lose the cache.
     """
     has_name = CACHE in inspect.signature(model.base_model.forward).parameters
-    if not has_name or not all(hasattr(model, name) for name in (PREPARE, _MAKE_MASK)):
+    methods = (PREPARE, _MAKE_MASK, _MAKE_INPUTS)
+    if not has_name or not all(hasattr(model, name) for name in methods):
         raise ValueError(unproven("would not hand a cache from one token to the next"))
     if other_layers is None:
         other_layers = getattr(model.config, "other_layers", "segment")
@@ -81,6 +84,7 @@ def enable_generation(
         model.generation_config.use_cache = True
         setattr(model, PREPARE, MethodType(_prepare_cache, model))
         setattr(model, _MAKE_MASK, MethodType(_make_mask, model))
+        setattr(model, _MAKE_INPUTS, MethodType(_make_inputs, model))
         model.base_model.register_forward_pre_hook(_open, with_kwargs=True)
         model.base_model.register_forward_hook(_close, with_kwargs=True)
 
@@ -96,7 +100,8 @@ def read(
     check_enabled(model)
     for part in input_ids.split(num_segments * segment_length(model), dim=1):
         with torch.no_grad():
-            part = part.to(model.device)
+            if model.device.type != "meta":  # offloaded: accelerate moves what is read
+                part = part.to(model.device)
             model.base_model(input_ids=part, use_cache=True, **{CACHE: cache})
         yield part.shape[1]
 
@@ -117,6 +122,8 @@ def _open(body: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, 
     cache, uses_cache, state = _take_cache(kwargs), kwargs.get("use_cache"), None
     num_seen = 0 if cache is None else cache.num_seen
     is_token = _padding(kwargs.get("attention_mask"), num_seen, num_columns)
+    if (has_ended := kwargs.pop("has_ended", None)) is not None:
+        is_token = ~has_ended[:, None] if is_token is None else is_token & ~has_ended[:, None]
     packing = find_documents(kwargs, is_token, (num_rows, num_columns), cache is not None)
     if packing is not None:
         kwargs, is_token = packing.unpack(kwargs), packing.is_token
@@ -209,9 +216,12 @@ def _prepare_cache(
         )
     if generation_mode == GenerationMode.ASSISTED_GENERATION:
         raise ValueError("generate must run without an assistant: a memory takes no token back")
-    cache = _take_cache(model_kwargs)
+    cache, mask = _take_cache(model_kwargs), model_kwargs.get("attention_mask")
+    if mask is not None and not mask[:, -1].all():
+        raise ValueError(
+            "attention_mask must end with a token in each row, got padding there: pad on the left"
+        )
     if cache is not None:
-        mask = model_kwargs.get("attention_mask")
         num_columns = config._mask_length if mask is None else mask.shape[1]
         if num_columns <= cache.num_seen:  # transformers would skip the whole prompt
             raise ValueError(
@@ -221,10 +231,12 @@ def _prepare_cache(
         num_copies = max(config.num_beams, config.num_return_sequences)
         if num_copies > 1 and cache.batch_size == batch_size:
             cache.batch_repeat_interleave(num_copies)
-    elif config.use_cache:
+    is_kept = cache is not None or config.return_dict_in_generate
+    if cache is None and config.use_cache:
         cache = InfiniCache(model)
     if cache is not None:
         model_kwargs[CACHE] = cache
+        cache.num_prompt, cache.ends = None, config._eos_token_tensor if is_kept else None
     prepare = getattr(type(model), PREPARE)
     prepare(model, config, model_kwargs, generation_mode, batch_size, *args)
 
@@ -238,6 +250,23 @@ def _make_mask(model: PreTrainedModel, *args: Any) -> Tensor:
             "none: pass cache.mask_for(input_ids) if no input_ids were seen, else torch.ones_like"
         )
     return getattr(type(model), _MAKE_MASK)(model, *args)
+
+
+def _make_inputs(
+    model: PreTrainedModel, input_ids: Tensor, *args: Any, **kwargs: Any
+) -> dict[str, Any]:
+    """Tell a step which rows have ended, of a cache that is kept: no memory reads padding."""
+    inputs = getattr(type(model), _MAKE_INPUTS)(model, input_ids, *args, **kwargs)
+    cache = inputs.get(CACHE)
+    if isinstance(cache, InfiniCache) and not kwargs.get("is_first_iteration"):
+        if cache.num_prompt is None:
+            cache.num_prompt = input_ids.shape[1] - 1
+        before = input_ids[:, cache.num_prompt : -1]
+        if cache.ends is not None and len(before) > 1:
+            has_ended = torch.isin(before, cache.ends).any(dim=1)
+            if has_ended.any():
+                inputs["has_ended"] = has_ended
+    return inputs
 
 
 def _confine_others(model: PreTrainedModel, params: InfiniParams) -> None:

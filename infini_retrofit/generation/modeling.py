@@ -122,4 +122,21 @@ class InfiniGPTNeoXForCausalLM(_InfiniModel, GPTNeoXForCausalLM):
     config_class = InfiniGPTNeoXConfig
 
 
+def body_name(model: type) -> str:
+    """Return the name of the class that opens a model's body."""
+    return model.__name__.replace("ForCausalLM", "Model")
+
+
+class _Body:
+    """Opens as the model without its head: the entry of `AutoModel`."""
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **options: Any) -> Any:
+        """Open the model, and return its body."""
+        return super().from_pretrained(*args, **options).base_model
+
+
 MODELS = {"llama": InfiniLlamaForCausalLM, "gpt_neox": InfiniGPTNeoXForCausalLM}
+for _model in MODELS.values():
+    _name = body_name(_model)
+    globals()[_name] = type(_name, (_Body, _model), {"__module__": __name__})

@@ -211,11 +211,11 @@ class InfiniAttention(nn.Module):
                 key, value, is_token = line.left(late, layout.grid[1], length, key.shape[2])
             # Queries and keys before position encoding (section 2.1 of the paper): the memory
             # finds by content, not by distance.
-            write = self.memory.recent_states if probe.read == "recent" else self.memory.states
+            job = "recent_states" if probe.read == "recent" else "states"
             feature = self.feature_maps.of_key(key)
             if self.params.memory_key == "before":  # none for a segment's first token
                 feature = F.pad(feature[..., :-1, :], (0, 0, 1, 0))
-            memories, memory = write(feature, key, value, is_token, before.memory)
+            memories, memory = self.memory(job, feature, key, value, is_token, before.memory)
         return Segments(place, keys, line, memories, memory)
 
     def _attend(
@@ -229,8 +229,8 @@ class InfiniAttention(nn.Module):
             probe.memories[self.layer_index] = segments.memories
         memories = probe.swapped.get(self.layer_index, segments.memories)
         feature = self.feature_maps.of_query(query)
-        numerator, denominator, logit = self.memory.read(
-            query, feature, memories, segments.num_before
+        numerator, denominator, logit = self.memory(
+            "read", query, feature, memories, segments.num_before
         )
         gate = self.gate_logit.to(denominator.dtype)[:, None, None]
         share = memory_share(denominator, gate + logit)

@@ -15,6 +15,7 @@ Axes:
 """
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -59,7 +60,7 @@ class CompressiveMemory(nn.Module):
         self.decay_logit = self.query_gate = self.write_gate = None
         if params.update_rule == "gated_delta":
             num_kv_heads = shape.num_kv_heads
-            self.write_gate = nn.Linear(num_kv_heads * shape.head_dim, 2 * num_kv_heads)
+            self.write_gate = _Gate(num_kv_heads * shape.head_dim, 2 * num_kv_heads)
             nn.init.zeros_(self.write_gate.weight)
             decay = math.log(math.expm1(math.log(2) / LONGEST_HALF_LIFE))
             start = torch.tensor([0.0, decay]).repeat_interleave(num_kv_heads)
@@ -70,6 +71,13 @@ class CompressiveMemory(nn.Module):
             self.decay_logit = nn.Parameter(logit.repeat(shape.num_kv_heads, 1))
         if params.gate == "query":
             self.query_gate = nn.Parameter(torch.zeros(shape.num_heads, shape.head_dim))
+
+    def forward(self, job: str, *args: Any) -> Any:
+        """Do `states`, `recent_states` or `read` as a call.
+
+        Hooks of modules see calls only: offload brings the parameters, FSDP gathers them.
+        """
+        return getattr(self, job)(*args)
 
     def states(
         self,
@@ -106,9 +114,7 @@ class CompressiveMemory(nn.Module):
         weight = None if is_token is None else is_token[:, :, None, :, None].to(feature.dtype)
         if self.write_gate is not None:
             keys = key.transpose(2, 3).flatten(3).to(feature.dtype)
-            weight_of, bias = (x.to(keys.dtype) for x in self.write_gate.parameters())
-            logits = F.linear(keys, weight_of, bias)
-            strength, decay = logits.transpose(2, 3).chunk(2, dim=2)
+            strength, decay = self.write_gate(keys).transpose(2, 3).chunk(2, dim=2)
             strength, log_decay = strength.sigmoid(), -F.softplus(decay)
             if weight is not None:
                 strength, log_decay = strength * weight[..., 0], log_decay * weight[..., 0]
@@ -178,6 +184,13 @@ class CompressiveMemory(nn.Module):
             if self.divisor is not None:
                 numerator = numerator / self.divisor
             return numerator, denominator, logit
+
+
+class _Gate(nn.Linear):
+    """A linear map in the number type of what it maps."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.to(x.dtype), self.bias.to(x.dtype))
 
 
 def _fade(

@@ -112,13 +112,15 @@ class FeatureMaps(nn.Module):
 
     def of_query(self, query: Float[Tensor, "*B H L K"]) -> Float[Tensor, "*B H L F"]:
         """Map queries, in float32 or above, autocast or not."""
-        return self._map(query, self.query_weight)
+        return self(query, "query_weight")
 
     def of_key(self, key: Float[Tensor, "*B N L K"]) -> Float[Tensor, "*B N L F"]:
         """Map keys, in float32 or above, autocast or not."""
-        return self._map(key, self.key_weight)
+        return self(key, "key_weight")
 
-    def _map(self, x: Tensor, weight: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, weight_name: str) -> Tensor:
+        """Map by one of the weights; what hooks do to a module, they do when it is called."""
+        weight = getattr(self, weight_name)
         with torch.autocast(x.device.type, enabled=False):
             x = x.to(computing_dtype(x.dtype), memory_format=torch.contiguous_format)
             if self.name == "elu1":

@@ -53,9 +53,9 @@ class MemoryState:
         """Stop the gradient here."""
         return self.map(Tensor.detach)
 
-    def to(self, dtype: torch.dtype) -> "MemoryState":
-        """Convert to another number type."""
-        return self.map(lambda x: x.to(dtype))
+    def to(self, target: torch.dtype | torch.device, non_blocking: bool = False) -> "MemoryState":
+        """Convert to another number type, or move to another device, as hooks of offload do."""
+        return self.map(lambda x: x.to(target, non_blocking=non_blocking))
 
     def roll_batch(self) -> "MemoryState":
         """Give every document the memory of the one before it in the batch."""

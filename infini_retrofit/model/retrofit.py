@@ -3,6 +3,7 @@
 Knows nothing of training, files, texts or protocols.
 """
 
+import contextlib
 import copy
 import inspect
 from dataclasses import replace
@@ -195,10 +196,20 @@ def _add_branch(base: nn.Module, args: tuple, kwargs: dict, output: Output) -> O
     if branch is None:
         return output
     added = branch(*args, **kwargs)
-    if isinstance(output, Tensor):
-        return output + (branch.alpha.to(added.dtype) * added).to(output.dtype)
-    added = branch.alpha.to(added[0].dtype) * added[0]
-    return (output[0] + added.to(output[0].dtype), *output[1:])
+    with _in_place(branch):
+        if isinstance(output, Tensor):
+            return output + (branch.alpha.to(added.dtype) * added).to(output.dtype)
+        added = branch.alpha.to(added[0].dtype) * added[0]
+        return (output[0] + added.to(output[0].dtype), *output[1:])
+
+
+def _in_place(module: nn.Module) -> contextlib.AbstractContextManager:
+    """Bring the parameters of a module that accelerate has offloaded."""
+    if not hasattr(module, "_hf_hook"):
+        return contextlib.nullcontext()
+    from accelerate.utils import align_module_device
+
+    return align_module_device(module)
 
 
 def _give_embeddings(

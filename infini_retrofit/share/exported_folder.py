@@ -61,6 +61,7 @@ def as_exported(model: PreTrainedModel) -> PreTrainedModel:
     fields["auto_map"] = {
         "AutoConfig": f"{MODELING.stem}.{kind.config_class.__name__}",
         "AutoModelForCausalLM": f"{MODELING.stem}.{kind.__name__}",
+        "AutoModel": f"{MODELING.stem}.{modeling.body_name(kind)}",
     }
     config = kind.config_class(**fields)
     exported = kind.from_pretrained(None, config=config, state_dict=model.state_dict())
