@@ -13,7 +13,8 @@ from infini_retrofit.pipeline.fields import Count, Weight
 from infini_retrofit.texts.prompts import MOST_PAIRS, Haystack
 
 Baseline = Literal["window", "streaming", "equal_bytes"] | Scaling
-Length = Annotated[int, Field(ge=128)]  # tokens; a shorter prompt has no room for a haystack
+Length = Annotated[int, Field(ge=128, le=2**24)]  # tokens; a needle has no room in fewer
+Segments = Annotated[int, Field(ge=1, le=2**16)]
 Pairs = Annotated[int, Field(ge=1, le=MOST_PAIRS)]
 
 
@@ -28,7 +29,7 @@ class LongcontextParams:
     pairs: list[Pairs]  # numbers that a prompt without a haystack stores
     needles: list[Pairs]  # numbers that are spread in a prompt of the shortest of `lengths`
     questions: Count  # at most, about the numbers of a prompt
-    compressions: list[Count]  # segments between the pass key and its question
+    compressions: list[Segments]  # between the pass key and its question
     distance: Length  # tokens between them where the segments are cut to give as many
     documents: Count  # longest articles whose loss is plotted by position
     document_tokens: list[Length]  # of each, one length or none

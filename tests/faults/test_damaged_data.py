@@ -24,6 +24,7 @@ SPLITS_READ = {
     "baseline_eval": {"wikitext": ("train", "test"), "longdocs": ("test",)},
     "control_eval": {"wikitext": ("test",), "longdocs": ("test",)},
     "eval_sliding": {"wikitext": ("test",), "longdocs": ("test",)},
+    "eval_longcontext": {"wikitext": ("test",)},
     "report": {"longdocs": ("test",)},
 }
 TABLES = [

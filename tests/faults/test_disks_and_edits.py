@@ -62,6 +62,7 @@ NUMBERS = {
     "finetune": "finetune.lr",
     "control_eval": "eval.window",
     "eval_sliding": "distill.epochs",
+    "eval_longcontext": "longcontext.samples",
     "report": "finetune.lr",
 }
 OUTPUT = r"^(data|models|metrics|plots|report)/|/(data|models|metrics|plots|report)/"
