@@ -116,11 +116,11 @@ def check_base(params: Params, depth: int | None) -> None:
     if depth is not None:
         resolve_layers(params.infini.layers, depth)
     try:
-        name, config = read_about(BASE).name, load_weightless(BASE).config
+        name, base = read_about(BASE).name, load_weightless(BASE)
     except (FileNotFoundError, ValueError):
         return
-    if name == params.model and depth in (None, config.num_hidden_layers):
-        check_form(params.infini, config)
+    if name == params.model and depth in (None, base.config.num_hidden_layers):
+        check_form(params.infini, base)
 
 
 if __name__ == "__main__":

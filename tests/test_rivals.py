@@ -42,8 +42,9 @@ def select_by_loop(
     heads, kv_heads, size = (
         getattr(module.shape, name) for name in ("num_heads", "num_kv_heads", "head_dim")
     )
+    own = module.own
     query, key, value = (
-        p(hidden).view(len(hidden), -1, size) for p in (module.q_proj, module.k_proj, module.v_proj)
+        p(hidden).view(len(hidden), -1, size) for p in (own.q_proj, own.k_proj, own.v_proj)
     )
     cos, sin = tables
     out = torch.zeros_like(query)
@@ -73,7 +74,7 @@ def select_by_loop(
                 next_window = next_window - {end - num_window} | {0}
             reach = kept | set(window) | set(range(begin, end))
             kept = set(sorted(reach - next_window, key=lambda k: -mass[k])[:num_kept])
-    return module.o_proj(out.flatten(1))
+    return module.own.o_proj(out.flatten(1))
 
 
 @both_families

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from infini_retrofit.model.base import load_tokenizer, open_config, weightless
-from infini_retrofit.model.families import FAMILIES
+from infini_retrofit.model.families import check_family
 from infini_retrofit.model.weights import load_whole
 from infini_retrofit.pipeline.files import read_json
 
@@ -60,12 +60,10 @@ def check_config(folder: Path, source: str) -> dict[str, Any]:
     return config
 
 
-def check_family(family: str | None, source: str) -> None:
-    """Refuse a family without a retrofit."""
-    if family not in FAMILIES:
-        raise ValueError(
-            f"the family of {source} must be one of {', '.join(sorted(FAMILIES))}, got {family!r}"
-        )
+def known_depth(folder: Path, source: str) -> int | None:
+    """Return the number of layers by a configuration, if it is there and fits."""
+    there = (folder / "config.json").is_file()
+    return check_config(folder, source).get("num_hidden_layers") if there else None
 
 
 def read_config(folder: Path) -> dict[str, Any]:

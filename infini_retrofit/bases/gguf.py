@@ -13,7 +13,8 @@ from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
 from transformers import AutoModelForCausalLM, GgufConfig, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.integrations.gguf import read_gguf_metadata
 
-from infini_retrofit.bases.folder import BaseModel, check_family
+from infini_retrofit.bases.folder import BaseModel
+from infini_retrofit.model.families import check_family
 
 
 def read_gguf(path: Path, source: str) -> BaseModel:

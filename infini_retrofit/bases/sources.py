@@ -12,7 +12,7 @@ from pathlib import Path
 
 from huggingface_hub import try_to_load_from_cache
 
-from infini_retrofit.bases.folder import WEIGHTS, BaseModel, check_config, read_base, read_config
+from infini_retrofit.bases.folder import WEIGHTS, BaseModel, check_config, known_depth, read_base
 from infini_retrofit.bases.gguf import read_gguf, read_metadata
 from infini_retrofit.bases.scratch import ScratchBase
 from infini_retrofit.pipeline.fields import (
@@ -85,14 +85,16 @@ class HubBase:
     def known_depth(self) -> int | None:
         """Read the configuration in the Hub's cache, if it is there."""
         config = try_to_load_from_cache(self.repo_id, "config.json", revision=self.revision)
-        in_cache = isinstance(config, str)
-        return read_config(Path(config).parent).get("num_hidden_layers") if in_cache else None
+        return known_depth(Path(config).parent, self._source) if isinstance(config, str) else None
 
     def load(self) -> BaseModel:
         """Download the missing files; the configuration first, to refuse early."""
-        source = f"{self.repo_id} at {self.revision} of the Hugging Face Hub"
-        check_config(self._download("config.json"), source)
-        return read_base(self._download(WEIGHTS, "*.json", "chat_template.jinja"), source)
+        check_config(self._download("config.json"), self._source)
+        return read_base(self._download(WEIGHTS, "*.json", "chat_template.jinja"), self._source)
+
+    @property
+    def _source(self) -> str:
+        return f"{self.repo_id} at {self.revision} of the Hugging Face Hub"
 
     def _download(self, *patterns: str) -> Path:
         return fetch_snapshot(self.repo_id, self.revision, list(patterns))[0]
@@ -106,11 +108,15 @@ class LocalBase:
 
     def known_depth(self) -> int | None:
         """Read the configuration, if it is there."""
-        return read_config(given_path(self.path)).get("num_hidden_layers")
+        return known_depth(given_path(self.path), self._source)
 
     def load(self) -> BaseModel:
         """Read the folder."""
-        return read_base(given_path(self.path), f"local folder {Path(self.path).name}")
+        return read_base(given_path(self.path), self._source)
+
+    @property
+    def _source(self) -> str:
+        return f"local folder {Path(self.path).name}"
 
 
 BASE_KINDS = {"wheel": WheelBase, "hub": HubBase, "local": LocalBase, "scratch": ScratchBase}

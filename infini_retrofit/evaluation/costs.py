@@ -13,7 +13,7 @@ from infini_retrofit.evaluation.dynamic import RANK, adapted_modules
 from infini_retrofit.evaluation.rival import Rival, make_windowed, state_token_bytes
 from infini_retrofit.evaluation.selected import BYTES_PER_MASS
 from infini_retrofit.model.families import decoder_layers
-from infini_retrofit.model.retrofit import attention_shape, state_bytes
+from infini_retrofit.model.retrofit import attention_shapes, state_bytes
 
 BYTES_PER_WEIGHT = 3 * 4  # of an adapter, with Adam's two moments, float32
 
@@ -54,7 +54,7 @@ def _bytes_per_id(model: PreTrainedModel) -> int:
 
 
 def _kv(model: PreTrainedModel, rival: Rival) -> tuple[int, int]:
-    shape, num_layers = attention_shape(model.config), model.config.num_hidden_layers
+    shape, num_layers = attention_shapes(model)[0], model.config.num_hidden_layers
     more = rival.num_tokens * num_layers - rival.local_context * len(rival.layers)
     # A query times a key, and its weight times a value.
     operations = 2 * more * shape.num_heads * shape.head_dim
@@ -62,7 +62,7 @@ def _kv(model: PreTrainedModel, rival: Rival) -> tuple[int, int]:
 
 
 def _selected(model: PreTrainedModel, rival: Rival) -> tuple[int, int]:
-    shape, num_layers = attention_shape(model.config), model.config.num_hidden_layers
+    shape, num_layers = attention_shapes(model)[0], model.config.num_hidden_layers
     state, operations = _kv(model, rival)
     masses = rival.num_tokens * num_layers * shape.num_kv_heads * BYTES_PER_MASS
     sums = num_layers * shape.num_heads * (rival.num_tokens + (rival.segment_length + 1) // 2)
@@ -70,7 +70,7 @@ def _selected(model: PreTrainedModel, rival: Rival) -> tuple[int, int]:
 
 
 def _dynamic(model: PreTrainedModel, rival: Rival, window: int) -> tuple[int, int]:
-    shape, modules = attention_shape(model.config), adapted_modules(model)
+    shape, modules = attention_shapes(model)[0], adapted_modules(model)
     weights = sum(RANK * (m.in_features + m.out_features) for m in modules)
     # Gradients reach back to the first adapter: through the head and the layers behind it.
     behind = decoder_layers(model)[len(decoder_layers(model)) - len(modules) + 1 :]

@@ -86,11 +86,9 @@ def dynamic_runs(
             own = ids[:, begin : begin + segment_length]
             with torch.enable_grad():
                 hidden = run_folded(model, own, segment_length, state=state, first_position=begin)
-                nlls = token_nlls(
-                    hidden[:, :-1].flatten(0, 1),
-                    model.get_output_embeddings().weight,
-                    own[:, 1:].flatten(),
-                )
+                head = model.get_output_embeddings()
+                predicting, labels = hidden[:, :-1].flatten(0, 1), own[:, 1:].flatten()
+                nlls = token_nlls(predicting, head.weight, labels, head.bias)
             optimizer.zero_grad()
             # The documents' adapters are apart: the sum over documents of their mean losses.
             (nlls.sum() / (segment_length - 1)).backward()

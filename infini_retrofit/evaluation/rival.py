@@ -15,7 +15,7 @@ from infini_retrofit.model.families import decoder_layers, family_of
 from infini_retrofit.model.retrofit import (
     BRANCH,
     attention_modules,
-    attention_shape,
+    attention_shapes,
     infini_modules,
     insert_infini,
     resolve_layers,
@@ -59,9 +59,7 @@ def rival_of(model: PreTrainedModel, infini: InfiniParams) -> Rival:
 
 def state_token_bytes(model: PreTrainedModel) -> int:
     """Count the bytes of one token's keys and values in all layers."""
-    base_shape = attention_shape(model.config)
-    shapes = (getattr(module, "shape", base_shape) for module in attention_modules(model))
-    return sum(shape.context_token_bytes() for shape in shapes)
+    return sum(shape.context_token_bytes() for shape in attention_shapes(model))
 
 
 def make_windowed(model: PreTrainedModel, rival: Rival) -> PreTrainedModel:
@@ -92,7 +90,12 @@ def make_rival(model: PreTrainedModel, rival: Rival) -> PreTrainedModel:
         if hasattr(module, BRANCH):
             delattr(module, BRANCH)
     others = [i for i, m in enumerate(modules) if not isinstance(m, InfiniAttention)]
-    plain = InfiniParams(layers=others, memory="off", segment_length=rival.segment_length)
+    plain = InfiniParams(
+        layers=others,
+        memory="off",
+        segment_length=rival.segment_length,
+        local_context=rival.num_tokens,
+    )
     insert_infini(made, plain)
     for module in infini_modules(made).values():
         module.drop_memory()
@@ -104,9 +107,10 @@ def make_selected(model: PreTrainedModel, rival: Rival) -> PreTrainedModel:
     """Return a base's or control's rival that keeps selected tokens behind its window."""
     window = min(rival.local_context, rival.num_tokens)
     made = make_rival(model, replace(rival, num_tokens=window))
-    name = family_of(made.config).attention
+    family = family_of(made.config)
     for layer in decoder_layers(made):
-        setattr(layer, name, SelectedAttention(getattr(layer, name), rival.num_selected))
+        own = getattr(layer, family.attention)
+        family.put(layer, SelectedAttention(own, rival.num_selected))
     return made
 
 

@@ -39,8 +39,7 @@ class SelectedAttention(nn.Module):
     def __init__(self, own: InfiniAttention, num_kept: int) -> None:
         super().__init__()
         self.shape, self.local_context, self.num_kept = own.shape, own.local_context, num_kept
-        self.q_proj, self.k_proj, self.v_proj = own.q_proj, own.k_proj, own.v_proj
-        self.o_proj = own.o_proj
+        self.own = own
 
     @property
     def state_bytes(self) -> int:
@@ -60,10 +59,11 @@ class SelectedAttention(nn.Module):
         length = hidden_states.shape[1]
         cos, sin = (self._line(x.expand(len(hidden_states), -1, -1), cut)[:, None]
                     for x in position_embeddings)
+        if not self.shape.rotates:
+            cos, sin = cos[..., :0], sin[..., :0]
         query, key, value = (
-            self._line(p(hidden_states), cut).unflatten(-1, (-1, self.shape.head_dim))
-            .transpose(1, 2)
-            for p in (self.q_proj, self.k_proj, self.v_proj)
+            self._line(x, cut).unflatten(-1, (-1, self.shape.head_dim)).transpose(1, 2)
+            for x in self.own.project(hidden_states)
         )
         query = rotate(query, cos, sin).unflatten(1, (key.shape[1], -1))
         first, key = key[:, :, :1], rotate(key, cos, sin)
@@ -76,12 +76,14 @@ class SelectedAttention(nn.Module):
             window = torch.cat([window, torch.arange(begin, end, device=key.device)])
             reach = torch.cat([kept, window.expand(*kept.shape[:2], -1)], dim=2)
             keys = torch.cat([_pick(key, kept), keys, key[:, :, begin:end]], dim=2)
-            out, got = attend(query[..., begin:end, :], keys, _pick(value, reach))
+            out, got = attend(
+                query[..., begin:end, :], keys, _pick(value, reach), self.shape.scaling
+            )
             outputs.append(out.flatten(1, 2).transpose(1, 2).flatten(2))
             mass.scatter_add_(2, reach, got)
             kept = self._keep(mass, kept, begin, end)
         out = torch.cat(outputs, dim=1).reshape(*hidden_states.shape[:2], -1)
-        return self.o_proj(out.to(hidden_states.dtype)), None
+        return self.own.o_proj(out.to(hidden_states.dtype)), None
 
     @staticmethod
     def _line(x: Tensor, cut: Cut) -> Tensor:
@@ -125,10 +127,12 @@ def attend(
     query: Float[Tensor, "B N G L K"],
     key: Float[Tensor, "B N R K"],
     value: Float[Tensor, "B N R K"],
+    scaling: float | None = None,
 ) -> tuple[Float[Tensor, "B N G L K"], Float[Tensor, "B N R"]]:
     """Attend causally, and sum the weights that each token gets; the last L are the queries'."""
     num_queries, num_keys = query.shape[3], key.shape[2]
-    scores = (query * query.shape[-1] ** -0.5) @ key[:, :, None].transpose(3, 4)
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    scores = (query * scaling) @ key[:, :, None].transpose(3, 4)
     future = _future(num_queries, num_keys, key.device)
     scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
     weights = scores.masked_fill_(future, -torch.inf).softmax(dim=-1)

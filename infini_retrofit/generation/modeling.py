@@ -5,11 +5,14 @@ of bases and of files.
 """
 
 import copy
+import functools
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaForCausalLM
+import transformers
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 # First: it refuses versions of transformers in which the others would not be found.
 from infini_retrofit.generation.versions import PROVEN
@@ -19,6 +22,7 @@ from infini_retrofit.generation.generation import enable_generation
 from infini_retrofit.layer.form import InfiniParams
 from infini_retrofit.layer.local_attention import alibi_slopes
 from infini_retrofit.model.base_attention import NAME
+from infini_retrofit.model.families import EXPORTED, FAMILIES
 from infini_retrofit.model.retrofit import infini_modules, insert_infini
 from infini_retrofit.model.weights import check_sizes, load_whole, read_by_transformers
 
@@ -91,40 +95,25 @@ class _InfiniModel:
                 module.slopes = alibi_slopes(module.shape.num_heads).to(module.slopes.device)
 
 
-class InfiniLlamaConfig(_InfiniConfig, LlamaConfig):
-    """Configuration of a Llama with Infini layers."""
+@functools.cache
+def model_class(family: str) -> type:
+    """Return the class of a family's exported models: the base's own, with Infini layers."""
+    base = getattr(transformers, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[family])
 
-    model_type = "infini_llama"
+    def init(self: Any, **kwargs: Any) -> None:
+        super(config, self).__init__(**kwargs)
 
-    # The constructor that `transformers` generates would hide its arguments from type checkers.
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-
-
-class InfiniGPTNeoXConfig(_InfiniConfig, GPTNeoXConfig):
-    """Configuration of a GPT-NeoX with Infini layers."""
-
-    model_type = "infini_gpt_neox"
-
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
+    # The constructor that `transformers` generates would hide the arguments of `_InfiniConfig`.
+    own = {"__module__": __name__, "model_type": EXPORTED + family, "__init__": init}
+    name, parents = f"Infini{base.config_class.__name__}", (_InfiniConfig, base.config_class)
+    config = type(name, parents, own)
+    own = {"__module__": __name__, "config_class": config}
+    return type(f"Infini{base.__name__}", (_InfiniModel, base), own)
 
 
-class InfiniLlamaForCausalLM(_InfiniModel, LlamaForCausalLM):
-    """A Llama with Infini layers."""
-
-    config_class = InfiniLlamaConfig
-
-
-class InfiniGPTNeoXForCausalLM(_InfiniModel, GPTNeoXForCausalLM):
-    """A GPT-NeoX with Infini layers."""
-
-    config_class = InfiniGPTNeoXConfig
-
-
-def body_name(model: type) -> str:
-    """Return the name of the class that opens a model's body."""
-    return model.__name__.replace("ForCausalLM", "Model")
+def body_name(model: str) -> str:
+    """Return the name of the class that opens the body of a model class."""
+    return model.replace("ForCausalLM", "Model")
 
 
 class _Body:
@@ -136,7 +125,14 @@ class _Body:
         return super().from_pretrained(*args, **options).base_model
 
 
-MODELS = {"llama": InfiniLlamaForCausalLM, "gpt_neox": InfiniGPTNeoXForCausalLM}
-for _model in MODELS.values():
-    _name = body_name(_model)
-    globals()[_name] = type(_name, (_Body, _model), {"__module__": __name__})
+def __getattr__(name: str) -> type:
+    """Return a class by the name that config.json of an exported folder gives it."""
+    for family in FAMILIES:
+        model = f"Infini{MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[family]}"
+        if name == model:
+            return model_class(family)
+        if name == f"Infini{CONFIG_MAPPING_NAMES[family]}":
+            return model_class(family).config_class
+        if name == body_name(model):
+            return type(name, (_Body, model_class(family)), {"__module__": __name__})
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

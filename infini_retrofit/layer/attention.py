@@ -17,6 +17,8 @@ Axes:
     V  value channel
     HK channel of all queries of a token
     HV channel of all outputs of a token
+    NK channel of all keys of a token
+    NV channel of all values of a token
 """
 
 import math
@@ -67,6 +69,7 @@ class InfiniAttention(nn.Module):
         v_bias = shape.qkv_bias or params.memory_value == "embedding"
         self.v_proj = nn.Linear(shape.hidden_size, kv_size, bias=v_bias)
         self.o_proj = nn.Linear(q_size, shape.hidden_size, bias=shape.o_bias)
+        self.q_norm = self.k_norm = None  # the base's, where `shape.norms` says so
         if params.memory_key == "before":
             self.q_proj.load_state_dict(self.k_proj.state_dict())  # a query is like its own key
         if params.memory_value == "embedding":  # what is recalled starts as an embedding
@@ -115,6 +118,27 @@ class InfiniAttention(nn.Module):
         groups = {"gate": gates, "memory": others}
         return {name: [p for p in group if p is not None] for name, group in groups.items()}
 
+    def project(
+        self,
+        hidden_states: Float[Tensor, "R T D"],
+        embeddings: Float[Tensor, "R T D"] | None = None,
+    ) -> tuple[Float[Tensor, "R T HK"], Float[Tensor, "R T NK"], Float[Tensor, "R T NV"]]:
+        """Return queries, keys and values, clipped and normed as the base's, not rotated."""
+        of_embedding = self.params.memory_value == "embedding"
+        query, key = self.q_proj(hidden_states), self.k_proj(hidden_states)
+        value = self.v_proj(embeddings if of_embedding else hidden_states)
+        if (most := self.shape.clip) is not None:
+            query, key, value = (x.clamp(-most, most) for x in (query, key, value))
+        if self.q_norm is not None:
+            query, key = self._normed(self.q_norm, query), self._normed(self.k_norm, key)
+        return query, key, value
+
+    def _normed(self, norm: nn.Module, x: Tensor) -> Tensor:
+        if self.shape.norms == "all":
+            return norm(x).to(x.dtype)
+        by_head = x.unflatten(-1, (-1, self.shape.head_dim)).transpose(1, 2)
+        return norm(by_head).to(x.dtype).transpose(1, 2).flatten(2)
+
     def drop_memory(self) -> None:
         """Remove the memory; keys and values of `local_context` still cross borders."""
         self.memory = self.gate_logit = None
@@ -138,10 +162,9 @@ class InfiniAttention(nn.Module):
         """
         cut, probe = cut or Cut(), probe or Probe()
         before = (state or State()).before.get(self.layer_index, LayerState())
-        query, key = self.q_proj(hidden_states), self.k_proj(hidden_states)
-        of_embedding = self.params.memory_value == "embedding"
-        value = self.v_proj(embeddings if of_embedding else hidden_states)
-        tables = position_embeddings if self.params.positions == "rope" else None
+        query, key, value = self.project(hidden_states, embeddings)
+        turns = self.params.positions == "rope" and self.shape.rotates
+        tables = position_embeddings if turns else None
         new = Tokens.of(key, value, tables, cut.is_token)
         if cut.is_open:
             out, after = self._stream(query, new, before, cut, probe)
@@ -173,7 +196,8 @@ class InfiniAttention(nn.Module):
         is_step = kept is not None and len(new) == 1 and cut.is_token is None
         if is_step:  # one query: the keys of its segment are known already
             reads = self.memory is not None and probe.read != "off"
-            options = (self.shape.num_kv_heads, reads, self.slopes is not None)
+            by_distance = self.slopes is not None or self.shape.window is not None
+            options = (self.shape.num_kv_heads, reads, by_distance)
             segments = running_segment(tokens, before, *options)
             layout = Layout(new.key, Cut(num_segments=1), 1)
             out = layout.join(self._attend(layout.split(query, heads), segments, probe))
@@ -254,5 +278,6 @@ class InfiniAttention(nn.Module):
         if self.params.local == "linear":
             local = linear_attention(*flat, is_key, self.feature_maps)
         else:
-            local = softmax_attention(*flat, is_key, slopes=self.slopes)
+            how = {"scaling": self.shape.scaling, "window": self.shape.window}
+            local = softmax_attention(*flat, is_key, slopes=self.slopes, **how)
         return local.unflatten(0, query.shape[:2])

@@ -210,7 +210,7 @@ def _in_words(kind: Any) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionShape:
-    """Sizes of one attention module."""
+    """Sizes of one attention module, and what it does beside projecting and attending."""
 
     hidden_size: int
     num_heads: int
@@ -218,13 +218,18 @@ class AttentionShape:
     head_dim: int
     qkv_bias: bool
     o_bias: bool
+    scaling: float | None = None  # of scores; None: 1 / sqrt(head_dim)
+    norms: Literal["none", "head", "all"] = "none"  # of queries and keys: by head, or all heads
+    clip: float | None = None  # largest size of a projected value; None: any
+    window: int | None = None  # tokens that a query sees, its own among them; None: all
+    rotates: bool = True  # whether RoPE turns queries and keys
 
     def of_heads(self, heads: Literal["base", "single"]) -> "AttentionShape":
         """Return this shape, or the seeds' form: one head of full width, no biases."""
         if heads == "base":
             return self
         one = {"num_heads": 1, "num_kv_heads": 1, "head_dim": self.hidden_size}
-        return replace(self, **one, qkv_bias=False, o_bias=False)
+        return replace(self, **one, qkv_bias=False, o_bias=False, scaling=None, norms="none")
 
     def context_token_bytes(self) -> int:
         """Count the bytes of one carried token's keys and values."""

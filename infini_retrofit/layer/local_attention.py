@@ -45,21 +45,26 @@ def softmax_attention(
     is_key: Bool[Tensor, "B C"] | None = None,
     scaling: float | None = None,
     slopes: Float[Tensor, "H"] | None = None,
+    window: int | None = None,
 ) -> Float[Tensor, "B H L V"]:
     """Attend causally with softmax (scale 1 / sqrt(K) unless given).
 
     `is_key` is False where a key must not be seen: padding, or context before the first segment.
-    A query always sees its own token. `slopes` are those of ALiBi.
+    A query always sees its own token. `slopes` are those of ALiBi; `window` is the number of
+    tokens that a query sees, its own among them.
     """
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     num_queries, num_keys = query.shape[2], key.shape[2]
+    if window is not None and window >= num_keys:
+        window = None
     if prefers_products(query, key, value):
-        return _ExplicitSoftmaxAttention.apply(query, key, value, is_key, scaling, slopes)
+        return _ExplicitSoftmaxAttention.apply(query, key, value, is_key, scaling, slopes, window)
     repeats = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
-    if is_key is None and num_queries == num_keys and slopes is None:
+    plain = is_key is None and slopes is None and window is None
+    if plain and num_queries == num_keys:
         return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling)
-    mask = _mask(num_queries, num_keys, is_key, query.device)
+    mask = _mask(num_queries, num_keys, is_key, query.device, window)
     if slopes is not None:
         bias = alibi_bias(slopes, num_queries, num_keys).to(query.dtype)
         mask = bias.masked_fill(~mask, -torch.inf)
@@ -86,12 +91,18 @@ def alibi_bias(
 
 
 def _mask(
-    num_queries: int, num_keys: int, is_key: Bool[Tensor, "B C"] | None, device: torch.device
+    num_queries: int,
+    num_keys: int,
+    is_key: Bool[Tensor, "B C"] | None,
+    device: torch.device,
+    window: int | None = None,
 ) -> Bool[Tensor, "#B 1 L C"]:
     """Return True where a query may see a key: itself, and those before it that are not hidden."""
     num_context = num_keys - num_queries
     past = torch.ones(1, 1, num_queries, num_keys, dtype=torch.bool, device=device)
     past = past.tril(diagonal=num_context)
+    if window is not None:
+        past = past.triu(diagonal=num_context - window + 1)
     if is_key is None:
         return past
     own = F.pad(torch.eye(num_queries, dtype=torch.bool, device=device), (num_context, 0))
@@ -113,6 +124,7 @@ class _ExplicitSoftmaxAttention(torch.autograd.Function):
         is_key: Tensor | None,
         scaling: float,
         slopes: Tensor | None,
+        window: int | None,
     ) -> Tensor:
         query = _group(query, key.shape[1])
         key, value = key.contiguous() * scaling, value.contiguous()
@@ -125,7 +137,7 @@ class _ExplicitSoftmaxAttention(torch.autograd.Function):
             scores = _products(own, key[:, :, :seen].transpose(2, 3))
             if slopes is not None:
                 scores.add_(_group(alibi_bias(slopes, scores.shape[2], seen)[None], key.shape[1]))
-            _hide_keys(scores, is_key)
+            _hide_keys(scores, is_key, window)
             # A row's maximum is finite, because a query always sees its own token.
             weight = scores.softmax(dim=-1)
             own_out.copy_(_products(weight, value[:, :, :seen]))
@@ -137,7 +149,7 @@ class _ExplicitSoftmaxAttention(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_out: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None, None]:
+    def backward(ctx, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, *weights = ctx.saved_tensors
         grad_out = _group(grad_out, key.shape[1])
         grad_query = _empty_groups(query, query.shape[-1])
@@ -150,18 +162,20 @@ class _ExplicitSoftmaxAttention(torch.autograd.Function):
             grad = torch._softmax_backward_data(grad, weight, -1, weight.dtype)
             own_grad.copy_(_products(grad, key[:, :, :seen]))
             grad_key[:, :, :seen].add_(grad.flatten(2, 3).transpose(2, 3) @ own.flatten(2, 3))
-        return _ungroup(grad_query), grad_key * ctx.scaling, grad_value, None, None, None
+        return _ungroup(grad_query), grad_key * ctx.scaling, grad_value, *(None,) * 4
 
 
-def _hide_keys(scores: Float[Tensor, "B N L G C"], is_key: Bool[Tensor, "B *"] | None) -> None:
+def _hide_keys(
+    scores: Float[Tensor, "B N L G C"], is_key: Bool[Tensor, "B *"] | None, window: int | None
+) -> None:
     """Set the scores of keys that must not be seen to minus infinity, in place."""
     num_queries, num_keys = scores.shape[2], scores.shape[4]
-    if is_key is None:
+    if is_key is not None:
+        is_key = is_key[:, :num_keys]
+    elif window is None:
         # Then only keys beside the queries themselves can be in the future.
         scores, num_keys = scores[..., num_keys - num_queries :], num_queries
-    else:
-        is_key = is_key[:, :num_keys]
-    mask = _mask(num_queries, num_keys, is_key, scores.device)
+    mask = _mask(num_queries, num_keys, is_key, scores.device, window)
     bias = torch.zeros_like(mask, dtype=scores.dtype).masked_fill_(~mask, -torch.inf)
     scores.add_(bias.reshape(-1, 1, num_queries, 1, num_keys))
 

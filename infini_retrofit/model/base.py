@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from infini_retrofit.model import base_attention
-from infini_retrofit.model.families import FAMILIES
+from infini_retrofit.model.families import check_family
 from infini_retrofit.model.weights import check_sizes, load_whole, read_by_transformers
 from infini_retrofit.pipeline.files import MANIFEST, check_folder, read_json, verify_manifest
 
@@ -73,9 +73,7 @@ def open_config(folder: Path, made_by: str) -> PretrainedConfig:
     """
     path, advice = folder / "config.json", _advice(folder, made_by)
     about = read_json(path, dict[str, Any], made_by)
-    if (found := about.get("model_type")) not in sorted(FAMILIES):
-        choices = " or ".join(sorted(FAMILIES))
-        raise ValueError(f"model_type of {path} must be {choices}, got {found!r}: {advice}")
+    check_family(about.get("model_type"), path, f": {advice}")
     if "quantization_config" in about:
         raise ValueError(f"{path} must describe plain weights, got quantized ones: {advice}")
     check_sizes(about, path, advice)

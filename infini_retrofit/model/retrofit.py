@@ -12,14 +12,19 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from infini_retrofit.layer.attention import InfiniAttention
+from infini_retrofit.layer.cut import Cut
 from infini_retrofit.layer.form import AttentionShape, InfiniParams
-from infini_retrofit.model.families import PROJECTIONS, decoder_layers, family_of
+from infini_retrofit.layer.state import State
+from infini_retrofit.model.families import PROJECTIONS, Family, decoder_layers, family_of
+from infini_retrofit.model.rotary import hold_tables
 
 # What holds a branch: an attention beside the base's, or an adapter beside its decoder layer.
 BRANCH = "infini"
+# A retrofit is compared with its base on so many tokens, or a segment.
+PROOF_TOKENS = 16
 # Of a decoder layer or of an attention, which returns weights or None as well.
 Output = Tensor | tuple
 
@@ -51,17 +56,13 @@ def has_memory(model: PreTrainedModel) -> bool:
     return any(module.memory is not None for module in infini_modules(model).values())
 
 
-def attention_shape(config: PretrainedConfig) -> AttentionShape:
-    """Read the sizes of the base's attention."""
-    head_dim = getattr(config, "head_dim", None)
-    return AttentionShape(
-        hidden_size=config.hidden_size,
-        num_heads=config.num_attention_heads,
-        num_kv_heads=getattr(config, "num_key_value_heads", config.num_attention_heads),
-        head_dim=head_dim or config.hidden_size // config.num_attention_heads,
-        qkv_bias=config.attention_bias,
-        o_bias=config.attention_bias,
-    )
+def attention_shapes(model: PreTrainedModel) -> list[AttentionShape]:
+    """Return the sizes of each layer's attention: the base's or an Infini one."""
+    family = family_of(model.config)
+    return [
+        module.shape if isinstance(module, InfiniAttention) else family.shape(module)
+        for module in attention_modules(model)
+    ]
 
 
 def resolve_layers(
@@ -92,11 +93,13 @@ def memory_layers(params: InfiniParams, layers: list[int], num_layers: int) -> l
     return chosen
 
 
-def check_form(params: InfiniParams, config: PretrainedConfig) -> None:
+def check_form(params: InfiniParams, base: PreTrainedModel) -> None:
     """Refuse layers and sizes that do not fit a base."""
-    layers = resolve_layers(params.layers, config.num_hidden_layers)
-    memory_layers(params, layers, config.num_hidden_layers)
-    params.count_features(attention_shape(config).of_heads(params.heads).head_dim)
+    shapes = attention_shapes(base)
+    layers = resolve_layers(params.layers, len(shapes))
+    memory_layers(params, layers, len(shapes))
+    params.count_features(shapes[0].of_heads(params.heads).head_dim)
+    hold_tables(base, params, len(layers))
 
 
 def state_bytes(model: PreTrainedModel, params: InfiniParams | None = None) -> int:
@@ -118,17 +121,19 @@ def insert_infini(model: PreTrainedModel, params: InfiniParams, seed: int = 0) -
     The seed is that of weights that start at random.
 
     Raises:
-        ValueError: if `params.layers` or a size does not fit the model.
+        ValueError: if `params.layers` or a size does not fit the model, or the model's family has
+            no retrofit, or a retrofit that should start as its base does not.
     """
-    family, shape = family_of(model.config), attention_shape(model.config)
-    layers = decoder_layers(model)
+    family, layers = family_of(model.config), decoder_layers(model)
+    chosen = resolve_layers(params.layers, len(layers))
+    with_memory = memory_layers(params, chosen, len(layers))
+    hold_tables(model, params, len(chosen))
+    want = _short_run(model, params, State())
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        chosen = resolve_layers(params.layers, len(layers))
-        with_memory = memory_layers(params, chosen, len(layers))
         for index in chosen:
             own = layers[index]
-            weights = family.split(getattr(own, family.attention))
+            source = getattr(own, family.attention)
             has_branch = params.local != "none" or index in with_memory
             if params.insertion == "parallel" and params.local_context:
                 window = without_memory(params, params.local_context)
@@ -138,26 +143,83 @@ def insert_infini(model: PreTrainedModel, params: InfiniParams, seed: int = 0) -
             layer = copy.deepcopy(own) if params.insertion == "adapter" else own
             base = getattr(layer, family.attention)
             memory = params.memory if index in with_memory else "off"
-            infini = InfiniAttention(shape, replace(params, memory=memory), index)
-            if params.init == "base":
-                infini.load_state_dict(weights, strict=False)
+            infini = _like(source, family, replace(params, memory=memory), index)
             if params.init == "random_layer":
                 layer.apply(_randomise)
-            parameter = next(base.parameters())
-            infini.to(device=parameter.device)
-            for name in PROJECTIONS:
-                getattr(infini, name).to(dtype=parameter.dtype)
             if params.insertion == "parallel":
                 put_beside(base, infini)
-            else:
-                setattr(layer, family.attention, infini)
+            family.put(layer, base if params.insertion == "parallel" else infini)
             if layer is not own:
                 put_beside(own, layer)
             own.train(model.training)
     if params.memory_value == "embedding":
         model.base_model.register_forward_pre_hook(_give_embeddings, with_kwargs=True)
+    if want is not None:
+        state = State()
+        _compare(_short_run(model, params, state), want, model)
+        modules = [m for m in model.modules() if isinstance(m, InfiniAttention)]
+        assert state.after.keys() >= {m.layer_index for m in modules}, "keywords were dropped"
     # The caches of `transformers` hold no memory; `enable_generation` adds one that does.
     model.generation_config.use_cache = False
+
+
+def _like(base: nn.Module, family: Family, params: InfiniParams, index: int) -> InfiniAttention:
+    """Make an Infini attention of a base's sizes, and with `init: base` of all its weights."""
+    infini, weights = InfiniAttention(family.shape(base), params, index), family.split(base)
+    own = [x for name, x in base.state_dict().items() if not name.startswith(f"{BRANCH}.")]
+    found, wanted = (sum(x.numel() for x in tensors) for tensors in (weights.values(), own))
+    if found != wanted:
+        raise ValueError(
+            f"the base's attention must have {found:,} weights, which a retrofit takes over, got "
+            f"{wanted:,}: its family does other things in this version of transformers"
+        )
+    if infini.shape.norms != "none":
+        for name, norm in family.norms(base).items():
+            setattr(infini, name, copy.deepcopy(norm))
+    if params.init == "base":
+        strange = infini.load_state_dict(weights, strict=False).unexpected_keys
+        assert not strange, strange
+    elif infini.q_norm is not None:
+        infini.q_norm.apply(_randomise)
+        infini.k_norm.apply(_randomise)
+    parameter = next(base.parameters())
+    infini.to(device=parameter.device)
+    for name in PROJECTIONS:
+        getattr(infini, name).to(dtype=parameter.dtype)
+    return infini
+
+
+@torch.no_grad()
+def _short_run(model: PreTrainedModel, params: InfiniParams, state: State) -> Tensor | None:
+    """Return a model's hidden states of a segment's first tokens.
+
+    None where a retrofit may start otherwise than its base, and where there are no weights.
+    """
+    is_the_base = (params.init, params.local, params.positions) == ("base", "softmax", "rope")
+    starts_equal = is_the_base or params.insertion != "replace"
+    if not starts_equal or any(x.is_meta for x in model.parameters()):
+        return None
+    modes = {module: module.training for module in model.modules()}
+    num_tokens = min(params.segment_length, PROOF_TOKENS)
+    ids = torch.arange(num_tokens, device=model.device) * 7919 % model.config.vocab_size
+    body, how = model.eval().base_model, {"use_cache": False, "cut": Cut(), "state": state}
+    hidden_states = body(ids[None], **how)[0]
+    for module, mode in modes.items():
+        module.training = mode
+    return hidden_states.float()
+
+
+def _compare(got: Tensor, want: Tensor, model: PreTrainedModel) -> None:
+    """Refuse a retrofit that does not start as its base."""
+    is_narrow = any(x.element_size() < 4 for x in model.parameters())
+    most = 0.1 if is_narrow else 1e-3
+    difference = ((got - want).norm() / want.norm()).item()
+    if not difference <= most:
+        raise ValueError(
+            "a retrofit must start as its base, got hidden states that differ by "
+            f"{difference:.1g} of their size in one segment: this {model.config.model_type} does "
+            "something that its family does not do"
+        )
 
 
 def confine(
@@ -170,12 +232,8 @@ def confine(
     family, layers = family_of(model.config), decoder_layers(model)
     base = getattr(layers[index], family.attention)
     with torch.random.fork_rng(devices=[]):
-        shape = attention_shape(model.config)
-        own = InfiniAttention(shape, params, index + is_beside * len(layers))
-    own.load_state_dict(family.split(base))
-    parameter = next(base.parameters())
-    own.to(device=parameter.device, dtype=parameter.dtype)
-    setattr(layers[index], family.attention, own.train(base.training))
+        own = _like(base, family, params, index + is_beside * len(layers))
+    family.put(layers[index], own.train(base.training))
     return own
 
 

@@ -21,6 +21,7 @@ from infini_retrofit.layer.cut import Cut
 from infini_retrofit.layer.memory import MemoryState
 from infini_retrofit.layer.probe import Probe
 from infini_retrofit.layer.state import State
+from infini_retrofit.model.families import family_of
 
 
 def fold(x: Int[Tensor, "B T"], segment_length: int) -> Int[Tensor, "BS L"]:
@@ -43,6 +44,9 @@ def run_folded(
 ) -> Float[Tensor, "B T D"]:
     """Return the last hidden states of documents; every layer sees one segment.
 
+    Their products with the output embeddings are the logits: where a base scales its logits, the
+    hidden states are scaled instead.
+
     Without `state` the documents begin and end here; `first_position` counts the tokens before
     these.
 
@@ -62,7 +66,7 @@ def run_folded(
         state=state,
         probe=probe,
     ).last_hidden_state
-    return hidden_states.reshape(*input_ids.shape, -1)
+    return _scaled(model, hidden_states.reshape(*input_ids.shape, -1))
 
 
 def run_swapped(
@@ -89,8 +93,16 @@ def run_in_layer(
 ) -> Float[Tensor, "B T D"]:
     """Return the last hidden states of rows that the base's layers see whole.
 
+    They are scaled as those of `run_folded`.
     Each row has a memory that starts empty. Without `segment_length` each Infini layer updates it
     after its own.
     """
     cut, body = Cut(segment_length=segment_length), model.base_model
-    return body(input_ids=input_ids, use_cache=False, cut=cut, probe=probe).last_hidden_state
+    out = body(input_ids=input_ids, use_cache=False, cut=cut, probe=probe)
+    return _scaled(model, out.last_hidden_state)
+
+
+def _scaled(model: PreTrainedModel, hidden_states: Tensor) -> Tensor:
+    if not family_of(model.config).scales_logits:
+        return hidden_states
+    return hidden_states / model.config.logits_scaling

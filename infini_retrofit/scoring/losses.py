@@ -26,18 +26,20 @@ CHUNK_TOKENS = 256
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a teacher predicts for each token: softmax(weight @ hidden state)."""
+    """What a teacher predicts for each token: softmax(weight @ hidden state + bias)."""
 
     hidden_states: Float[Tensor, "T E"]
     weight: Float[Tensor, "W E"]
+    bias: Float[Tensor, "W"] | None = None
 
 
 def token_nlls(
     hidden_states: Float[Tensor, "T D"],
     weight: Float[Tensor, "W D"],
     targets: Int[Tensor, "T"],
+    bias: Float[Tensor, "W"] | None = None,
 ) -> Float[Tensor, "T"]:
-    """Score each target under softmax(weight @ hidden state), in nats.
+    """Score each target under softmax(weight @ hidden state + bias), in nats.
 
     The result is float32 or wider. The forward pass computes the gradient too, so that the
     backward pass needs no logits.
@@ -49,41 +51,47 @@ def token_nlls(
     if not torch.is_grad_enabled():
         # A Function is told that a parameter needs a gradient even where none is recorded.
         hidden_states, weight = hidden_states.detach(), weight.detach()
+        bias = None if bias is None else bias.detach()
     with torch.autocast(device, enabled=False):
-        return _TokenNlls.apply(hidden_states, weight, targets)
+        return _TokenNlls.apply(hidden_states, weight, targets, bias)
 
 
 class _TokenNlls(torch.autograd.Function):
     """Negative log-likelihoods, and their gradients in the same pass."""
 
     @staticmethod
-    def forward(ctx, hidden_states: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-        wants_hidden, wants_weight = ctx.needs_input_grad[:2]
+    def forward(
+        ctx, hidden_states: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None
+    ) -> Tensor:
+        wants_hidden, wants_weight, _, wants_bias = ctx.needs_input_grad
         wide = torch.promote_types(weight.dtype, torch.float32)
         nlls = torch.empty(len(hidden_states), dtype=wide, device=weight.device)
         grad_hidden = torch.empty_like(hidden_states) if wants_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=wide) if wants_weight else None
+        grad_bias = torch.zeros_like(bias, dtype=wide) if wants_bias else None
         for begin in range(0, len(hidden_states), CHUNK_TOKENS):
             chunk = slice(begin, begin + CHUNK_TOKENS)
             hidden, target = hidden_states[chunk], targets[chunk, None]
-            log_probability = _log_softmax(hidden @ weight.T)
+            log_probability = _log_softmax(_logits(hidden, weight, bias))
             nlls[chunk] = -log_probability.gather(1, target).squeeze(1)
-            if wants_hidden or wants_weight:
+            if wants_hidden or wants_weight or wants_bias:
                 # The gradient of the logits: softmax, less 1 at the target.
                 grad = log_probability.exp_()
                 grad.scatter_add_(1, target, grad.new_full(target.shape, -1))
+                if wants_bias:
+                    grad_bias += grad.sum(dim=0)
                 grad = grad.to(weight.dtype)
             if wants_hidden:
                 torch.mm(grad, weight, out=grad_hidden[chunk])
             if wants_weight:
                 grad_weight += (grad.T @ hidden).to(wide)
-        ctx.save_for_backward(grad_hidden, grad_weight)
+        ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
         ctx.weight_dtype = weight.dtype
         return nlls
 
     @staticmethod
-    def backward(ctx, grad_nlls: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        grad_hidden, grad_weight = ctx.saved_tensors
+    def backward(ctx, grad_nlls: Tensor) -> tuple[Tensor | None, ...]:
+        grad_hidden, grad_weight, grad_bias = ctx.saved_tensors
         if grad_hidden is not None:
             grad_hidden = grad_hidden * grad_nlls[:, None].to(grad_hidden.dtype)
         if grad_weight is not None:
@@ -91,7 +99,9 @@ class _TokenNlls(torch.autograd.Function):
             scale = grad_nlls[:1].expand_as(grad_nlls)
             assert torch.allclose(grad_nlls, scale, rtol=0, atol=0, equal_nan=True)
             grad_weight = (grad_weight * scale[0]).to(ctx.weight_dtype)
-        return grad_hidden, grad_weight, None
+        if grad_bias is not None:
+            grad_bias = grad_bias * grad_nlls[0]
+        return grad_hidden, grad_weight, None, grad_bias
 
 
 def mixed_losses(
@@ -100,6 +110,7 @@ def mixed_losses(
     targets: Int[Tensor, "T"],
     teacher: Prediction,
     kl_weight: float,
+    bias: Float[Tensor, "W"] | None = None,
 ) -> Float[Tensor, "T"]:
     """Return (1 - kl_weight) * NLL + kl_weight * KL(teacher || student) of each token, in nats.
 
@@ -107,15 +118,23 @@ def mixed_losses(
     """
 
     def of_chunk(hidden: Tensor, target: Tensor, teacher_hidden: Tensor) -> Tensor:
-        log_student = _log_softmax(hidden @ weight.T)
-        log_teacher = _log_softmax(teacher_hidden @ teacher.weight.detach().T)
+        log_student = _log_softmax(_logits(hidden, weight, bias))
+        log_teacher = _log_softmax(_logits(teacher_hidden, *fixed))
         kl = F.kl_div(log_student, log_teacher, reduction="none", log_target=True).sum(-1)
         nll = F.nll_loss(log_student, target, reduction="none")
         return (1 - kl_weight) * nll + kl_weight * kl
 
+    fixed = (teacher.weight.detach(), None if teacher.bias is None else teacher.bias.detach())
     tensors = (hidden_states, targets, teacher.hidden_states.detach())
     chunks = zip(*(x.split(CHUNK_TOKENS) for x in tensors), strict=True)
     return torch.cat([checkpoint(of_chunk, *chunk, use_reentrant=False) for chunk in chunks])
+
+
+def _logits(
+    hidden_states: Float[Tensor, "_ D"], weight: Float[Tensor, "W D"], bias: Tensor | None
+) -> Float[Tensor, "_ W"]:
+    logits = hidden_states @ weight.T
+    return logits if bias is None else logits + bias.to(logits.dtype)
 
 
 def _log_softmax(logits: Float[Tensor, "_ W"]) -> Float[Tensor, "_ W"]:

@@ -95,7 +95,8 @@ def next_token_nlls(
 ) -> Float[Tensor, "T-1"]:
     """Score every token of a row but the first, in nats."""
     predicting, labels = next_tokens(ids, hidden_states)
-    return token_nlls(predicting, model.get_output_embeddings().weight, labels)
+    head = model.get_output_embeddings()
+    return token_nlls(predicting, head.weight, labels, head.bias)
 
 
 @torch.inference_mode()
@@ -107,7 +108,8 @@ def t2_nlls(
 ) -> Float[Tensor, "_"]:
     """Score a document as the seeds did, in nats; see `tokens_after_next`."""
     predicting, labels = tokens_after_next(ids, hidden_states, segment_length)
-    return token_nlls(predicting, model.get_output_embeddings().weight, labels)
+    head = model.get_output_embeddings()
+    return token_nlls(predicting, head.weight, labels, head.bias)
 
 
 def score_runs(model: PreTrainedModel, runs: Iterable[Run]) -> list[Score]:

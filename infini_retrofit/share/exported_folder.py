@@ -55,13 +55,13 @@ def as_exported(model: PreTrainedModel) -> PreTrainedModel:
     The retrofit itself generates with an `InfiniCache` from then on, as the exported model does.
     """
     enable_generation(model, InfiniParams(**model.config.infini))
-    kind = modeling.MODELS[model.config.model_type]
+    kind = modeling.model_class(model.config.model_type)
     fields = model.config.to_dict()
     del fields["model_type"]
     fields["auto_map"] = {
         "AutoConfig": f"{MODELING.stem}.{kind.config_class.__name__}",
         "AutoModelForCausalLM": f"{MODELING.stem}.{kind.__name__}",
-        "AutoModel": f"{MODELING.stem}.{modeling.body_name(kind)}",
+        "AutoModel": f"{MODELING.stem}.{modeling.body_name(kind.__name__)}",
     }
     config = kind.config_class(**fields)
     exported = kind.from_pretrained(None, config=config, state_dict=model.state_dict())

@@ -105,7 +105,7 @@ class InfiniLM(TemplateLM):
             for hidden_states, labels in pieces:
                 score += self._log_likelihood(hidden_states, labels)
                 if is_greedy:
-                    logits = hidden_states @ self.model.get_output_embeddings().weight.T
+                    logits = self.model.get_output_embeddings()(hidden_states)
                     is_greedy = bool((logits.argmax(-1) == labels).all())
             answers.append((score, is_greedy))
             self.cache_hook.add_partial("loglikelihood", texts, answers[-1])
@@ -142,7 +142,8 @@ class InfiniLM(TemplateLM):
             yield hidden_states[skipped:], labels[skipped:]
 
     def _log_likelihood(self, hidden_states: Tensor, labels: Tensor) -> float:
-        nlls = token_nlls(hidden_states, self.model.get_output_embeddings().weight, labels)
+        head = self.model.get_output_embeddings()
+        nlls = token_nlls(hidden_states, head.weight, labels, head.bias)
         return -nlls.double().sum().item()
 
 

@@ -102,11 +102,12 @@ class Finetuning(TrainingTask):
             predicting, labels = tokens_after_next(input_ids, hidden_states, self.segment_length)
         else:
             predicting, labels = next_tokens(input_ids, hidden_states)
-        head = self.model.get_output_embeddings().weight
+        head = self.model.get_output_embeddings()
         if self.predict is None:
-            return {"loss": token_nlls(predicting, head, labels).mean()}
+            return {"loss": token_nlls(predicting, head.weight, labels, head.bias).mean()}
         expected = self.predict(input_ids, self.segment_length)
-        losses = mixed_losses(predicting, head, labels, expected, self.params.kl_weight)
+        how = (expected, self.params.kl_weight, head.bias)
+        losses = mixed_losses(predicting, head.weight, labels, *how)
         return {"loss": losses.mean()}
 
     def train_ppl(self, loss: float) -> float | str:
@@ -136,4 +137,5 @@ def predict(
     """Predict every next token of documents by a base that sees one segment at a time."""
     hidden_states = run_folded(base, documents, segment_length)
     predicting, _ = next_tokens(documents, hidden_states)
-    return Prediction(predicting, base.get_output_embeddings().weight)
+    head = base.get_output_embeddings()
+    return Prediction(predicting, head.weight, head.bias)
