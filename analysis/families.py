@@ -60,7 +60,7 @@ MODELS: dict[str, dict[str, object]] = {
     "granite": {"attention_multiplier": 0.1, "logits_scaling": 4.0, "residual_multiplier": 0.5},
     "llama": {"attention_bias": True},
     "llama dynamic": {
-        "max_position_embeddings": 7,
+        "max_position_embeddings": DOCUMENT,
         "rope_parameters": {"rope_type": "dynamic", **_MOVING},
     },
     "mistral": {"sliding_window": 3},
@@ -170,7 +170,7 @@ def exported(
     export_model(base_dir, retrofit, out, About(metrics={}, training={}))
     opened = AutoModelForCausalLM.from_pretrained(out, trust_remote_code=True)
     logits = opened(ids, use_cache=False).logits
-    prompt, how = ids[:, :SEGMENT], {"do_sample": False, "max_new_tokens": DOCUMENT - SEGMENT}
+    prompt, how = ids[:, :SEGMENT], {"do_sample": False, "max_new_tokens": DOCUMENT}
     more = opened.generate(
         prompt,
         attention_mask=torch.ones_like(prompt),

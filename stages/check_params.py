@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from infini_retrofit.bases.sources import BASE_KINDS
+from infini_retrofit.bases.sources import BASE_KINDS, choose_base
 from infini_retrofit.evaluation.protocols import EvalParams
 from infini_retrofit.layer.form import InfiniParams
 from infini_retrofit.longcontext.params import LongcontextParams
@@ -17,7 +17,7 @@ from infini_retrofit.model.retrofit import check_form, resolve_layers
 from infini_retrofit.pipeline.fields import Launcher
 from infini_retrofit.pipeline.files import write_text
 from infini_retrofit.pipeline.guard import run_stage
-from infini_retrofit.pipeline.params import load_choice, load_section
+from infini_retrofit.pipeline.params import load_choice, load_presets, load_section
 from infini_retrofit.texts.corpora import CORPORA, SAME, LongdocsParams, PromptsCorpus
 from infini_retrofit.training.control import ControlParams
 from infini_retrofit.training.distillation import DistillParams
@@ -47,7 +47,7 @@ class Params:
 def main() -> str:
     """Run the stage and return what it made."""
     params = load_section(Params, "")
-    model = load_choice(BASE_KINDS, "model", "models")
+    model = choose_base(params.model, load_presets(BASE_KINDS, "models"))
     if isinstance(load_choice(CORPORA, "corpus", "corpora"), PromptsCorpus):
         raise ValueError(
             f"corpus must be a key of corpora that holds texts, got {params.corpus}, whose prompts "

@@ -34,7 +34,7 @@ from infini_retrofit.longcontext.readers import (
 )
 from infini_retrofit.model.base import load_base, vocab_size
 from infini_retrofit.model.checkpoints import load_retrofit
-from infini_retrofit.model.retrofit import attention_shape, state_bytes
+from infini_retrofit.model.retrofit import attention_shapes, state_bytes
 from infini_retrofit.pipeline.device import start_run
 from infini_retrofit.pipeline.files import seal_results, verify_manifest, write_metrics, write_rows
 from infini_retrofit.pipeline.guard import run_stage, training_run
@@ -103,8 +103,7 @@ def readers(
         elif name == "streaming":
             yield window_reader(name, base, NUM_SINKS, params.window)
         elif name == "equal_bytes":
-            token_bytes = attention_shape(base.config).context_token_bytes()
-            token_bytes *= base.config.num_hidden_layers
+            token_bytes = sum(x.context_token_bytes() for x in attention_shapes(base))
             num_tokens = -(-state_bytes(base, infini) // token_bytes)
             yield carrying_reader(name, base, infini.segment_length, num_tokens)
         else:

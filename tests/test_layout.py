@@ -43,7 +43,7 @@ def calls(stage: str, function: str) -> list[list[str]]:
 
 def loaded_params(stage: str) -> set[str]:
     """Return the parameters that a stage loads, by their names in dvc.yaml."""
-    sections = {name for (name,) in calls(stage, "load_section")}
+    sections = {name for (name,) in calls(stage, "load_section") + calls(stage, "load_presets")}
     choices = calls(stage, "load_choice")
     presets = {f"{table}.${{{chooser}}}" for chooser, table in choices}
     return sections | presets | {chooser for chooser, _ in choices}

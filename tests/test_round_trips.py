@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from infini_retrofit.generation.modeling import KEPT_FLOAT32, MODELS
+from infini_retrofit.generation.modeling import KEPT_FLOAT32, model_class
 from infini_retrofit.layer.local_attention import alibi_slopes
 from infini_retrofit.model.base import load_base
 from infini_retrofit.model.checkpoints import load_retrofit, save_retrofit
@@ -52,7 +52,7 @@ def test_what_is_saved_or_exported_comes_back_bit_by_bit(family, other, form, ba
     assert same_weights(loaded, model)
     assert torch.equal(outputs(loaded), outputs(model))
     as_exported(loaded).save_pretrained(tmp_path / "exported")
-    opened = MODELS[family].from_pretrained(tmp_path / "exported")
+    opened = model_class(family).from_pretrained(tmp_path / "exported")
     assert (opened.config.infini, opened.config.other_layers) == (vars(params), other)
     assert same_weights(opened, loaded)
     assert torch.equal(outputs(opened), outputs(loaded))
@@ -75,7 +75,7 @@ def test_memory_stays_float32_and_slopes_are_made_again(family, dtype, tmp_path)
     exported = as_exported(model)
     assert exported.config.model_type == f"infini_{family}"
     exported.save_pretrained(tmp_path)
-    opened = MODELS[family].from_pretrained(tmp_path, dtype=dtype)
+    opened = model_class(family).from_pretrained(tmp_path, dtype=dtype)
     groups = set_trainable(exported, "memory")
     of_memory = {id(p) for name in OF_MEMORY for p in groups[name]}
     names = {n for n, p in exported.named_parameters() if id(p) in of_memory}
@@ -90,7 +90,7 @@ def test_memory_stays_float32_and_slopes_are_made_again(family, dtype, tmp_path)
 
 @both_families
 def test_a_configuration_of_a_form_that_cannot_be_is_refused(family):
-    kind, fields = MODELS[family], tiny_model(family).config.to_dict()
+    kind, fields = model_class(family), tiny_model(family).config.to_dict()
     fields |= {"infini": vars(infini_params()) | {"segment_length": 0}}
     del fields["model_type"]
     with pytest.raises(ValueError, match=r"infini\.segment_length must be at least 3 .*, got 0"):

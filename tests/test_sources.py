@@ -11,12 +11,13 @@ from infini_retrofit.bases import sources
 from infini_retrofit.bases.gguf import read_tokenizer
 from infini_retrofit.bases.sources import BASE_KINDS, HubBase, LocalBase, WheelBase
 from infini_retrofit.model.base import load_base, load_tokenizer
-from infini_retrofit.pipeline.files import sha256
+from infini_retrofit.pipeline.files import sha256, write_manifest
 from infini_retrofit.pipeline.params import load_choice
 from infini_retrofit.texts.corpora import CorpusShares
 from stages import prepare_base
 from tests.tiny import (
     FAMILIES,
+    TOKENIZER_SIZE,
     assert_same_model,
     tiny_base_folder,
     tiny_llama,
@@ -65,7 +66,7 @@ def test_a_changed_byte_is_refused_on_load(tmp_path):
 def test_a_missing_file_is_named(tmp_path, lost):
     source = tiny_base_folder(tmp_path / "source")
     (source / lost).unlink()
-    with pytest.raises(FileNotFoundError, match=f"holds no {lost.replace('model', '[*]')}"):
+    with pytest.raises(FileNotFoundError, match=f"holds no {lost.replace('model', 'model[*]')}"):
         bring_base(LocalBase(path=str(source)), "x", tmp_path / "base")
     with pytest.raises(FileNotFoundError, match="dvc repro prepare_base"):
         load_base(tmp_path / "base", torch.float32)
@@ -87,6 +88,64 @@ def test_missing_weights_are_not_made_up_and_the_old_base_stays(tmp_path):
         bring_base(LocalBase(path=str(source)), "x", old)
     assert load_base(old, torch.float32).config.model_type == "gpt_neox"
     assert {path.name for path in tmp_path.iterdir()} == {"base", "source"}
+
+
+def test_settings_that_transformers_would_not_write_are_left_out_and_noted(tmp_path):
+    source = tiny_base_folder(tmp_path / "source")
+    settings = {"temperature": 0.9, "top_p": 0.6, "pad_token_id": -1, "max_length": 99}
+    (source / "generation_config.json").write_text(json.dumps(settings))
+    bring_base(LocalBase(path=str(source)), "x", tmp_path / "base")
+    model = load_base(tmp_path / "base", torch.float32)
+    assert model.generation_config.max_length == 99
+    note = json.loads((tmp_path / "base/base.json").read_text())["note"]
+    assert "without pad_token_id, temperature, top_p of generation_config.json" in note
+    write_manifest(source)  # a folder of one's own is cleaned in memory
+    load_base(source, torch.float32).save_pretrained(tmp_path / "again")
+
+
+def test_tokens_are_those_of_the_file_whatever_class_is_named(tmp_path):
+    source = tiny_base_folder(tmp_path / "source")
+    wanted = load_tokenizer(source)("In 1984, 12 foxes").input_ids
+    about = {"tokenizer_class": "Qwen2Tokenizer", "eos_token": "<|endoftext|>"}
+    (source / "tokenizer_config.json").write_text(json.dumps(about))
+    bring_base(LocalBase(path=str(source)), "x", tmp_path / "base")
+    for folder in (source, tmp_path / "base"):
+        assert load_tokenizer(folder)("In 1984, 12 foxes").input_ids == wanted
+    note = json.loads((tmp_path / "base/base.json").read_text())["note"]
+    assert "without the class that tokenizer_config.json names" in note
+
+
+def test_what_could_not_be_run_later_is_refused_on_arrival(tmp_path):
+    small = tiny_base_folder(tmp_path / "small", vocab_size=TOKENIZER_SIZE - 1)
+    with pytest.raises(ValueError, match=r"^vocab_size of .* must be more than 276, .* got 276$"):
+        LocalBase(path=str(small)).load()
+    parts = tiny_base_folder(tmp_path / "parts")
+    load_base(parts, torch.float32).save_pretrained(parts, max_shard_size="10KB")
+    (parts / "model.safetensors").unlink()
+    LocalBase(path=str(parts)).load()
+    lost = sorted(parts.glob("model-*.safetensors"))[1]
+    lost.unlink()
+    with pytest.raises(FileNotFoundError, match=rf"{lost.name} is missing, which .*index\.json"):
+        LocalBase(path=str(parts)).load()
+
+
+def test_a_model_is_a_preset_a_folder_or_a_commit_of_the_hub(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "org/there@1").mkdir(parents=True)
+    preset, commit = LocalBase(path="elsewhere"), "0a" * 20
+
+    def choose(name: str) -> object:
+        return sources.choose_base(name, {"my-model": preset})
+
+    assert choose("my-model") is preset
+    assert choose(f"org/name@{commit}") == HubBase(repo_id="org/name", revision=commit)
+    for path in ("./x", "/a/b", "a/b/c", "org/there@1"):
+        assert choose(path) == LocalBase(path=path)
+    with pytest.raises(ValueError, match=r"^model\.revision: must be a commit of 40 .* got 'main'"):
+        choose("org/name@main")
+    for name in ("org/name", "other"):
+        with pytest.raises(ValueError, match=rf"^model must be one of my-model .* got '{name}'$"):
+            choose(name)
 
 
 def test_the_depth_is_known_by_a_configuration_alone(tmp_path, monkeypatch):

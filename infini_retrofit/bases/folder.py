@@ -8,14 +8,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from infini_retrofit.model.base import load_tokenizer, open_config, weightless
+from infini_retrofit.model.base import (
+    clean_generation_config,
+    open_config,
+    open_tokenizer,
+    weightless,
+)
 from infini_retrofit.model.families import check_family
 from infini_retrofit.model.weights import load_whole
 from infini_retrofit.pipeline.files import read_json
 
-WEIGHTS = "*.safetensors"
+WEIGHTS = "model*.safetensors"
 _MADE_BY = "hf download REPO_ID --local-dir FOLDER"
 
 
@@ -46,7 +52,18 @@ def read_base(folder: Path, source: str) -> BaseModel:
     )
     stored = config.get("dtype") or config.get("torch_dtype") or "float32"
     note = f"{stored} weights, kept as float32"
-    return BaseModel(model=model, tokenizer=load_tokenizer(folder), source=source, note=note)
+    if unused := clean_generation_config(model):
+        note += f"; without {', '.join(unused)} of generation_config.json, which had no effect"
+    tokenizer, is_of_class = open_tokenizer(folder)
+    if not is_of_class:
+        note += "; without the class that tokenizer_config.json names, which gives other tokens"
+    vocabulary = Tokenizer.from_file(str(folder / "tokenizer.json")).get_vocab()
+    if (last := max(vocabulary.values())) >= model.config.vocab_size:
+        raise ValueError(
+            f"vocab_size of {source} must be more than {last}, the last id of its tokenizer.json, "
+            f"got {model.config.vocab_size}"
+        )
+    return BaseModel(model=model, tokenizer=tokenizer, source=source, note=note)
 
 
 def check_config(folder: Path, source: str) -> dict[str, Any]:

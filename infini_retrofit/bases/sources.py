@@ -5,7 +5,9 @@ Knows nothing of layers and weights.
 """
 
 import json
+import re
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
@@ -31,6 +33,7 @@ from infini_retrofit.pipeline.files import (
     write_manifest,
     write_text,
 )
+from infini_retrofit.pipeline.schema import build
 from infini_retrofit.texts.corpora import Corpus
 from infini_retrofit.texts.hub import fetch_snapshot
 
@@ -122,8 +125,34 @@ class LocalBase:
 BASE_KINDS = {"wheel": WheelBase, "hub": HubBase, "local": LocalBase, "scratch": ScratchBase}
 
 
+Base = WheelBase | HubBase | LocalBase | ScratchBase
+
+
+def choose_base(name: str, presets: Mapping[str, Base]) -> Base:
+    """Return the base that `model` of params.yaml names.
+
+    That is a preset, a folder, or a repository of the Hub at a commit: `org/name@commit`.
+
+    Raises:
+        ValueError: if it is neither, or no commit is named.
+    """
+    if name in presets:
+        return presets[name]
+    repository, at, revision = name.rpartition("@")
+    if at and not given_path(name).exists():
+        return build(HubBase, {"repo_id": repository, "revision": revision}, "model")
+    is_like_a_repository = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name)
+    if "/" in name and (given_path(name).exists() or not is_like_a_repository):
+        return build(LocalBase, {"path": name}, "model")
+    choices = ", ".join(sorted(presets))
+    raise ValueError(
+        f"model must be one of {choices} (the keys of models), a folder such as ./my-model, or "
+        f"org/name@commit of the Hugging Face Hub with all 40 digits of a commit, got {name!r}"
+    )
+
+
 def bring_base(
-    params: WheelBase | HubBase | LocalBase | ScratchBase,
+    params: Base,
     name: str,
     folder: Path,
     corpus_name: str,

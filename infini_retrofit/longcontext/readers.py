@@ -25,7 +25,8 @@ from infini_retrofit.layer.attention import InfiniAttention
 from infini_retrofit.layer.form import InfiniParams
 from infini_retrofit.longcontext.scaling import Scaling, fit_length, scale_rope
 from infini_retrofit.longcontext.windows import window_cache
-from infini_retrofit.model.retrofit import attention_shape, insert_infini, state_bytes
+from infini_retrofit.model.retrofit import attention_shapes, insert_infini, state_bytes
+from infini_retrofit.model.running import scaled
 from infini_retrofit.scoring.losses import token_nlls
 from infini_retrofit.texts.prompts import Question
 
@@ -64,11 +65,12 @@ class Reader:
     def nlls(self, input_ids: Int[Tensor, "T"]) -> Float[Tensor, "Scored"]:
         """Score every token but the first in nats."""
         cache, found = self.new_cache(len(input_ids)), []
-        head = self.model.get_output_embeddings().weight
+        head = self.model.get_output_embeddings()
         for piece in range(0, len(input_ids) - 1, TOKENS_PER_PIECE):
             ids = input_ids[piece : piece + TOKENS_PER_PIECE + 1].to(self.model.device)
             hidden_states = self._run(input_ids[None, piece : piece + TOKENS_PER_PIECE], cache)
-            found.append(token_nlls(hidden_states[0, : len(ids) - 1], head, ids[1:]).cpu())
+            hidden_states = hidden_states[0, : len(ids) - 1]
+            found.append(token_nlls(hidden_states, head.weight, ids[1:], head.bias).cpu())
         return torch.cat(found)
 
     @torch.inference_mode()
@@ -99,7 +101,8 @@ class Reader:
         """Return the last hidden states of a piece of text."""
         ids = input_ids.to(self.model.device)
         body = self.model.base_model
-        return body(input_ids=ids, use_cache=True, **{CACHE: cache}).last_hidden_state
+        out = body(input_ids=ids, use_cache=True, **{CACHE: cache})
+        return scaled(self.model, out.last_hidden_state)
 
     def _log_probs(self, hidden_states: Float[Tensor, "_ T _"]) -> Float[Tensor, "_ T _"]:
         return self.model.get_output_embeddings()(hidden_states).float().log_softmax(-1).cpu()
@@ -185,5 +188,4 @@ def cut_after(model: PreTrainedModel, segment_length: int) -> Iterator[None]:
 
 def _token_bytes(model: PreTrainedModel) -> int:
     """Count the bytes of one token's keys and values in all layers."""
-    shape = attention_shape(model.config)
-    return shape.context_token_bytes() * model.config.num_hidden_layers
+    return sum(shape.context_token_bytes() for shape in attention_shapes(model))

@@ -3,12 +3,14 @@
 Knows neither where a base comes from (`base_sources`) nor what is inside a model.
 """
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 from pydantic import Field, NonNegativeInt
+from tokenizers import Tokenizer
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -25,6 +27,8 @@ from infini_retrofit.model.weights import check_sizes, load_whole, read_by_trans
 from infini_retrofit.pipeline.files import MANIFEST, check_folder, read_json, verify_manifest
 
 _MADE_BY = "dvc repro prepare_base"
+# Words, numbers, blanks, signs, letters in two parts, other scripts: what tokenizers cut apart.
+_PROBE = "It's 1984:\n\n 12,345   km/h\tnai\u0308ve na\u00efve\r\n \u6f22\u5b57 \U0001f600 x_1 <b>."
 
 
 def load_base(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
@@ -38,7 +42,25 @@ def load_base(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
     verify_manifest(folder, _MADE_BY)
     load, options = AutoModelForCausalLM.from_pretrained, {"local_files_only": True}
     options |= {"dtype": dtype, "attn_implementation": base_attention.NAME}
-    return load_whole(load, load_weightless(folder), folder, _advice(folder), **options).eval()
+    model = load_whole(load, load_weightless(folder), folder, _advice(folder), **options)
+    clean_generation_config(model)
+    return model.eval()
+
+
+def clean_generation_config(model: PreTrainedModel) -> list[str]:
+    """Take from a model's settings of `generate` what transformers reads and never writes.
+
+    Such are settings of a way of sampling that is off. Returns their names.
+    """
+    try:
+        model.generation_config.validate(strict=True)
+    except ValueError as error:
+        names = sorted(set(re.findall(r"^- `(\w+)`:", str(error), re.MULTILINE)))
+        for name in names:
+            setattr(model.generation_config, name, None)
+        model.generation_config.validate(strict=True)
+        return names
+    return []
 
 
 def load_weightless(folder: Path) -> PreTrainedModel:
@@ -115,10 +137,24 @@ def check_base(folder: Path) -> None:
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
-    """Load the tokenizer of a base."""
+    """Load the tokenizer of a base; its tokens are those of tokenizer.json."""
+    return open_tokenizer(folder)[0]
+
+
+def open_tokenizer(folder: Path) -> tuple[PreTrainedTokenizerFast, bool]:
+    """Load a tokenizer, and return whether it is of the class that its files name.
+
+    transformers makes some classes by their own rules, whatever tokenizer.json says. Where these
+    give other tokens, the class is left out.
+    """
     source = f"tokenizer.json or tokenizer_config.json of {folder}"
     with read_by_transformers(source, _advice(folder)):
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        own = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        wanted = own.encode(_PROBE, add_special_tokens=False).ids
+        if tokenizer.encode(_PROBE, add_special_tokens=False) == wanted:
+            return tokenizer, True
+        return PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True), False
 
 
 def _advice(folder: Path, made_by: str = _MADE_BY) -> str:

@@ -37,6 +37,8 @@ def hold_tables(model: PreTrainedModel, params: InfiniParams, num_chosen: int) -
             f"{params.insertion}"
         )
     rotary.reach = params.segment_length + params.local_context
+    if kind == "dynamic":  # beyond these positions its table differs from one length to the next
+        rotary.reach = min(rotary.reach, rotary.original_max_seq_len)
     rotary.max_seq_len_cached = 0  # so that `dynamic` computes its table again
     rotary.forward = MethodType(_held_forward, rotary)
 

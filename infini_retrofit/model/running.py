@@ -66,7 +66,7 @@ def run_folded(
         state=state,
         probe=probe,
     ).last_hidden_state
-    return _scaled(model, hidden_states.reshape(*input_ids.shape, -1))
+    return scaled(model, hidden_states.reshape(*input_ids.shape, -1))
 
 
 def run_swapped(
@@ -99,10 +99,11 @@ def run_in_layer(
     """
     cut, body = Cut(segment_length=segment_length), model.base_model
     out = body(input_ids=input_ids, use_cache=False, cut=cut, probe=probe)
-    return _scaled(model, out.last_hidden_state)
+    return scaled(model, out.last_hidden_state)
 
 
-def _scaled(model: PreTrainedModel, hidden_states: Tensor) -> Tensor:
+def scaled(model: PreTrainedModel, hidden_states: Tensor) -> Tensor:
+    """Scale hidden states as a base scales its logits."""
     if not family_of(model.config).scales_logits:
         return hidden_states
     return hidden_states / model.config.logits_scaling

@@ -4,6 +4,7 @@ Exported folders hold a copy of this file. Knows no file of this project by name
 """
 
 import contextlib
+import json
 import math
 import re
 from collections import Counter
@@ -118,6 +119,7 @@ def _check_headers(folder: Path, plan: PreTrainedModel, advice: str) -> int:
 
     All are of one number type, but what stays float32 in a model of a shorter one.
     """
+    _check_shards(folder, advice)
     types, values = {}, Counter()
     for path in sorted(folder.glob("model*.safetensors")):
         with _whole(path, advice), safe_open(path, framework="pt") as file:
@@ -133,6 +135,21 @@ def _check_headers(folder: Path, plan: PreTrainedModel, advice: str) -> int:
         if got not in {usual, "F32"} & _FLOATS:
             raise ValueError(f"{name} must be {usual} or F32, got {got}: {advice}")
     return values.total()
+
+
+def _check_shards(folder: Path, advice: str) -> None:
+    """Refuse weights in several files of which one is missing."""
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        return
+    try:
+        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        lost = sorted(name for name in names if not (folder / name).is_file())
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        raise ValueError(f"{index} must name a file for each weight: {advice}") from error
+    if lost:
+        told = f"{folder / lost[0]} is missing, which {index.name} names"
+        raise FileNotFoundError(f"{told}: {advice}")
 
 
 def _is_ignored(name: str, model: PreTrainedModel) -> bool:
