@@ -30,6 +30,7 @@ from transformers import PreTrainedModel
 from analysis.programs import BASE, at_least, make_parser, open_model, print_growing
 from infini_retrofit.evaluation.bootstrap import paired_bootstrap
 from infini_retrofit.model.running import run_in_layer
+from infini_retrofit.pipeline.beginnings import first_tokens
 from infini_retrofit.pipeline.files import verify_manifest, write_text
 from infini_retrofit.pipeline.params import load_presets
 from infini_retrofit.scoring.score import next_token_nlls
@@ -80,7 +81,7 @@ def draw_documents(name: str, number: int, tokens: int) -> list[Document]:
     tokenizer = open_tokenizer(BASE / "tokenizer.json")
     pieces = tqdm(tokenize(tokenizer, long), f"tokenise {name}", len(long), leave=False)
     enough = list(islice((a for a in pieces if len(a.input_ids) >= tokens), number))
-    documents = cut_documents(enough, tokens)[:number]
+    documents = cut_documents(enough, tokens, len(first_tokens(tokenizer)))[:number]
     if len(documents) < number:
         raise ValueError(
             f"{name} must have {number} documents of {tokens} tokens, got {len(documents)}"

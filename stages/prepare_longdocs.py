@@ -12,6 +12,7 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
+from infini_retrofit.pipeline.beginnings import first_tokens
 from infini_retrofit.pipeline.files import write_manifest
 from infini_retrofit.pipeline.guard import run_stage
 from infini_retrofit.pipeline.params import load_choice, load_section
@@ -44,6 +45,7 @@ def main() -> str:
     """Run the stage and return what it made."""
     params = load_section(LongdocsParams, "longdocs")
     tokenizer = open_tokenizer(TOKENIZER)
+    num_first = len(first_tokens(tokenizer))
     articles = {split: read_articles(WIKITEXT, split) for split in SPLITS}
     corpus = None
     if params.corpus != SAME:
@@ -57,7 +59,8 @@ def main() -> str:
     check_lengths(articles, params.tokens_per_document)
     most = None if params.documents == "all" else params.documents
     documents = {
-        split: cut_documents(articles[split], params.tokens_per_document) for split in SPLITS
+        split: cut_documents(articles[split], params.tokens_per_document, num_first)
+        for split in SPLITS
     }
     if isinstance(corpus, PromptsCorpus):
         documents = add_prompts(corpus, documents, articles, tokenizer)

@@ -18,6 +18,7 @@ from infini_retrofit.generation.generation import enable_generation, read
 from infini_retrofit.generation.versions import CACHE
 from infini_retrofit.model.base import load_tokenizer
 from infini_retrofit.model.checkpoints import load_retrofit
+from infini_retrofit.pipeline.beginnings import first_tokens
 from infini_retrofit.pipeline.device import start_run
 from infini_retrofit.pipeline.files import check_writable
 
@@ -61,9 +62,14 @@ class Reader:
     tokenizer: PreTrainedTokenizerBase
     options: Namespace
 
+    @property
+    def first(self) -> list[int]:
+        """The tokens before every text: BOS, or none."""
+        return first_tokens(self.tokenizer.backend_tokenizer)
+
     def read(self, text: str) -> InfiniCache:
         """Read a document, with a progress bar."""
-        ids = torch.tensor([self.encode(text)])
+        ids = torch.tensor([self.first + self.encode(text)])
         cache = InfiniCache(self.model)
         with tqdm(total=ids.shape[1], unit=" tokens", desc="reading") as bar:
             for num_tokens in read(self.model, ids, cache):
@@ -129,6 +135,8 @@ class Conversation:
         whole = self.reader.tokenizer.apply_chat_template(
             self.messages, tokenize=False, add_generation_prompt=True
         )
+        if first := self.reader.first:  # the document has read BOS
+            whole = whole.removeprefix(self.reader.decode(first))
         for last, seen in self.seen:
             if whole.startswith(seen):
                 return last, seen, whole.removeprefix(seen)

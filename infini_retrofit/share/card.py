@@ -48,7 +48,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 folder = "{name}"
 tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
 model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
-inputs = tokenizer("The memory of a text is", return_tensors="pt", add_special_tokens=False)
+inputs = tokenizer("The memory of a text is", return_tensors="pt")
 with torch.no_grad():
     print(model(**inputs).logits.shape)
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=20)[0]))

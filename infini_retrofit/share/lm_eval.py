@@ -21,6 +21,7 @@ from infini_retrofit.layer.state import State
 from infini_retrofit.model.base import load_tokenizer
 from infini_retrofit.model.checkpoints import load_retrofit
 from infini_retrofit.model.running import run_folded
+from infini_retrofit.pipeline.beginnings import first_tokens
 from infini_retrofit.pipeline.device import pick_device, pick_dtype
 from infini_retrofit.pipeline.guard import run_stage
 from infini_retrofit.scoring.losses import token_nlls
@@ -41,8 +42,8 @@ SEGMENTS_PER_PIECE = 16  # that go through the model at once: more take more mem
 class InfiniLM(TemplateLM):
     """A retrofitted model under the protocol `segment`.
 
-    The first token of a text is not scored, and no token is put before it. The model scores one
-    text at a time, whatever the batch size.
+    The first token of a text is not scored: BOS where the tokenizer puts one before a text. The
+    model scores one text at a time, whatever the batch size.
     """
 
     def __init__(
@@ -67,15 +68,22 @@ class InfiniLM(TemplateLM):
         self.model = model.to(self._device)
         self.segment_length = infini.segment_length
         self.tokenizer = load_tokenizer(Path(base))
+        self.first = first_tokens(self.tokenizer.backend_tokenizer)
 
     @property
     def eot_token_id(self) -> int:
-        """The token that replaces an empty context."""
+        """The token that ends a text."""
         return self.tokenizer.eos_token_id
 
-    def tok_encode(self, string: str, **_: object) -> list[int]:
-        """Encode without special tokens, as everywhere in this project."""
-        return self.tokenizer.encode(string, add_special_tokens=False)
+    @property
+    def prefix_token_id(self) -> int:
+        """The token that replaces an empty context: BOS where the tokenizer has one."""
+        return self.first[0] if self.first else self.eot_token_id
+
+    def tok_encode(self, string: str, add_special_tokens: bool = True, **_: object) -> list[int]:
+        """Encode a text as everywhere in this project: behind `first_tokens`."""
+        first = self.first if add_special_tokens else []
+        return first + self.tokenizer.encode(string, add_special_tokens=False)
 
     @torch.inference_mode()
     def loglikelihood_rolling(

@@ -17,6 +17,7 @@ from typing import TypeVar
 import numpy as np
 from tokenizers import Tokenizer
 
+from infini_retrofit.pipeline.beginnings import first_tokens
 from infini_retrofit.pipeline.files import MANIFEST, check_made, verify_manifest
 from infini_retrofit.pipeline.progress import note
 from infini_retrofit.pipeline.tables import TokenIds, read_table, read_token_rows, write_table
@@ -154,7 +155,8 @@ def open_tokenizer(path: Path) -> Tokenizer:
 
 
 def tokenize(tokenizer: Tokenizer, articles: Sequence[Article]) -> Iterator[TokenizedArticle]:
-    """Encode articles without special tokens, in batches of pieces of bounded length."""
+    """Encode articles in batches of pieces of bounded length, each behind `first_tokens`."""
+    first = np.array(first_tokens(tokenizer), np.int32)
     pieces = (
         (number, piece)
         for number, article in enumerate(articles)
@@ -166,7 +168,7 @@ def tokenize(tokenizer: Tokenizer, articles: Sequence[Article]) -> Iterator[Toke
         for (number, _), ids in zip(batch, _encode(tokenizer, [p for _, p in batch]), strict=True)
     )
     for number, rows in groupby(encoded, key=lambda row: row[0]):
-        article, input_ids = articles[number], np.concatenate([ids for _, ids in rows])
+        article, input_ids = articles[number], np.concatenate([first, *(ids for _, ids in rows)])
         yield TokenizedArticle(article.title, article.text, input_ids, source=article.source)
 
 
@@ -207,19 +209,28 @@ def _encode(tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:
     return [encoding.ids for encoding in encodings]
 
 
-def cut_documents(articles: Sequence[TokenizedArticle], tokens_per_document: int) -> list[Document]:
+def cut_documents(
+    articles: Sequence[TokenizedArticle], tokens_per_document: int, num_first: int = 0
+) -> list[Document]:
     """Cut articles into pieces of one length; the rest of each is dropped.
+
+    Each begins with the first `num_first` tokens of its article, those before every text.
 
     The first pieces of all articles precede the second ones: the first N documents come from as
     many sources, and then articles, as possible. Each part is sorted by the hash of the titles.
     """
-    length = tokens_per_document
+    length = tokens_per_document - num_first
     documents = [
-        Document(a.title, part, a.input_ids[part * length : (part + 1) * length], source=a.source)
+        Document(a.title, part, np.concatenate([a.input_ids[:num_first], ids]), source=a.source)
         for a in articles
-        for part in range(len(a.input_ids) // length)
+        for part, ids in enumerate(_pieces(a.input_ids[num_first:], length))
     ]
     return by_turns(sorted(documents, key=lambda piece: (piece.part, title_order(piece))))
+
+
+def _pieces(ids: TokenIds, length: int) -> Iterator[TokenIds]:
+    """Cut tokens into pieces of one length, without the rest."""
+    return (ids[end - length : end] for end in range(length, len(ids) + 1, length))
 
 
 def write_rows(folder: Path, split: str, rows: Sequence[TokenizedArticle | Document]) -> None:
