@@ -26,6 +26,7 @@ COMMANDS = {
     "layers_worth": "in which layers far sight is worth what to the base",
     "recall": "what an untrained memory recalls, by rule and bytes",
     "memory_reach": "score a model by how many segments it has read",
+    "families": "what a retrofit of each model family differs by from transformers",
     "fill_tables": "rewrite the tables in README.md and docs/ from results/",
 }
 

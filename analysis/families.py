@@ -28,6 +28,7 @@ from transformers.utils import logging
 from infini_retrofit.evaluation.rival import Rival, make_rival
 from infini_retrofit.generation.cache import InfiniCache
 from infini_retrofit.generation.generation import enable_generation
+from infini_retrofit.generation.versions import CACHE
 from infini_retrofit.layer.form import InfiniParams
 from infini_retrofit.model.base import load_base
 from infini_retrofit.model.checkpoints import load_retrofit, save_retrofit
@@ -147,7 +148,7 @@ def stir(model: PreTrainedModel) -> None:
 def stream(model: PreTrainedModel, ids: Tensor) -> Tensor:
     """Return the logits of tokens that are read one at a time."""
     cache, tokens = InfiniCache(model), ids.split(1, dim=1)
-    outs = [model(token, past_key_values=cache, use_cache=True) for token in tokens]
+    outs = [model(token, use_cache=True, **{CACHE: cache}) for token in tokens]
     return torch.cat([out.logits for out in outs], dim=1)
 
 

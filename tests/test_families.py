@@ -50,6 +50,7 @@ def test_a_branch_remembers_the_segments_before(name, insertion):
     [
         ("qwen3", {"norms": lambda *_: {}}, "must have 9,216 weights, .* got 9,248"),
         ("granite", {"scaling": None}, "must start as its base, got .* differ by 0"),
+        ("mistral", {"window": None}, "must start as its base"),
         ("olmo", {"clip": None}, "must start as its base"),
         ("smollm3", {"rotates": True}, "must start as its base"),
     ],

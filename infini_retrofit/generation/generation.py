@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from jaxtyping import Int
 from torch import Tensor, nn
-from transformers import Cache, GenerationConfig, PreTrainedModel
+from transformers import Cache, GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.generation import GenerationMode
 
 from infini_retrofit.generation.cache import PREPARE, InfiniCache, check_enabled
@@ -256,7 +256,8 @@ def _make_inputs(
     model: PreTrainedModel, input_ids: Tensor, *args: Any, **kwargs: Any
 ) -> dict[str, Any]:
     """Tell a step which rows have ended, of a cache that is kept: no memory reads padding."""
-    inputs = getattr(type(model), _MAKE_INPUTS)(model, input_ids, *args, **kwargs)
+    # Not the class's own: Phi-3's drops a cache where its rotations would change.
+    inputs = getattr(GenerationMixin, _MAKE_INPUTS)(model, input_ids, *args, **kwargs)
     cache = inputs.get(CACHE)
     if isinstance(cache, InfiniCache) and not kwargs.get("is_first_iteration"):
         if cache.num_prompt is None:

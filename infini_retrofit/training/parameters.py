@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 Part = Literal["memory", "infini", "attention", "all"]
 OF_MEMORY = ("gate", "alpha", "memory")
 GROUPS = (*OF_MEMORY, "infini", "rest")
-# GPT-NeoX projects to queries, keys and values at once.
-ADAPTED = (*PROJECTIONS, "query_key_value", "dense")
+# GPT-NeoX and Phi-3 project to queries, keys and values at once.
+ADAPTED = (*PROJECTIONS, "query_key_value", "qkv_proj", "dense")
 
 
 def set_trainable(
