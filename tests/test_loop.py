@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
+from transformers import TrainerCallback
 
 from infini_retrofit.model.retrofit import infini_modules
 from infini_retrofit.pipeline.files import MANIFEST
@@ -255,3 +256,19 @@ def test_without_epochs_the_model_is_only_validated_and_that_is_said(tmp_path, c
     row = f"0\tval\t{metrics['val_loss']}\t{metrics['val_ppl']}\n"
     assert (tmp_path / "history.tsv").read_text() == "epoch\tsplit\tloss\tppl\n" + row
     assert not (tmp_path / "run").exists()
+
+
+def test_tensorboard_is_told_where_it_is_installed_and_nothing_else_is(tmp_path, monkeypatch):
+    class Callback(TrainerCallback):
+        logging_dir, told = None, []
+
+        def on_log(self, *_: object, logs: dict[str, float], **__: object) -> None:
+            self.told.append((self.logging_dir, *logs))
+
+    monkeypatch.setattr(loop, "TensorBoardCallback", Callback)
+    for is_installed in (False, True):
+        monkeypatch.setattr(loop, "is_tensorboard_available", [is_installed].pop)
+        run(finetuning(), tmp_path / str(is_installed), epochs=1)
+        assert bool(Callback.told) == is_installed
+    assert {where for where, *_ in Callback.told} == {"runs/run"}
+    assert any("eval_val_ppl" in names for names in Callback.told)

@@ -1,8 +1,8 @@
 """Training on `transformers.Trainer`: what distilling and fine-tuning have in common.
 
 The Trainer does mixed precision, checkpoints, resuming, early stopping and many processes. Here
-are the learning rates of the groups, the curves, and a run that trains nothing. Knows no loss, no
-stage and no path by name.
+are the learning rates of the groups, the curves, and a run that trains nothing. Knows no loss and
+no stage.
 """
 
 import math
@@ -15,7 +15,14 @@ from datasets import Dataset
 from torch import Tensor, nn
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, TrainingArguments
+from transformers import (
+    EarlyStoppingCallback,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
+from transformers.integrations import TensorBoardCallback, is_tensorboard_available
 
 from infini_retrofit.pipeline.guard import is_first_process, num_processes
 from infini_retrofit.training.report import PREFIX, Log, Report, results
@@ -103,7 +110,10 @@ def _fit(
             train_dataset=train_set,
             eval_dataset=val_samples,
             optimizers=_optimizer(task, schedule.lr, num_steps),
-            callbacks=[EarlyStoppingCallback(schedule.patience), report, Sealing()],
+            callbacks=[
+                *(EarlyStoppingCallback(schedule.patience), report, Sealing()),
+                *_tensorboard(checkpoints.name),
+            ],
         )
         trainer.remove_callback(PrinterCallback)
         trainer.train(resume_from_checkpoint=last)
@@ -132,13 +142,22 @@ def _arguments(schedule: Schedule, checkpoints: Path, dtype: torch.dtype) -> Tra
         remove_unused_columns=False,
         dataloader_pin_memory=on_gpu,
         disable_tqdm=True,  # `Report` shows what happens
-        report_to="none",
+        report_to="none",  # but `_tensorboard`
     )
     if arguments.n_gpu > 1:
         # A process uses one GPU; torchrun starts one for each. The Trainer would split batches
         # among replicas of the model, without the layers of its teacher.
         arguments._n_gpu = 1
     return arguments
+
+
+def _tensorboard(name: str) -> list[TrainerCallback]:
+    """Log to runs/ where TensorBoard is installed: the run's own folder is removed at its end."""
+    if not is_tensorboard_available():
+        return []
+    callback = TensorBoardCallback()
+    callback.logging_dir = callback.logging_dir or str(Path("runs", name))
+    return [callback]
 
 
 def _optimizer(task: TrainingTask, lr: float, num_steps: int) -> tuple[AdamW, LambdaLR]:
