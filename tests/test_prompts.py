@@ -83,16 +83,20 @@ def test_the_seeds_and_the_numbers_of_the_splits_are_disjoint_and_a_seed_repeats
         makers["train"].passkey(SEEDS_PER_SPLIT, "text", 400, 0.5)
 
 
-@pytest.mark.parametrize("seed", range(6))
-def test_a_document_to_train_on_answers_its_own_questions_at_its_end(seed):
-    make = maker("train")
-    document = make.document(seed, 640)
-    assert len(document) == 640
-    text = text_of(document.tolist())
-    question = "The pass key is" if seed % 2 else "belongs to "
-    answer = text.rpartition(" is ")[2].strip()
-    assert question in text[-90:]
-    assert text.count(answer) == (3 if seed % 2 else 2)
+def test_documents_to_train_on_answer_the_questions_of_their_prompts():
+    make, asked = maker("train"), set()
+    for seed in range(9):
+        document = make.document(seed, 900)
+        assert len(document) == 900
+        text = text_of(document.tolist())
+        intro = "There is an important info hidden"
+        for prompt in text.split(intro)[1:]:
+            is_key = "What is the pass key?" in prompt
+            given, _, answer = prompt.rpartition(" is ")
+            assert len(answer.strip()) == 5
+            assert given.count(answer.strip()) == (2 if is_key else 1)
+            asked.add(is_key)
+    assert asked == {True, False}
 
 
 def test_a_prompt_without_room_for_its_needle_is_refused():

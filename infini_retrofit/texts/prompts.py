@@ -95,6 +95,9 @@ class PromptMaker:
         words = len(self.encode(pair)) + len(self.encode(question))
         # In a document to train on, half of which is haystack.
         self.tokens_per_pair = 2 * (words + 2 * self.tokens_per_number)
+        needle, question = self.encode(_KEY.format("")), self.encode(_KEY_QUESTION)
+        words = len(self.encode(_INTRO)) + len(needle) + len(question)
+        self.least_tokens = words + 4 * self.tokens_per_number  # of a prompt
         if self.has_digit[self.sentence].any() or not len(self.text):
             raise ValueError("the texts of each split must have tokens without digits, got none")
 
@@ -175,13 +178,21 @@ class PromptMaker:
         return Prompt(ids + filler[ends[-1] :], questions)
 
     def document(self, seed: int, num_tokens: int) -> TokenIds:
-        """Make a document to train on: a prompt and all answers, exactly `num_tokens` long.
+        """Make a document to train on: prompts and their answers, exactly `num_tokens` long.
 
-        By turns of the seed it hides a pass key, or numbers of names.
+        Their lengths are random, short ones as frequent as long ones. A prompt hides a pass key,
+        or numbers of names. What an earlier one hid must be written over.
         """
-        rng = self._rng(seed)
-        haystack: Haystack = rng.choice(["sentence", "text"])
-        if seed % 2:
+        rng, ids = self._rng(seed), []
+        while (left := num_tokens - len(ids)) >= 2 * self.least_tokens:
+            longest = (left - self.least_tokens) / self.least_tokens
+            ids += self._answered(rng, round(self.least_tokens * longest ** rng.random()))
+        return np.array(ids + self._answered(rng, left), np.int32)
+
+    def _answered(self, rng: random.Random, num_tokens: int) -> list[int]:
+        """Return a prompt with all of its questions and answers."""
+        seed, haystack = rng.randrange(SEEDS_PER_SPLIT), rng.choice(["sentence", "text"])
+        if rng.random() < 0.5:
             prompt = self.passkey(seed, haystack, num_tokens, rng.random())
         else:
             number = rng.randint(1, max(1, min(MOST_PAIRS, num_tokens // self.tokens_per_pair)))
@@ -189,7 +200,7 @@ class PromptMaker:
         ids = list(prompt.input_ids)
         for question in prompt.questions:
             ids += [*question.input_ids, *question.candidates[0]]
-        return np.array(ids, np.int32)
+        return ids
 
     def encode(self, text: str) -> list[int]:
         """Encode without special tokens."""
