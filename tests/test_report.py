@@ -133,7 +133,8 @@ def test_the_stage_reports_a_finished_project(project):
     assert summary["ppl"] == round(table["finetuned"]["segment_test_ppl"], 2)
     text, page = (Path(f"report/{name}").read_text() for name in ("report.md", "index.html"))
     results = read_results(lambda path: Path(path).read_text())
-    for shown in (verdict(results), "memory swapped", "What was trained", "prepare_wikitext"):
+    headings = ("Recall in long texts", "What was trained")
+    for shown in (verdict(results), "memory swapped", *headings, "prepare_wikitext"):
         assert shown in text
         assert shown in page
     assert len(re.findall("<img ", page)) == 4

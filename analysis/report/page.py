@@ -26,6 +26,21 @@ NOTES = {
     ),
 }
 _TEXTS = ("Continuations", "Where it ran")  # tables of words: their cells stand flush left
+# The columns of recall, with their metrics.
+_RECALL = {
+    "pass key": "passkey_accuracy",
+    "worst cell": "passkey_worst_cell",
+    "stored numbers": "capacity_accuracy",
+    "in a haystack": "needles_accuracy",
+    "asked": "num_asked",
+    "first tokens, nats": "first_range_nll",
+    "last tokens, nats": "last_range_nll",
+    "bytes kept": "state_bytes",
+}
+_ABOUT_RECALL = (
+    "Right answers, likelier than 9 others (chance: 10%); mean loss of the first and the last "
+    "tokens of a long article (docs/long-context.md). The default asks few questions."
+)
 _TRAINED = ("stage", "epochs", "best", "parameters", "tokens")
 _PAGE = """<!DOCTYPE html>
 <html lang="en">
@@ -129,6 +144,7 @@ def _tables(report: Report) -> list[tuple[str, str, Sequence[str], Rows]]:
     ran_here = "Of its last run here, cached results apart; -: it never ran here."
     tables = [
         ("Continuations", note, ["model", "text"], report.continuations),
+        ("Recall in long texts", _ABOUT_RECALL, ["model", *_RECALL], _recall(report.results)),
         ("What was trained", "", _TRAINED, _trained(report.results)),
         (
             "Parameters that differ from the default",
@@ -148,6 +164,22 @@ def _trained(results: Results) -> list[list[str]]:
     return [
         [stage, *(f"{metrics[key]:,}" if key in metrics else "-" for key in keys)]
         for stage, metrics in results.training.items()
+    ]
+
+
+def _recall(results: Results) -> list[list[str]]:
+    """Return a row for each model: shares, nats and bytes; "-" where it was not asked."""
+
+    def shown(key: str, value: float | None) -> str:
+        if value is None:
+            return "-"
+        if key.endswith("_nll"):
+            return f"{value:.3f}"
+        return f"{value:,}" if key in ("num_asked", "state_bytes") else f"{value:.0%}"
+
+    return [
+        [model, *(shown(key, metrics.get(key)) for key in _RECALL.values())]
+        for model, metrics in results.recall.items()
     ]
 
 

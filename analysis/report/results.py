@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from io import StringIO
 from typing import Any
 
@@ -16,11 +16,13 @@ TRAININGS = {
     "finetune_control": ("control", "documents"),
 }
 EVALUATION = "metrics/eval_sliding.json"
+RECALL = "metrics/eval_longcontext.json"
 DOCUMENTS, POSITIONS = "plots/eval_documents.tsv", "plots/eval_positions.tsv"
 CURVES = "plots/training.tsv"
 # What each stage of the pipeline leaves for the report.
 INPUTS = {
     "eval_sliding": (EVALUATION, DOCUMENTS, POSITIONS),
+    "eval_longcontext": (RECALL,),
     **{stage: (f"metrics/{stage}.json", f"plots/{stage}.tsv") for stage in TRAININGS},
 }
 PARAMS = "params.yaml"
@@ -38,6 +40,7 @@ class Results:
         curves: rows of validation perplexity by model, text and epoch. The base's are a level
             line. Kept experiments may have none.
         params: the whole params.yaml.
+        recall: the metrics of each model in long texts. Kept experiments may have none.
     """
 
     scores: Mapping[str, Mapping[str, float]]
@@ -46,6 +49,7 @@ class Results:
     positions: pd.DataFrame
     curves: pd.DataFrame
     params: Mapping[str, Any]
+    recall: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
     def ppl(self, protocol: str, model: str = "finetuned") -> float | None:
         """Return the test perplexity of a model; None: it was not scored in this way."""
@@ -94,6 +98,7 @@ def read_results(read: Callable[[str], str]) -> Results:
         positions=_rows(read, POSITIONS),
         curves=_rows(read, CURVES) if curves.empty else curves,
         params=YAML(typ="safe").load(read(PARAMS)),
+        recall=json.loads(_read(read, RECALL) or "{}"),
     )
 
 
