@@ -31,6 +31,7 @@ OWN_BUDGET = {
     "passkey": {"longdocs.tokens_per_document", "finetune.train_documents", "finetune.lr"},
     "passkey-mini": {
         "longdocs.tokens_per_document",
+        "distill.samples",
         "distill.tokens_per_sample",
         "finetune.train_documents",
         "finetune.val_documents",
