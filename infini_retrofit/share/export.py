@@ -2,6 +2,7 @@
 
 `python -m infini_retrofit.share.export models/finetuned OUT` writes weights, tokenizer, modelling
 code and a model card. `AutoModelForCausalLM.from_pretrained(OUT, trust_remote_code=True)` opens it.
+`--push ORG/NAME` uploads it to the Hugging Face Hub as well.
 """
 
 import argparse
@@ -40,11 +41,16 @@ def main(arguments: list[str] | None = None) -> None:
     add("--license", help="of the weights, as the Hugging Face Hub names it")
     add("--base-model", help="the base's name on the Hugging Face Hub")
     add("--other-layers", choices=["segment", "full"], help="default: as the model says")
+    add("--push", metavar="ORG/NAME", help="upload it to this model on the Hugging Face Hub")
     given = parser.parse_args(arguments)
-    # Both import torch, which takes seconds. Wrong arguments were refused before.
+    # All import torch, which takes seconds. Wrong arguments were refused before.
     from infini_retrofit.share.card import About
-    from infini_retrofit.share.exported_folder import export_model
+    from infini_retrofit.share.exported_folder import check_new, export_model
+    from infini_retrofit.share.push import open_repository, push
 
+    check_new(given.out)
+    if given.push:
+        open_repository(given.push)
     is_recorded = dvc_vouches_for(given.folder)
     about = About(
         metrics=read_json(RESULTS, dict) if is_recorded else {},
@@ -61,6 +67,8 @@ def main(arguments: list[str] | None = None) -> None:
         )
     opened = f'AutoModelForCausalLM.from_pretrained("{given.out}", trust_remote_code=True)'
     print(f"wrote {given.out}; open it by {opened}")
+    if given.push:
+        print(f"pushed to {push(given.out, given.push)}")
 
 
 def dvc_vouches_for(folder: Path) -> bool:

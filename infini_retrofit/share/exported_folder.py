@@ -31,8 +31,7 @@ def export_model(
 
     `other_layers` is `segment` or `full`; None: as the retrofit says.
     """
-    if out.exists():
-        raise FileExistsError(f"{out} must be a new folder, got one that exists: remove it first")
+    check_new(out)
     model, params = load_retrofit(base_dir, folder, torch.float32)
     if other_layers is not None:
         model.config.other_layers = other_layers
@@ -47,6 +46,12 @@ def export_model(
         # safetensors writes what its owner alone can read: give every file the usual mode.
         for path in filter(Path.is_file, new.rglob("*")):
             path.chmod((new / MANIFEST).stat().st_mode)
+
+
+def check_new(out: Path) -> None:
+    """Refuse to write into a folder that exists."""
+    if out.exists():
+        raise FileExistsError(f"{out} must be a new folder, got one that exists: remove it first")
 
 
 def as_exported(model: PreTrainedModel) -> PreTrainedModel:
