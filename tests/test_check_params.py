@@ -43,6 +43,8 @@ def test_the_project_s_own_parameters_pass_and_the_output_is_constant(earlier):
         ({"eval": None}, r"^eval is missing$"),
         ({"model": "gpt-5"}, r"^model must be one of .*pythia-mini.*, smollm2-135m .*got 'gpt-5'$"),
         ({"corpus": "books"}, r"^corpus must be one of .*wikipedia-sample.* got 'books'$"),
+        ({"corpus": "passkey"}, r"^corpus must be a key of corpora that holds texts, got passkey"),
+        ({"longcontext__lengths": [64]}, r"^longcontext\.lengths\.0 must be .* to 128, got 64$"),
         ({"launcher": " "}, r"^launcher: must be a command such as python, got ' '"),
         ({"launcher": "python; ls"}, r"^launcher: must be .* got 'python; ls': write words"),
         ({"models__my-model__path": " "}, r"^models\.my-model\.path: must be a path, got ' '"),

@@ -4,6 +4,7 @@ from itertools import product
 
 import numpy as np
 import pytest
+from tokenizers.processors import TemplateProcessing
 
 from infini_retrofit.texts.prompts import NUM_CANDIDATES, SEEDS_PER_SPLIT, PromptMaker
 from infini_retrofit.texts.splits import SPLITS
@@ -97,6 +98,18 @@ def test_documents_to_train_on_answer_the_questions_of_their_prompts():
             assert given.count(answer.strip()) == (2 if is_key else 1)
             asked.add(is_key)
     assert asked == {True, False}
+
+
+def test_a_prompt_begins_with_what_the_tokenizer_puts_before_a_text():
+    tokenizer = tiny_tokenizer().backend_tokenizer
+    tokenizer.post_processor = TemplateProcessing(
+        single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)]
+    )
+    ids = tokenizer.encode(TEXT).ids
+    make = PromptMaker(tokenizer, [np.array(ids, np.int32)] * 2, "test")
+    prompt = make.passkey(0, "text", 800, 0.0)
+    assert (prompt.input_ids[0], prompt.input_ids.count(0)) == (ids[0], 1)
+    assert 0 not in maker().passkey(0, "text", 800, 0.0).input_ids
 
 
 def test_a_prompt_without_room_for_its_needle_is_refused():

@@ -17,6 +17,7 @@ from typing import Literal
 import numpy as np
 from tokenizers import Tokenizer
 
+from infini_retrofit.pipeline.beginnings import first_tokens
 from infini_retrofit.pipeline.tables import TokenIds
 from infini_retrofit.texts.splits import SPLITS
 
@@ -85,7 +86,9 @@ class PromptMaker:
         vocabulary = [tokenizer.decode([i]) for i in range(tokenizer.get_vocab_size())]
         self.has_digit = np.array([any(c.isdigit() for c in word) for word in vocabulary])
         self.begins_word = np.array([word[:1].isspace() for word in vocabulary])
-        joined = np.concatenate([np.asarray(ids) for ids in texts])
+        first = first_tokens(tokenizer)
+        self.intro = [*first, *self.encode(_INTRO)]
+        joined = np.concatenate([ids[len(first) :] for ids in texts])
         self.text = joined[~self.has_digit[joined]]
         self.sentence = np.array(self.encode(_SENTENCE))
         rng = random.Random(0)
@@ -96,7 +99,7 @@ class PromptMaker:
         # In a document to train on, half of which is haystack.
         self.tokens_per_pair = 2 * (words + 2 * self.tokens_per_number)
         needle, question = self.encode(_KEY.format("")), self.encode(_KEY_QUESTION)
-        words = len(self.encode(_INTRO)) + len(needle) + len(question)
+        words = len(self.intro) + len(needle) + len(question)
         self.least_tokens = words + 4 * self.tokens_per_number  # of a prompt
         if self.has_digit[self.sentence].any() or not len(self.text):
             raise ValueError("the texts of each split must have tokens without digits, got none")
@@ -123,7 +126,7 @@ class PromptMaker:
         rng = self._rng(seed)
         candidates = self._numbers(rng, NUM_CANDIDATES)
         key = self.tokenizer.decode(candidates[0]).strip()
-        intro, needle = self.encode(_INTRO), self.encode(_KEY.format(key))
+        intro, needle = self.intro, self.encode(_KEY.format(key))
         question = self.encode(_KEY_QUESTION)
         num_asked = len(question) + len(candidates[0])
         if num_tokens is None:
@@ -168,7 +171,7 @@ class PromptMaker:
             ids = self.encode(_PAIR_QUESTION.format(name=names[index]))
             questions.append(Question(ids, [numbers[index], *wrong[: NUM_CANDIDATES - 1]]))
         asked = [len(q.input_ids) + len(q.candidates[0]) for q in questions]
-        ids = self.encode(_INTRO)
+        ids = list(self.intro)
         rest = len(ids) + sum(map(len, pairs)) + (sum(asked) if asks_all else max(asked))
         filler = self._filler(rng, haystack, num_tokens - rest) if haystack else []
         equal = (len(filler) * (i + 1) // (num_pairs + 1) for i in range(num_pairs))
