@@ -17,9 +17,7 @@ from analysis.against import write_lead
 from analysis.comparing import check_comparable, document_nlls, split_comparable
 from analysis.loading import load_metrics, load_scores, load_settings
 from analysis.picture import draw, save
-from analysis.repeats import gains_of_repeats
 from analysis.table import (
-    MISSING,
     PARAMETERS,
     SEGMENT,
     lay_out,
@@ -39,17 +37,8 @@ DEFAULT_METRICS = [
     *("gap_test_nats", "gap_recovered", "state_bytes", "num_documents", "num_articles"),
 ]
 SEED_RECIPES = ("v1", "v1-fixed", "v2", "v2-fixed", "two-stage", "two-stage-fixed")  # docs/seeds.md
-# Other texts: their scores compare with no other recipe's. The last ones are repeats.
-ON_CODE = ("code-gated-delta", "code-gated-delta-attention")
+ON_CODE = ("code-gated-delta",)  # other texts: their scores compare with no other recipe's
 LONG_CONTEXT = ("passkey", "passkey-mini", "streaming", "yarn")  # docs/long-context.md has theirs
-CODE_SEEDS = tuple(f"code-gated-delta-attention{end}" for end in ("", "-seed1", "-seed2"))
-CODE_PROTOCOLS = {
-    "window alone": "segment",
-    "as many bytes of recent keys and values": "segment_kv",
-    "as many bytes of selected keys and values": "segment_selected",
-    "the token ids, with a pointer": "segment_pointer",
-    "everything (full attention)": "full",
-}
 DROPPED = ("lolcats",)  # of the recipes' budget; their form and recipe are gone from the code
 # Of one control and one budget; each differs from another in what README speaks of.
 CHOICES = (
@@ -213,8 +202,6 @@ def tables() -> dict[str, str]:
         "won": won(metrics),
         "choices": markdown(lay_out(metrics.loc[list(CHOICES)], "choices", chosen)),
         "earned": earned(metrics),
-        "code": on_code(metrics),
-        "code_gains": code_gains(),
         "labels": markdown(lay_out(metrics.loc[list(SEED_RECIPES)], "labels")),
     }
 
@@ -254,27 +241,6 @@ def won(metrics: pd.DataFrame) -> str:
     header = ["test PPL", "base left as it is", "attention of all layers trained"]
     rows = [[label, show(base), show(trained)] for label, base, trained in WON]
     return rows_as_markdown(header, rows)
-
-
-def on_code(metrics: pd.DataFrame) -> str:
-    """Write the perplexities on Python source, by what the model has beside its window."""
-    frozen, trained = (metrics.loc[name] for name in ON_CODE)
-    own = (frozen, "base"), (frozen, "finetuned")
-    rows, columns = [], (*own, (trained, "control"), (trained, "finetuned"))
-    for label, protocol in CODE_PROTOCOLS.items():
-        values = [row.get(ppl(protocol, model)) for row, model in columns]
-        rows.append([label, *(MISSING if pd.isna(v) else f"{v:.3f}" for v in values)])
-    header = ["test PPL", "base", "and memory", "attention trained", "and memory"]
-    return rows_as_markdown(header, rows)
-
-
-def code_gains() -> str:
-    """Write what the memory on Python source gains under each random seed."""
-    kept = kept_experiments()
-    names = [name for name in CODE_SEEDS if name in kept]
-    rows = gains_of_repeats(load_scores({name: kept[name] for name in names}), names)
-    header = ["nats a token better than", *(f"seed {i}" for i in range(len(names)))]
-    return rows_as_markdown([*header, "on average", "95% interval"], rows)
 
 
 def earned(metrics: pd.DataFrame) -> str:

@@ -27,7 +27,6 @@ OWN_BUDGET = {
     "memory-only": {"finetune.lr"},
     "memory-and-context": {"finetune.lr"},
     "code-gated-delta": {"finetune.lr"},
-    "code-gated-delta-attention": {"finetune.lr"},
     "passkey": {"longdocs.tokens_per_document", "finetune.train_documents", "finetune.lr"},
     "passkey-mini": {
         "longdocs.tokens_per_document",
