@@ -124,6 +124,14 @@ def test_every_way_of_generating_equals_itself_without_a_cache(options, other):
     assert_same(generate(model, ids, **options), want)
 
 
+@both_others
+def test_a_prompt_of_embeddings_is_continued_like_its_tokens(other):
+    model, ids = generating_model("llama", other, layers=[1]), draw_ids(2, 13)
+    options = {"max_new_tokens": 7, "do_sample": False, "pad_token_id": 0}
+    got = model.generate(inputs_embeds=model.get_input_embeddings()(ids), **options)
+    assert torch.equal(got, generate(model, ids)[0])
+
+
 def test_beams_that_keep_their_rows_are_noticed(monkeypatch):
     model, ids = generating_model(), draw_ids(1, 13)
     _, want = generate(model, ids, num_beams=4)

@@ -12,6 +12,7 @@ Axes:
     T  token
 """
 
+import functools
 import inspect
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -252,6 +253,7 @@ def _make_mask(model: PreTrainedModel, *args: Any) -> Tensor:
     return getattr(type(model), _MAKE_MASK)(model, *args)
 
 
+@functools.wraps(GenerationMixin.prepare_inputs_for_generation)  # `generate` reads its signature
 def _make_inputs(
     model: PreTrainedModel, input_ids: Tensor, *args: Any, **kwargs: Any
 ) -> dict[str, Any]:
