@@ -57,6 +57,8 @@ def softmax_attention(
     num_queries, num_keys = query.shape[2], key.shape[2]
     if window is not None and window >= num_keys:
         window = None
+    if num_queries == 1 and slopes is None and window is None:
+        return _attend_once(query, key, value, is_key, scaling)
     if prefers_products(query, key, value):
         return _ExplicitSoftmaxAttention.apply(query, key, value, is_key, scaling, slopes, window)
     repeats = query.shape[1] // key.shape[1]
@@ -69,6 +71,20 @@ def softmax_attention(
         bias = alibi_bias(slopes, num_queries, num_keys).to(query.dtype)
         mask = bias.masked_fill(~mask, -torch.inf)
     return F.scaled_dot_product_attention(query, key, value, mask, scale=scaling)
+
+
+def _attend_once(
+    query: Float[Tensor, "B H 1 K"],
+    key: Float[Tensor, "B N C K"],
+    value: Float[Tensor, "B N C V"],
+    is_key: Bool[Tensor, "B C"] | None,
+    scaling: float,
+) -> Float[Tensor, "B H 1 V"]:
+    """Attend with one query, as while generating: the last key is its own."""
+    if is_key is not None:
+        is_key = F.pad(is_key[:, :-1], (0, 1), value=True)[:, None, None]
+    options = {"attn_mask": is_key, "scale": scaling, "enable_gqa": True}
+    return F.scaled_dot_product_attention(query, key, value, **options)
 
 
 def alibi_slopes(num_heads: int) -> Float[Tensor, "H"]:
