@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-from benchmarks import streaming
+from benchmarks import generate, streaming
 from benchmarks.streaming import Stream, resident_bytes
 from infini_retrofit.pipeline import device as runtime
 from tests.tiny import tiny_base_folder
@@ -106,3 +106,15 @@ def test_a_stream_too_short_for_the_retrofit_s_own_segments_is_refused(tmp_path,
     options = ("--base", "models/base", "--segment-length", 3, "--tokens", 399)
     with pytest.raises(ValueError, match=r"^tokens must be at least 400, .* got 399$"):
         run_command(monkeypatch, "models/finetuned", *options)
+
+
+def test_generation_is_measured_beside_the_base_at_every_length(tmp_path, monkeypatch, capsys):
+    make_retrofit(tmp_path, "llama", segment_length=SEGMENT)
+    monkeypatch.chdir(tmp_path)
+    words = ["generate", "models/finetuned", "--lengths", "7", "20"]
+    monkeypatch.setattr(sys, "argv", words)
+    monkeypatch.setattr(generate, "start_run", lambda: (torch.device("cpu"), torch.float32))
+    generate.main()
+    rows = [line.split("|")[1:-1] for line in capsys.readouterr().out.splitlines()[2:]]
+    assert [row[0].strip() for row in rows] == ["7", "20"]
+    assert all(float(row[2]) > 0 and float(row[4]) > 0 for row in rows)
