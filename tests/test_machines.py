@@ -119,9 +119,12 @@ def test_a_checkout_of_another_user_is_named_as_the_cause(checkout, monkeypatch)
     assert "git config --global --add safe.directory" in said
 
 
+CONFIG = '{"model_type": "llama", "num_hidden_layers": 3}'
+
+
 def test_a_relative_path_is_found_from_a_copy_of_the_project(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    write(**{"main/mine/a.txt": "A text.", "main/mine/config.json": '{"num_hidden_layers": 3}'})
+    write(**{"main/mine/a.txt": "A text.", "main/mine/config.json": CONFIG})
     write(**{"copy/mine/committed.txt": "Another."})
     monkeypatch.chdir("copy")
     monkeypatch.setenv("DVC_ROOT", str(tmp_path / "main"))
