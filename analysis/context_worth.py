@@ -89,6 +89,22 @@ def draw_documents(name: str, number: int, tokens: int) -> list[Document]:
     return documents
 
 
+def corpus_options(
+    command: str, about: str, arguments: Sequence[str] | None
+) -> argparse.Namespace:
+    """Read the options of a program that draws documents of one corpus."""
+    parser = make_parser(command, about, least_documents=2)
+    parser.set_defaults(documents=20)
+    add = parser.add_argument
+    add("--corpus", default="python-sources", help="a key of `corpora` in params.yaml")
+    return parser.parse_args(arguments)
+
+
+def source_of(document: Document) -> str:
+    """Return what a document shares with others that it is not independent of."""
+    return document.source or document.title
+
+
 def score_corpus(
     model: PreTrainedModel, documents: Sequence[Document], name: str
 ) -> pd.DataFrame:
@@ -112,7 +128,7 @@ def score_corpus(
                 {
                     "corpus": name,
                     "document": f"{document.title}, part {document.part}",
-                    "source": document.source or document.title,
+                    "source": source_of(document),
                     "context": "all" if context is None else context,
                     "nll": nll.mean().item(),
                     "key_share": is_key.double().mean().item(),

@@ -6,7 +6,6 @@ a table and the rows of results/layers_worth.tsv.
 Reads: params.yaml (corpora), models/base
 """
 
-import argparse
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -15,8 +14,8 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from analysis.context_worth import draw_documents
-from analysis.programs import BASE, make_parser, open_model, print_growing
+from analysis.context_worth import corpus_options, draw_documents, source_of
+from analysis.programs import BASE, open_model, print_growing
 from infini_retrofit.evaluation.bootstrap import paired_bootstrap
 from infini_retrofit.evaluation.rival import Rival, make_windowed
 from infini_retrofit.model.running import run_in_layer
@@ -28,11 +27,13 @@ SEGMENT, WINDOW = 256, 256  # tokens; a segment sees its own and the window befo
 TOKENS = 4096  # of a document
 BEGIN = 2 * SEGMENT  # the first token that has anything behind its window
 ROWS = Path("results/layers_worth.tsv")
+NOWHERE, EVERYWHERE = "none", "all"  # groups of layers that see far
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Score the base with far sight in each group of layers, a row as soon as it is there."""
-    options = _options(arguments)
+    about = "Score the untouched base with far sight in some of its layers only."
+    options = corpus_options("layers_worth", about, arguments)
     verify_manifest(BASE, made_by="dvc repro prepare_base")
     model, _ = open_model(BASE)
     documents = draw_documents(options.corpus, options.documents, TOKENS)
@@ -48,9 +49,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print_growing(["far sight in layers", "nats a token won", "95% interval", "of all"], rows())
     table = pd.DataFrame(scores).melt(var_name="layers", value_name="nll", ignore_index=False)
     write_text(ROWS, table.to_csv(sep="\t", index_label="source", float_format="%.6f"))
-
-
-NOWHERE, EVERYWHERE = "none", "all"
 
 
 def layer_groups(num_layers: int) -> dict[str, list[int]]:
@@ -75,7 +73,7 @@ def score_documents(
         hidden = run_in_layer(windowed, ids[None], segment_length=SEGMENT)[0]
         found = next_token_nlls(model, ids[BEGIN - 1 :], hidden[BEGIN - 1 :])
         nlls.append(found.double().mean().item())
-    return pd.Series(nlls, [document.source or document.title for document in documents])
+    return pd.Series(nlls, [source_of(document) for document in documents])
 
 
 def cells(name: str, scores: dict[str, pd.Series]) -> list[str]:
@@ -84,12 +82,3 @@ def cells(name: str, scores: dict[str, pd.Series]) -> list[str]:
     gain, low, high = paired_bootstrap((scores[NOWHERE] - scores[name]).to_numpy(), sources)
     whole = (scores[NOWHERE] - scores[EVERYWHERE]).mean()
     return [name, f"{gain:.4f}", f"{low:.4f} to {high:.4f}", f"{gain / whole:.0%}"]
-
-
-def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
-    about = "Score the untouched base with far sight in some of its layers only."
-    parser = make_parser("layers_worth", about, least_documents=2)
-    parser.set_defaults(documents=20)
-    add = parser.add_argument
-    add("--corpus", default="python-sources", help="a key of `corpora` in params.yaml")
-    return parser.parse_args(arguments)

@@ -15,7 +15,6 @@ Axes:
     W  word of the vocabulary
 """
 
-import argparse
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -28,8 +27,8 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from analysis.context_worth import draw_documents
-from analysis.programs import BASE, make_parser, open_model, print_growing
+from analysis.context_worth import corpus_options, draw_documents, source_of
+from analysis.programs import BASE, open_model, print_growing
 from infini_retrofit.evaluation.bootstrap import paired_bootstrap
 from infini_retrofit.evaluation.pointer import Stored
 from infini_retrofit.layer.attention import InfiniAttention
@@ -73,7 +72,8 @@ ROWS = Path("results/recall.tsv")
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Ask each memory, and print a row of the table as soon as it is there."""
-    options = _options(arguments)
+    about = "Ask untrained memories of every rule what they hold, by their bytes."
+    options = corpus_options("recall", about, arguments)
     verify_manifest(BASE, made_by="dvc repro prepare_base")
     model, _ = open_model(BASE)
     drawn = draw_documents(options.corpus, options.documents + WHITENED, TOKENS)
@@ -83,7 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     insert_infini(model, FORM)
     whiten_keys(model, others, SEGMENT, model.dtype)
     notes = [note_document(model, ids) for ids in tqdm(asked, "read documents", leave=False)]
-    sources = [document.source or document.title for document in drawn[: options.documents]]
+    sources = [source_of(document) for document in drawn[: options.documents]]
     words = word_values(model)
     found = []
 
@@ -161,11 +161,10 @@ def recall(
     feature = F.normalize(chosen, dim=-1) if rule == "gated_delta" else elu1(chosen)
     # Token t is written under the key of the token before it, as `memory_key: before` does.
     old = F.pad(feature[:-1], (0, 0, 1, 0)).unflatten(0, (-1, SEGMENT))[None, :, None]
-    ones = torch.ones_like(old[..., 0])
-    gates = {"strength": ones, "log_decay": torch.zeros_like(ones)}
     write = Write(old, value.unflatten(0, (-1, SEGMENT))[None, :, None])
     if rule == "gated_delta":
-        write = replace(write, **gates)
+        ones = torch.ones_like(old[..., 0])
+        write = replace(write, strength=ones, log_decay=torch.zeros_like(ones))
     memories, _ = scan_states(write, rule, empty_state(write))
     query = asked - 1
     # A query sees what left the window before its own segment began.
@@ -180,12 +179,3 @@ def write_share(shares: Sequence[float], sources: Sequence[str]) -> str:
     """Write the share that is recalled, with its interval."""
     mean, low, high = paired_bootstrap(shares, sources)
     return f"{mean:.1%} [{low:.1%}, {high:.1%}]"
-
-
-def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
-    about = "Ask untrained memories of every rule what they hold, by their bytes."
-    parser = make_parser("recall", about, least_documents=2)
-    parser.set_defaults(documents=20)
-    add = parser.add_argument
-    add("--corpus", default="python-sources", help="a key of `corpora` in params.yaml")
-    return parser.parse_args(arguments)

@@ -50,12 +50,11 @@ def run_without_dvc(params: Mapping[str, Any], folder: Path) -> None:
 def commands(params: Mapping[str, Any]) -> dict[str, list[str]]:
     """Return the command of each stage, in the order of dvc.yaml, which is that of their needs."""
     stages = YAML(typ="safe").load(Path(PIPELINE))["stages"]
-    words = {name: stage["cmd"].split() for name, stage in stages.items()}
-    launcher = params["launcher"].split()
-    launchers = {"python": [sys.executable], "${launcher}": launcher}
-    if launcher == ["python"]:
-        launchers["${launcher}"] = [sys.executable]
-    return {name: [*launchers[first], *rest] for name, (first, *rest) in words.items()}
+    found = {}
+    for name, stage in stages.items():
+        first, *rest = stage["cmd"].replace("${launcher}", params["launcher"]).split()
+        found[name] = [sys.executable if first == "python" else first, *rest]
+    return found
 
 
 def with_overrides(params: Mapping[str, Any], settings: Sequence[str]) -> dict[str, Any]:
