@@ -40,6 +40,7 @@ ABSENT = {
     "infini.memory_layers": "all",
     "infini.memory_key": "own",
     "infini.memory_value": "hidden",
+    "infini.num_slots": "0",
     "infini.recall_norm": "none",
     "infini.written_tokens": "all",
     "infini.initial_state": "empty",

@@ -119,6 +119,22 @@ MODEL_FORMS = (
         "num_features": 6,
         "local_context": 5,
     },
+    {
+        "insertion": "parallel",
+        "init": "random_attention",
+        "local": "none",
+        "positions": "none",
+        "heads": "single",
+        "memory_layers": [0],
+        "memory_key": "before",
+        "memory_value": "embedding",
+        "update_rule": "neural_cache",
+        "num_slots": 7,
+        "feature_map": "unit",
+        "num_features": 6,
+        "state_dtype": "bfloat16",
+        "gate": "query",
+    },
 )
 
 

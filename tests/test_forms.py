@@ -172,6 +172,27 @@ def test_a_branch_that_is_a_memory_equals_the_loop(rule, value, key):
     assert got[:SEGMENT].count_nonzero() == 0
 
 
+@pytest.mark.parametrize("num_slots", [1, SEGMENT + 1, 100])
+@pytest.mark.parametrize("key", ["own", "before"])
+def test_a_neural_cache_equals_the_loop(key, num_slots):
+    form = {"local": "none", "insertion": "parallel", "heads": "single", "positions": "none"}
+    form |= {"init": "random_attention", "memory_key": key, "memory_value": "embedding"}
+    form |= {"update_rule": "neural_cache", "num_slots": num_slots, "feature_map": "unit"}
+    form |= {"segment_length": SEGMENT, "gate": "query"}
+    layer, x = make_layer(form), draw_hidden(2, DOCUMENT).requires_grad_()
+    layer.memory.sharpness.data.fill_(3.0)
+    layer.memory.floor.data.fill_(1.0)
+    ids = torch.randperm(DOCUMENT)
+    got = layer(x[:1], token_ids=ids[None], embed=lambda tokens: x[1][tokens])[0][0]
+    want = NaiveLayer(layer, infini_params(**form))(x[0], None, embeddings=x[1][ids])
+    assert largest(got - want) < 1e-9
+    inputs = (x, layer.memory.sharpness, layer.memory.floor)
+    both = [torch.autograd.grad(out.sin().sum(), inputs) for out in (got, want)]
+    for one, other in zip(*both, strict=True):
+        assert largest(one - other) < 1e-9 and largest(one) > 1e-4
+    assert got[:SEGMENT].count_nonzero() == 0
+
+
 @pytest.mark.parametrize("change", changes(), ids=str)
 @torch.no_grad()
 def test_the_loop_tells_forms_apart(change):
@@ -184,8 +205,8 @@ def test_the_loop_tells_forms_apart(change):
 
 def test_every_choice_is_in_a_form():
     kinds = {field.name: field.type for field in fields(InfiniParams)}
-    of_branches = {"memory_key", "memory_value", "insertion"}
+    of_branches = {"memory_key", "memory_value", "insertion", "num_slots"}
     for name in kinds.keys() - {"layers", "memory", "memory_layers", "init"} - of_branches:
         choices = {c for c in get_args(kinds[name]) if isinstance(c, str)}
-        choices -= {"none"} if name == "local" else set()  # of branches too
+        choices -= {"none"} if name == "local" else {"neural_cache"}  # of branches too
         assert choices <= {form[name] for form in FORMS}, name

@@ -30,7 +30,8 @@ def ids_for(model: PreTrainedModel, num_rows: int = 2, num_tokens: int = DOCUMEN
 
 def dtypes_of(state: State) -> set[torch.dtype]:
     memories = [after.memory for after in state.after.values() if after.memory is not None]
-    return {x.dtype for m in memories for x in (m.matrix, m.normalizer)}
+    kept = (x for m in memories for x in (m.matrix, m.normalizer))
+    return {x.dtype for x in kept if x.is_floating_point()}
 
 
 def kept_dtype(form: dict, computed: torch.dtype) -> torch.dtype:

@@ -21,7 +21,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 # What `DataCollatorWithFlattening` may give beside positions.
 _BORDERS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
-_BY_TOKEN = ("input_ids", "inputs_embeds", "embeddings", "position_ids")
+_BY_TOKEN = ("input_ids", "inputs_embeds", "embeddings", "token_ids", "position_ids")
 
 
 @dataclass(frozen=True)

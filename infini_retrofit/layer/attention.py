@@ -26,10 +26,10 @@ from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from infini_retrofit.layer.compressive_memory import CompressiveMemory
+from infini_retrofit.layer.compressive_memory import CompressiveMemory, Embed
 from infini_retrofit.layer.cut import Cut, Keys, Layout
 from infini_retrofit.layer.feature_maps import FeatureMaps
 from infini_retrofit.layer.form import BYTES_PER_STATE_VALUE, AttentionShape, InfiniParams
@@ -45,6 +45,8 @@ from infini_retrofit.layer.tokens import Tokens
 INITIAL_MEMORY_SHARE = 0.02
 # A recalled embedding is small beside what it is added to: from 1 it learns too late (LOG.md).
 INITIAL_EMBEDDING_SCALE = 8.0
+# What these recall is added, not averaged with the local attention.
+SIGNED_RULES = ("gated_delta", "neural_cache")
 
 
 class InfiniAttention(nn.Module):
@@ -98,17 +100,21 @@ class InfiniAttention(nn.Module):
         if self.memory is None:
             return context
         # A matrix and a normalizer for each key/value head.
+        per_value = BYTES_PER_STATE_VALUE[self.params.state_dtype]
+        if self.memory.rule == "neural_cache":  # a key and an int32 for each slot
+            return context + self.memory.num_slots * (self.feature_maps.num_features * per_value + 4)
         num_features = self.shape.num_kv_heads * self.feature_maps.num_features
         has_normalizer = self.memory.rule != "gated_delta"
         num_values = num_features * (self.shape.head_dim + has_normalizer)
-        return context + num_values * BYTES_PER_STATE_VALUE[self.params.state_dtype]
+        return context + num_values * per_value
 
     def memory_parameters(self) -> dict[str, list[nn.Parameter]]:
         """Return the parameters that a base's attention lacks, by learning-rate group."""
         gates = [self.gate_logit]
         others = [] if self.feature_maps is None else list(self.feature_maps.parameters())
         if self.memory is not None:
-            gates.insert(0, self.memory.decay_logit)  # a logit, and needs a gate's rate
+            # Logits too, which need a gate's rate.
+            gates[:0] = [self.memory.decay_logit, self.memory.sharpness, self.memory.floor]
             others.insert(0, self.memory.query_gate)
             if self.memory.write_gate is not None:
                 others += self.memory.write_gate.parameters()
@@ -122,10 +128,16 @@ class InfiniAttention(nn.Module):
         self,
         hidden_states: Float[Tensor, "R T D"],
         embeddings: Float[Tensor, "R T D"] | None = None,
+        token_ids: Int[Tensor, "R T"] | None = None,
     ) -> tuple[Float[Tensor, "R T HK"], Float[Tensor, "R T NK"], Float[Tensor, "R T NV"]]:
-        """Return queries, keys and values, clipped and normed as the base's, not rotated."""
+        """Return queries, keys and values, clipped and normed as the base's, not rotated.
+
+        The value of `neural_cache` is the token's id + 1 (NV = 1).
+        """
         of_embedding = self.params.memory_value == "embedding"
         query, key = self.q_proj(hidden_states), self.k_proj(hidden_states)
+        if self.params.update_rule == "neural_cache":
+            return query, key, (token_ids[..., None] + 1).float()
         value = self.v_proj(embeddings if of_embedding else hidden_states)
         if (most := self.shape.clip) is not None:
             query, key, value = (x.clamp(-most, most) for x in (query, key, value))
@@ -151,29 +163,31 @@ class InfiniAttention(nn.Module):
         state: State | None = None,
         probe: Probe | None = None,
         embeddings: Float[Tensor, "R T D"] | None = None,
+        token_ids: Int[Tensor, "R T"] | None = None,
+        embed: Embed | None = None,
         **_: object,
     ) -> tuple[Float[Tensor, "R T D"], None]:
         """Attend within segments and read the memory of the segments before.
 
         `position_embeddings` are cosines and sines, (R or 1, T, P) each, for RoPE only;
-        `embeddings` are those of the tokens, for `memory_value: embedding` only. Without `state`
-        the document begins and ends here. The None of the result stands where attention
+        `embeddings` are those of the tokens, for `memory_value: embedding` only; `neural_cache`
+        needs their ids instead, and `embed`. Without `state` the document begins and ends here. The None of the result stands where attention
         modules of `transformers` return weights.
         """
         cut, probe = cut or Cut(), probe or Probe()
         before = (state or State()).before.get(self.layer_index, LayerState())
-        query, key, value = self.project(hidden_states, embeddings)
+        query, key, value = self.project(hidden_states, embeddings, token_ids)
         turns = self.params.positions == "rope" and self.shape.rotates
         tables = position_embeddings if turns else None
         new = Tokens.of(key, value, tables, cut.is_token)
         if cut.is_open:
-            out, after = self._stream(query, new, before, cut, probe)
+            out, after = self._stream(query, new, before, cut, probe, embed)
         else:
             layout = Layout(hidden_states, cut, self.segment_length)
             length = cut.segment_length or self.segment_length
             segments = self._lay_out(layout, new, before, probe, length)
             query = layout.split(query, self.shape.num_heads)
-            out = layout.join(self._attend(query, segments, probe))
+            out = layout.join(self._attend(query, segments, probe, embed))
             after = LayerState(segments.memory)
             if (line := segments.line) is not None:
                 after = LayerState(segments.memory, line.last(), line.sink)
@@ -188,6 +202,7 @@ class InfiniAttention(nn.Module):
         before: LayerState,
         cut: Cut,
         probe: Probe,
+        embed: Embed | None,
     ) -> tuple[Float[Tensor, "B T HV"], LayerState]:
         """Attend with an open call's tokens; return the state that the next call needs too."""
         kept, heads = before.unfinished, self.shape.num_heads
@@ -200,7 +215,7 @@ class InfiniAttention(nn.Module):
             options = (self.shape.num_kv_heads, reads, by_distance)
             segments = running_segment(tokens, before, *options)
             layout = Layout(new.key, Cut(num_segments=1), 1)
-            out = layout.join(self._attend(layout.split(query, heads), segments, probe))
+            out = layout.join(self._attend(layout.split(query, heads), segments, probe, embed))
             if len(tokens) < length:
                 return out, replace(before, unfinished=tokens)
         is_token = None if cut.is_token is None and len(tokens) == len(new) else tokens.is_token
@@ -210,7 +225,7 @@ class InfiniAttention(nn.Module):
             # Pad queries; the outputs of earlier tokens are dropped.
             num_kept = len(tokens) - len(new)
             query = layout.split(F.pad(query, (0, 0, num_kept, 0)), heads)
-            out = layout.join(self._attend(query, segments, probe))[:, num_kept:]
+            out = layout.join(self._attend(query, segments, probe, embed))[:, num_kept:]
         return out, state_after(segments, tokens, length)
 
     def _lay_out(
@@ -243,7 +258,11 @@ class InfiniAttention(nn.Module):
         return Segments(place, keys, line, memories, memory)
 
     def _attend(
-        self, query: Float[Tensor, "B S H L K"], segments: Segments, probe: Probe
+        self,
+        query: Float[Tensor, "B S H L K"],
+        segments: Segments,
+        probe: Probe,
+        embed: Embed | None,
     ) -> Float[Tensor, "B S H L V"]:
         """Attend inside each segment, and blend with what its memory recalls (eq. 10)."""
         local = self._attend_locally(query, segments)
@@ -254,15 +273,18 @@ class InfiniAttention(nn.Module):
         memories = probe.swapped.get(self.layer_index, segments.memories)
         feature = self.feature_maps.of_query(query)
         numerator, denominator, logit = self.memory(
-            "read", query, feature, memories, segments.num_before
+            "read", query, feature, memories, segments.num_before, embed
         )
+        if self.memory.rule == "neural_cache":  # one value for each query, not for each slot
+            bias = denominator * self.v_proj.bias.to(numerator.dtype)
+            numerator = numerator @ self.v_proj.weight.T.to(numerator.dtype) + bias
         gate = self.gate_logit.to(denominator.dtype)[:, None, None]
         share = memory_share(denominator, gate + logit)
         if probe.readings is not None:
             found = quotient(numerator, denominator)
             noted = (share[..., 0], found.float().norm(dim=-1), local.float().norm(dim=-1))
             probe.readings[self.layer_index] = MemoryReading(*(x.detach().float() for x in noted))
-        if self.memory.rule == "gated_delta":  # recalls little for a key that it does not hold
+        if self.memory.rule in SIGNED_RULES:  # recalls little for a key that it does not hold
             return torch.addcmul(local, share, numerator).to(local.dtype)
         return mix(local, numerator, denominator, share)
 

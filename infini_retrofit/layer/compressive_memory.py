@@ -15,6 +15,7 @@ Axes:
 """
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ from infini_retrofit.layer.memory import (
     MemoryState,
     Write,
     empty_state,
+    match,
     prefix_states,
     retrieve,
     scan_states,
@@ -36,6 +38,11 @@ from infini_retrofit.layer.memory import (
 
 # Half-lives of a head's features at the start, evenly spread on a logarithmic scale.
 SHORTEST_HALF_LIFE, LONGEST_HALF_LIFE = 2.0, 2048.0  # tokens
+# Of a neural cache: so sharp that few of thousands of tokens count, and a floor that a chance
+# likeness does not reach (LOG.md).
+INITIAL_SHARPNESS, INITIAL_FLOOR = 20.0, 15.0
+# The embeddings of tokens by their ids.
+Embed = Callable[[Tensor], Tensor]
 
 
 class CompressiveMemory(nn.Module):
@@ -45,6 +52,7 @@ class CompressiveMemory(nn.Module):
         decay_logit: log of the rates, in 1 / tokens, at which features forget; None: none does.
         write_gate: from the keys of all heads to each head's strength of writing and decay, of
             `gated_delta`; None: other rules write at full strength.
+        sharpness, floor: of a neural cache's softmax, one for each head; None: other rules.
         query_gate: direction of a query that opens its head's gate, zero at the start; None: the
             gate does not depend on the query.
     """
@@ -57,7 +65,13 @@ class CompressiveMemory(nn.Module):
         self.stop_gradient_every = params.stop_gradient_every
         # The number type of a kept state; None: the one it is computed in.
         self.state_dtype = torch.bfloat16 if params.state_dtype == "bfloat16" else None
+        self.num_slots = params.num_slots
         self.decay_logit = self.query_gate = self.write_gate = None
+        self.sharpness = self.floor = None
+        if params.update_rule == "neural_cache":
+            ones = torch.ones(shape.num_heads)
+            self.sharpness = nn.Parameter(ones * INITIAL_SHARPNESS)
+            self.floor = nn.Parameter(ones * INITIAL_FLOOR)
         if params.update_rule == "gated_delta":
             num_kv_heads = shape.num_kv_heads
             self.write_gate = _Gate(num_kv_heads * shape.head_dim, 2 * num_kv_heads)
@@ -94,7 +108,8 @@ class CompressiveMemory(nn.Module):
         """
         with torch.autocast(feature.device.type, enabled=False):
             write, retention = self._write(feature, key, value, is_token)
-            first = empty_state(write) if before is None else before.to(feature.dtype)
+            empty = empty_state(write, self.num_slots)
+            first = empty if before is None else before.to(feature.dtype)
             if self.stop_gradient_every is not None:
                 first = first.detach()
             if self.rule == "linear" and retention is None and self.state_dtype is None:
@@ -159,15 +174,18 @@ class CompressiveMemory(nn.Module):
         feature: Float[Tensor, "B S H L F"],
         memories: MemoryState,
         num_before: Int[Tensor, "B"] | None = None,
+        embed: Embed | None = None,
     ) -> tuple[
         Float[Tensor, "B S H L V"], Float[Tensor, "B S H L 1"], Float[Tensor, "*#B #H #L 1"]
     ]:
         """Read each segment's memory (B, S) with queries that are not rotated.
 
-        `num_before` counts the tokens of a segment before its first query; None: none.
+        `num_before` counts the tokens of a segment before its first query; None: none. `embed`
+        gives the embeddings of a neural cache's tokens by their ids.
 
         Returns:
-            Numerator and denominator (eq. 7), and what the gate's logit grows by.
+            Numerator and denominator (eq. 7), and what the gate's logit grows by. Of a neural
+            cache: the weighted sum of embeddings, and of their weights.
         """
         memories = memories.to(feature.dtype)
         with torch.autocast(query.device.type, enabled=False):
@@ -180,6 +198,11 @@ class CompressiveMemory(nn.Module):
                 rate = self._rate(feature.dtype)
                 feature, faded = _fade(rate, feature, memories.normalizer, num_before)
                 logit = logit + faded
+            if self.rule == "neural_cache":
+                scales = (x.to(feature.dtype) for x in (self.sharpness, self.floor))
+                weights = match(feature, memories, *scales)
+                found = embed((memories.normalizer.long() - 1).clamp_min(0))
+                return weights @ found.to(weights.dtype), weights.sum(-1, keepdim=True), logit
             numerator, denominator = retrieve(feature, memories)
             if self.divisor is not None:
                 numerator = numerator / self.divisor

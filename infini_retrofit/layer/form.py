@@ -39,6 +39,7 @@ class InfiniParams:
     memory_key: Literal["own", "before"] = "own"
     # What is written: a projection of the layer's hidden state, or of the token's embedding.
     memory_value: Literal["hidden", "embedding"] = "hidden"
+    num_slots: int = 0  # tokens that a neural_cache keeps: the last, each by its key and its id
     feature_map: FeatureMapName = "elu1"
     # of a learnable map, a head; base: hedgehog has two a channel, unit one
     num_features: int | Literal["base"] = "base"
@@ -92,6 +93,12 @@ class InfiniParams:
             raise ValueError(
                 f"infini.segment_length must be at most {_MOST_TOKENS:,} tokens, got {length:,}"
             )
+        is_cache = self.update_rule == "neural_cache"
+        if not is_cache <= self.num_slots <= _MOST_TOKENS * is_cache:
+            raise ValueError(
+                f"infini.num_slots must be in 1..{_MOST_TOKENS:,} when infini.update_rule is "
+                f"neural_cache, and else 0, got {self.num_slots:,} with {self.update_rule}"
+            )
         if not 0 <= self.local_context <= _MOST_TOKENS:
             raise ValueError(
                 f"infini.local_context must be in 0..{_MOST_TOKENS:,} tokens, "
@@ -140,10 +147,15 @@ class InfiniParams:
                 "infini.positions must be rope or none when infini.local is linear, which has no "
                 "scores for ALiBi to add to, got alibi"
             )
-        if (self.update_rule == "gated_delta") != (self.feature_map == "unit"):
+        if (self.update_rule in ("gated_delta", "neural_cache")) != (self.feature_map == "unit"):
             raise ValueError(
-                "infini.feature_map must be unit when infini.update_rule is gated_delta, and then "
-                f"only, got {self.feature_map} with {self.update_rule}"
+                "infini.feature_map must be unit when infini.update_rule is gated_delta or "
+                f"neural_cache, and then only, got {self.feature_map} with {self.update_rule}"
+            )
+        if self.update_rule == "neural_cache" and self.memory_value != "embedding":
+            raise ValueError(
+                "infini.memory_value must be embedding when infini.update_rule is neural_cache, "
+                f"which keeps ids of tokens, got {self.memory_value}"
             )
         if self.local == "linear" and self.feature_map == "unit":
             raise ValueError(

@@ -16,6 +16,7 @@ Axes:
     L   token within one segment
     F   feature of a query or key
     V   value channel
+    C   slot of a neural cache
 """
 
 from collections.abc import Callable
@@ -23,25 +24,29 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 # Below this a denominator counts as an empty memory. In float32 its square still has an inverse,
 # which the gradient of a quotient needs.
 SMALLEST_DENOMINATOR = 1e-18
 
-UpdateRule = Literal["linear", "delta", "delta_gamma", "gated_delta"]
+UpdateRule = Literal["linear", "delta", "delta_gamma", "gated_delta", "neural_cache"]
 
 
 @dataclass(frozen=True)
 class MemoryState:
     """The memory of one layer: sums over the tokens of all segments so far.
 
-    Computed in float32 or float64; kept in that or a shorter number type.
+    Computed in float32 or float64; kept in that or a shorter number type. That of `neural_cache`
+    is a row for each of its last tokens, the last one at the end.
     """
 
-    matrix: Float[Tensor, "*B N F V"]  # M, under the linear rule the sum of feature(key) * value
-    normalizer: Float[Tensor, "*B N Z"]  # z, the sum of feature(key): Z = F; gated_delta: Z = 0
+    # M, under the linear rule the sum of feature(key) * value; of neural_cache its slots' features
+    matrix: Float[Tensor, "*B N F V"] | Float[Tensor, "*B N C F"]
+    # z, the sum of feature(key): Z = F; gated_delta: Z = 0; of neural_cache (Z = C) the tokens that
+    # came next, as int32: their ids + 1, 0 where a slot is empty
+    normalizer: Float[Tensor, "*B N Z"] | Int[Tensor, "*B N Z"]
 
     def map(self, change: Callable[..., Tensor], *others: "MemoryState") -> "MemoryState":
         """Change the matrix and the normalizer, each with those of other states."""
@@ -54,8 +59,21 @@ class MemoryState:
         return self.map(Tensor.detach)
 
     def to(self, target: torch.dtype | torch.device, non_blocking: bool = False) -> "MemoryState":
-        """Convert to another number type, or move to another device, as hooks of offload do."""
-        return self.map(lambda x: x.to(target, non_blocking=non_blocking))
+        """Convert to another number type, or move to another device, as hooks of offload do.
+
+        Ids of tokens keep their type.
+        """
+        keeps = isinstance(target, torch.dtype)
+        return self.map(
+            lambda x: x if keeps and not x.is_floating_point() else x.to(target, non_blocking)
+        )
+
+    def rounded(self, dtype: torch.dtype) -> "MemoryState":
+        """Round to a shorter number type; the gradient passes unchanged."""
+        short = self.to(dtype).to(self.matrix.dtype)
+        return self.map(
+            lambda x, y: x + (y - x).detach() if x.is_floating_point() else x, short
+        )
 
     def roll_batch(self) -> "MemoryState":
         """Give every document the memory of the one before it in the batch."""
@@ -85,6 +103,11 @@ class Write:
     def weighted(self) -> Float[Tensor, "*B N L F"]:
         """The features times their weights."""
         return self.feature if self.weight is None else self.feature * self.weight
+
+    @property
+    def weighted_value(self) -> Float[Tensor, "*B N L V"]:
+        """The values times their weights."""
+        return self.value if self.weight is None else self.value * self.weight
 
     def segment(self, index: int) -> "Write":
         """Return one segment of leading axes (batch, segment)."""
@@ -142,20 +165,25 @@ def scan_states(
     for index in range(write.feature.shape[1]):
         states.append(state)
         left = None if retention is None else retention[:, index]
-        if rule == "gated_delta":
+        if rule == "neural_cache":
+            state = _keep(state, write.segment(index))
+        elif rule == "gated_delta":
             state = MemoryState(_gated_delta(state.matrix, write.segment(index)), state.normalizer)
         else:
             state = _update(state, write.segment(index), rule, left)
         if state_dtype is not None:
-            state = state.map(lambda x: x + (x.to(state_dtype).to(x.dtype) - x).detach())
+            state = state.rounded(state_dtype)
         if stop_gradient_every is not None and (index + 1) % stop_gradient_every == 0:
             state = state.detach()
     return states[0].map(lambda *x: torch.stack(x, dim=1), *states[1:]), state
 
 
-def empty_state(write: Write) -> MemoryState:
-    """Return an empty memory for the documents of a write."""
+def empty_state(write: Write, num_slots: int = 0) -> MemoryState:
+    """Return an empty memory for the documents of a write; `num_slots` is that of a neural cache."""
     batch, _, num_heads, _, num_features = write.feature.shape
+    if num_slots:
+        matrix = write.feature.new_zeros(batch, num_heads, num_slots, num_features)
+        return MemoryState(matrix, matrix[..., 0].int())
     matrix = write.feature.new_zeros(batch, num_heads, num_features, write.value.shape[-1])
     has_normalizer = write.strength is None
     return MemoryState(matrix, matrix[..., 0] if has_normalizer else matrix[..., 0][..., :0])
@@ -207,6 +235,38 @@ def _gated_delta(matrix: Float[Tensor, "B N F V"], write: Write) -> Float[Tensor
     end = age[..., -1:]
     faded = key * (end - age)[..., None].exp()
     return matrix * end[..., None].exp() + faded.transpose(-1, -2) @ written
+
+
+def _keep(state: MemoryState, write: Write) -> MemoryState:
+    """Append one segment to a neural cache; the oldest tokens lose their slots, padding has none."""
+    feature = torch.cat([state.matrix, write.feature], dim=-2)
+    token = torch.cat([state.normalizer, write.weighted_value[..., 0].int()], dim=-1)
+    order = (token > 0).int().argsort(dim=-1, stable=True)[..., -state.matrix.shape[-2] :]
+    return MemoryState(
+        feature.take_along_dim(order[..., None], dim=-2), token.take_along_dim(order, dim=-1)
+    )
+
+
+def match(
+    feature: Float[Tensor, "*B N L F"],
+    state: MemoryState,
+    sharpness: Float[Tensor, "N"],
+    floor: Float[Tensor, "N"],
+) -> Float[Tensor, "*B N L C"]:
+    """Return how much each query takes of each slot: the softmax of sharpness * (query . key).
+
+    A further slot that holds nothing always scores `floor`. So the weights sum to less than 1, and
+    to nearly 0 for a query that no key is like.
+
+    Source: Grave et al. 2017, arXiv:1612.04426, equation 3.
+
+    Differs from the paper: features of length 1, the floor, and what is found is an embedding to
+    add to the hidden state, not a probability to mix.
+    """
+    scores = sharpness[:, None, None] * (feature @ state.matrix.transpose(-1, -2))
+    scores = scores.masked_fill(state.normalizer[..., None, :] == 0, -torch.inf)
+    nothing = floor[:, None, None].expand(*scores.shape[:-1], 1)
+    return torch.cat([scores, nothing], dim=-1).softmax(dim=-1)[..., :-1]
 
 
 def retrieve(

@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from infini_retrofit.layer.attention import InfiniAttention
+from infini_retrofit.layer.attention import SIGNED_RULES, InfiniAttention
 from infini_retrofit.layer.form import InfiniParams
 
 # Cosines and sines, (T P) each; or numerator and denominator of an average.
@@ -93,7 +93,7 @@ class NaiveLayer:
         query, entries = heads.query[h, t], memories[begin]
         feature = self.feature(query, h, "query")
         numerator, denominator = self.read(feature, entries, n, t - self.late)
-        if self.params.update_rule == "gated_delta":
+        if self.params.update_rule in SIGNED_RULES:
             return local + torch.sigmoid(self.gate(query, h)) * numerator
         if denominator == 0:  # an empty memory: exactly the local attention
             return local
@@ -129,7 +129,7 @@ class NaiveLayer:
                 if self.params.update_rule == "gated_delta":
                     entries.append(self.gated_entry(heads, entries, n, t))
                     continue
-                if self.params.update_rule != "linear":
+                if self.params.update_rule in ("delta", "delta_gamma"):
                     numerator, denominator = self.read(feature, memories[begin], n, begin)
                     if denominator > 0:
                         value = value - numerator / denominator
@@ -155,6 +155,8 @@ class NaiveLayer:
 
     def read(self, feature: Tensor, entries: list[Entry], n: int, at: int) -> Tables:
         """Return numerator (V) and denominator of eq. 7 for one feature at a position."""
+        if self.params.update_rule == "neural_cache":
+            return self.match(feature, entries[-self.params.num_slots :], n)
         numerator = feature.new_zeros(self.layer.shape.head_dim)
         denominator = feature.new_zeros(())
         age = feature.new_zeros(())  # of entries, from the last to the first
@@ -168,6 +170,15 @@ class NaiveLayer:
             numerator = numerator + likeness * entry.value
             denominator = denominator + likeness * entry.mass
         return numerator, denominator
+
+    def match(self, feature: Tensor, entries: list[Entry], n: int) -> Tables:
+        """Return the softmax over a neural cache's tokens, and the sum of its weights."""
+        numerator = feature.new_zeros(self.layer.shape.head_dim)
+        denominator = self.memory.floor[n].exp()
+        for entry in entries:
+            likeness = torch.exp(self.memory.sharpness[n] * (feature @ entry.feature))
+            numerator, denominator = numerator + likeness * entry.value, denominator + likeness
+        return numerator / denominator, 1 - self.memory.floor[n].exp() / denominator
 
     def attend_locally(
         self, heads: Heads, tables: Tables | None, h: int, t: int, begin: int

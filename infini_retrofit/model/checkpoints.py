@@ -28,7 +28,7 @@ from infini_retrofit.pipeline.files import (
 )
 
 WEIGHTS, CONFIG = "retrofit.safetensors", "infini_config.json"
-FORMAT = 6  # older ones know no branch that is a memory and nothing else
+FORMAT = 7  # older ones know no neural cache
 _NO_TRAINING_SEED = 2**32  # parameters allow smaller ones only
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-_OURS = ("cut", "state", "probe", "embeddings")  # of `InfiniAttention.forward`
+_OURS = ("cut", "state", "probe", "embeddings", "token_ids", "embed")  # of `InfiniAttention.forward`
 _TABLES = "position_embeddings"
 
 

@@ -7,10 +7,12 @@ import contextlib
 import copy
 import inspect
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -152,7 +154,9 @@ def insert_infini(model: PreTrainedModel, params: InfiniParams, seed: int = 0) -
             if layer is not own:
                 put_beside(own, layer)
             own.train(model.training)
-    if params.memory_value == "embedding":
+    if params.update_rule == "neural_cache":
+        model.base_model.register_forward_pre_hook(_give_tokens, with_kwargs=True)
+    elif params.memory_value == "embedding":
         model.base_model.register_forward_pre_hook(_give_embeddings, with_kwargs=True)
     if want is not None:
         state = State()
@@ -278,7 +282,28 @@ def _give_embeddings(
     embeddings = given.get("inputs_embeds")
     if embeddings is None:
         embeddings = body.get_input_embeddings()(given["input_ids"])
-    return args, kwargs | {"embeddings": F.rms_norm(embeddings, embeddings.shape[-1:])}
+    return args, kwargs | {"embeddings": _normed(embeddings)}
+
+
+def _give_tokens(
+    body: nn.Module, args: tuple, kwargs: dict[str, Any]
+) -> tuple[tuple, dict[str, Any]]:
+    """Hand the ids of a forward pass's tokens to every layer, and the way to embeddings."""
+    given = inspect.signature(body.forward).bind_partial(*args, **kwargs).arguments
+    if (ids := given.get("input_ids")) is None:
+        raise ValueError(
+            "input_ids must be given to a model whose memory keeps them (infini.update_rule: "
+            "neural_cache), got embeddings alone"
+        )
+    return args, kwargs | {"token_ids": ids, "embed": partial(_embed, body)}
+
+
+def _embed(body: nn.Module, ids: Int[Tensor, "*B"]) -> Float[Tensor, "*B D"]:
+    return _normed(body.get_input_embeddings()(ids))
+
+
+def _normed(embeddings: Float[Tensor, "*B D"]) -> Float[Tensor, "*B D"]:
+    return F.rms_norm(embeddings, embeddings.shape[-1:])
 
 
 def _randomise(module: nn.Module) -> None:

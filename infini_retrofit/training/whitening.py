@@ -73,7 +73,10 @@ def _inputs(
 
     def note(module: InfiniAttention, args: tuple, kwargs: dict) -> None:
         states = args[0] if args else kwargs["hidden_states"]
-        pair = (states, kwargs.get("embeddings", states))
+        embeddings = kwargs.get("embeddings", states)
+        if "embed" in kwargs:
+            embeddings = kwargs["embed"](kwargs["token_ids"])
+        pair = (states, embeddings)
         noted[modules.index(module)].append(tuple(x.flatten(0, 1).double().cpu() for x in pair))
 
     hooks = [m.register_forward_pre_hook(note, with_kwargs=True) for m in modules]
