@@ -37,7 +37,8 @@ DEFAULT_METRICS = [
     *("gap_test_nats", "gap_recovered", "state_bytes", "num_documents", "num_articles"),
 ]
 SEED_RECIPES = ("v1", "v1-fixed", "v2", "v2-fixed", "two-stage", "two-stage-fixed")  # docs/seeds.md
-ON_CODE = ("code-gated-delta",)  # other texts: their scores compare with no other recipe's
+# Other texts: their scores compare with no other recipe's.
+ON_CODE = ("code-gated-delta", "code-neural-cache", "code-neural-cache-frozen")
 LONG_CONTEXT = ("passkey", "passkey-mini", "streaming", "yarn")  # docs/long-context.md has theirs
 DROPPED = ("lolcats",)  # of the recipes' budget; their form and recipe are gone from the code
 # Of one control and one budget; each differs from another in what README speaks of.

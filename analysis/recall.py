@@ -32,9 +32,19 @@ from analysis.programs import BASE, open_model, print_growing
 from infini_retrofit.evaluation.bootstrap import paired_bootstrap
 from infini_retrofit.evaluation.pointer import Stored
 from infini_retrofit.layer.attention import InfiniAttention
+from infini_retrofit.layer.compressive_memory import INITIAL_FLOOR, INITIAL_SHARPNESS
 from infini_retrofit.layer.feature_maps import elu1
 from infini_retrofit.layer.form import BYTES_PER_STATE_VALUE, InfiniParams
-from infini_retrofit.layer.memory import UpdateRule, Write, empty_state, retrieve, scan_states
+from infini_retrofit.layer.memory import (
+    UNIT_RULES,
+    MemoryState,
+    UpdateRule,
+    Write,
+    empty_state,
+    match,
+    retrieve,
+    scan_states,
+)
 from infini_retrofit.model.retrofit import infini_modules, insert_infini
 from infini_retrofit.model.running import run_folded
 from infini_retrofit.pipeline.files import verify_manifest, write_text
@@ -50,7 +60,9 @@ RULES: dict[UpdateRule, str] = {
     "delta": "delta rule as printed (ELU + 1)",
     "delta_gamma": "delta rule, ARMT's normaliser (ELU + 1)",
     "gated_delta": "delta rule token by token (length 1)",
+    "neural_cache": "the last tokens' keys and ids (64, length 1)",
 }
+CACHE_FEATURES = 64  # of a slot: with its id, 132 bytes
 FORM = InfiniParams(
     memory_layers=[-1],
     insertion="parallel",
@@ -127,8 +139,8 @@ def branch_of(model: PreTrainedModel) -> InfiniAttention:
 @torch.inference_mode()
 def note_document(
     model: PreTrainedModel, ids: Int[Tensor, "T"]
-) -> tuple[Float[Tensor, "T D"], Float[Tensor, "T D"], Int[Tensor, "A"], Int[Tensor, "A"]]:
-    """Return each token's key and value, which tokens are asked for, and their ids."""
+) -> tuple[Float[Tensor, "T D"], Float[Tensor, "T D"], Int[Tensor, "A"], Int[Tensor, "T"]]:
+    """Return each token's key and value, which tokens are asked for, and all ids."""
     noted: list[Tensor] = []
     branch = branch_of(model)
 
@@ -143,7 +155,7 @@ def note_document(
     stored = Stored(segment_length=SEGMENT, window=WINDOW, num_stored=len(ids))
     lengths, is_hit = (x[0] for x in stored.matches(ids[None]))
     asked = ((lengths >= MATCHED) & is_hit).nonzero()[:, 0] + 1
-    return key, value, asked.to(ids.device), ids[asked.to(ids.device)]
+    return key, value, asked.to(ids.device), ids
 
 
 @torch.inference_mode()
@@ -151,28 +163,47 @@ def recall(
     key: Float[Tensor, "T D"],
     value: Float[Tensor, "T D"],
     asked: Int[Tensor, "A"],
-    right: Int[Tensor, "A"],
+    ids: Int[Tensor, "T"],
     words: Float[Tensor, "W D"],
     rule: UpdateRule,
     num_features: int,
 ) -> Bool[Tensor, "A"]:
     """Write a document behind its window, and return which tokens are recalled."""
+    num_slots = 0
+    if rule == "neural_cache":
+        room, num_features = state_bytes(words, num_features), min(CACHE_FEATURES, key.shape[1])
+        num_slots = room // (num_features * BYTES_PER_STATE_VALUE["bfloat16"] + 4)
+        value = (ids[:, None] + 1).float()
     chosen = key[:, :num_features]
-    feature = F.normalize(chosen, dim=-1) if rule == "gated_delta" else elu1(chosen)
+    feature = F.normalize(chosen, dim=-1) if rule in UNIT_RULES else elu1(chosen)
     # Token t is written under the key of the token before it, as `memory_key: before` does.
     old = F.pad(feature[:-1], (0, 0, 1, 0)).unflatten(0, (-1, SEGMENT))[None, :, None]
     write = Write(old, value.unflatten(0, (-1, SEGMENT))[None, :, None])
     if rule == "gated_delta":
         ones = torch.ones_like(old[..., 0])
         write = replace(write, strength=ones, log_decay=torch.zeros_like(ones))
-    memories, _ = scan_states(write, rule, empty_state(write))
+    memories, _ = scan_states(write, rule, empty_state(write, num_slots))
     query = asked - 1
     # A query sees what left the window before its own segment began.
     late = WINDOW // SEGMENT
-    own = memories.map(lambda x: x[0, (query // SEGMENT - late).clamp_min(0)])
-    numerator, _ = retrieve(feature[query][:, None, None], own)
-    nearest = (numerator[:, 0, 0] @ words.T).argmax(dim=-1)
-    return nearest == right
+    segment = (query // SEGMENT - late).clamp_min(0)
+    if rule == "neural_cache":  # by segments: a memory for each query would take gigabytes
+        recalled = words.new_zeros(len(asked), words.shape[1])
+        for s in segment.unique():
+            memory = memories.map(lambda x, s=s: x[0, s])
+            recalled[segment == s] = _found(feature[query[segment == s]], memory, words)
+    else:
+        own = memories.map(lambda x: x[0, segment])
+        recalled = retrieve(feature[query][:, None, None], own)[0][:, 0, 0]
+    return (recalled @ words.T).argmax(dim=-1) == ids[asked]
+
+
+def _found(
+    feature: Float[Tensor, "A D"], memory: MemoryState, words: Float[Tensor, "W D"]
+) -> Float[Tensor, "A D"]:
+    """Return what a neural cache finds for queries of one segment."""
+    scales = (feature.new_tensor([x]) for x in (INITIAL_SHARPNESS, INITIAL_FLOOR))
+    return match(feature[None], memory, *scales)[0] @ words[(memory.normalizer[0] - 1).clamp_min(0)]
 
 
 def write_share(shares: Sequence[float], sources: Sequence[str]) -> str:

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from infini_retrofit.generation import cache as caches
 from infini_retrofit.generation.cache import InfiniCache
-from tests.reference import largest
+from tests.reference import MODEL_FORMS, largest
 from tests.tiny_generation import (
     SEGMENT,
     both_others,
@@ -92,6 +92,21 @@ def test_a_cache_is_loaded_in_the_number_type_of_the_model(path):
     assert cache.layer_states[0].unfinished.key.dtype == torch.bfloat16
     assert cache.layer_states[0].memory.matrix.dtype == torch.float32
     assert go_on(half, cache, draw_ids(1, 2)).isfinite().all()
+
+
+def test_the_ids_that_a_neural_cache_keeps_are_never_floats(path):
+    form = next(form for form in MODEL_FORMS if form.get("update_rule") == "neural_cache")
+    model = generating_model(**form)
+    cache = filled(model, draw_ids(1, 13))
+    cache.save(path, model)
+    half = generating_model(**form).to(torch.bfloat16)
+    loaded = InfiniCache.load(path, half)
+    (layer,) = (i for i, state in cache.layer_states.items() if state.memory is not None)
+    before, after = cache.layer_states[layer], loaded.layer_states[layer]
+    pairs = [(x.memory.normalizer, x.unfinished.value) for x in (before, after)]
+    for one, other in zip(*pairs, strict=True):
+        assert other.dtype == torch.int32
+        assert torch.equal(one, other)
 
 
 @pytest.mark.parametrize(

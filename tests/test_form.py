@@ -13,6 +13,17 @@ from tests.reference import infini_params
 
 HEDGEHOG = {"feature_map": "hedgehog"}
 GATED = {"update_rule": "gated_delta", "feature_map": "unit"}
+CACHE = {
+    "update_rule": "neural_cache",
+    "num_slots": 9,
+    "feature_map": "unit",
+    "memory_value": "embedding",
+    "insertion": "parallel",
+    "init": "random_attention",
+    "local": "none",
+    "positions": "none",
+    "heads": "single",
+}
 NO_ROPE = {"positions": "none", "init": "random_layer"}
 RANDOM_BRANCH = {"insertion": "parallel", "init": "random_layer"}
 REFUSED = [
@@ -28,6 +39,10 @@ REFUSED = [
     ({"update_rule": "gated_delta"}, r"feature_map must be unit .* got elu1 with gated_delta"),
     ({"feature_map": "unit"}, r"feature_map must be unit .* got unit with linear"),
     ({**GATED, "local": "linear"}, r"local must be softmax .* unit, .* got linear"),
+    ({**CACHE, "num_slots": 0}, r"num_slots must be in 1\.\..* got 0 with neural_cache"),
+    ({"num_slots": 5}, r"num_slots must be in 1\.\..* else 0, got 5 with linear"),
+    ({**CACHE, "memory_value": "hidden"}, r"memory_value must be embedding .* got hidden"),
+    ({**CACHE, "feature_map": "elu1"}, r"feature_map must be unit .* got elu1 with neural_cache"),
     ({"local": "none"}, r"local must be softmax or linear unless .* got none with replace and on"),
     ({"memory_key": "before"}, r"memory_key must be own and .* got before and hidden"),
     ({"memory_value": "embedding"}, r"memory_key must be own and .* got own and embedding"),

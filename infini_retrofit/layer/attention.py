@@ -26,7 +26,7 @@ from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Num
 from torch import Tensor, nn
 
 from infini_retrofit.layer.compressive_memory import CompressiveMemory, Embed
@@ -35,7 +35,7 @@ from infini_retrofit.layer.feature_maps import FeatureMaps
 from infini_retrofit.layer.form import BYTES_PER_STATE_VALUE, AttentionShape, InfiniParams
 from infini_retrofit.layer.local_attention import alibi_slopes, linear_attention, softmax_attention
 from infini_retrofit.layer.local_context import Line
-from infini_retrofit.layer.memory import memory_share, mix, quotient
+from infini_retrofit.layer.memory import UNIT_RULES, memory_share, mix, quotient
 from infini_retrofit.layer.probe import MemoryReading, Probe
 from infini_retrofit.layer.state import LayerState, Segments, State, running_segment, state_after
 from infini_retrofit.layer.tokens import Tokens
@@ -45,8 +45,6 @@ from infini_retrofit.layer.tokens import Tokens
 INITIAL_MEMORY_SHARE = 0.02
 # A recalled embedding is small beside what it is added to: from 1 it learns too late (LOG.md).
 INITIAL_EMBEDDING_SCALE = 8.0
-# What these recall is added, not averaged with the local attention.
-SIGNED_RULES = ("gated_delta", "neural_cache")
 
 
 class InfiniAttention(nn.Module):
@@ -99,11 +97,11 @@ class InfiniAttention(nn.Module):
         context = self.local_context * self.shape.context_token_bytes()
         if self.memory is None:
             return context
-        # A matrix and a normalizer for each key/value head.
         per_value = BYTES_PER_STATE_VALUE[self.params.state_dtype]
-        if self.memory.rule == "neural_cache":  # a key and an int32 for each slot
-            return context + self.memory.num_slots * (self.feature_maps.num_features * per_value + 4)
         num_features = self.shape.num_kv_heads * self.feature_maps.num_features
+        if self.memory.rule == "neural_cache":  # a key and an int32 for each slot
+            return context + self.memory.num_slots * (num_features * per_value + 4)
+        # A matrix and a normalizer for each key/value head.
         has_normalizer = self.memory.rule != "gated_delta"
         num_values = num_features * (self.shape.head_dim + has_normalizer)
         return context + num_values * per_value
@@ -113,7 +111,7 @@ class InfiniAttention(nn.Module):
         gates = [self.gate_logit]
         others = [] if self.feature_maps is None else list(self.feature_maps.parameters())
         if self.memory is not None:
-            # Logits too, which need a gate's rate.
+            # Single numbers, which need a gate's rate.
             gates[:0] = [self.memory.decay_logit, self.memory.sharpness, self.memory.floor]
             others.insert(0, self.memory.query_gate)
             if self.memory.write_gate is not None:
@@ -129,18 +127,21 @@ class InfiniAttention(nn.Module):
         hidden_states: Float[Tensor, "R T D"],
         embeddings: Float[Tensor, "R T D"] | None = None,
         token_ids: Int[Tensor, "R T"] | None = None,
-    ) -> tuple[Float[Tensor, "R T HK"], Float[Tensor, "R T NK"], Float[Tensor, "R T NV"]]:
+    ) -> tuple[Float[Tensor, "R T HK"], Float[Tensor, "R T NK"], Num[Tensor, "R T NV"]]:
         """Return queries, keys and values, clipped and normed as the base's, not rotated.
 
         The value of `neural_cache` is the token's id + 1 (NV = 1).
         """
-        of_embedding = self.params.memory_value == "embedding"
         query, key = self.q_proj(hidden_states), self.k_proj(hidden_states)
-        if self.params.update_rule == "neural_cache":
-            return query, key, (token_ids[..., None] + 1).float()
-        value = self.v_proj(embeddings if of_embedding else hidden_states)
+        is_id = self.params.update_rule == "neural_cache"
+        if is_id:
+            value = (token_ids[..., None] + 1).int()
+        else:
+            of_embedding = self.params.memory_value == "embedding"
+            value = self.v_proj(embeddings if of_embedding else hidden_states)
         if (most := self.shape.clip) is not None:
-            query, key, value = (x.clamp(-most, most) for x in (query, key, value))
+            query, key = query.clamp(-most, most), key.clamp(-most, most)
+            value = value if is_id else value.clamp(-most, most)
         if self.q_norm is not None:
             query, key = self._normed(self.q_norm, query), self._normed(self.k_norm, key)
         return query, key, value
@@ -171,8 +172,8 @@ class InfiniAttention(nn.Module):
 
         `position_embeddings` are cosines and sines, (R or 1, T, P) each, for RoPE only;
         `embeddings` are those of the tokens, for `memory_value: embedding` only; `neural_cache`
-        needs their ids instead, and `embed`. Without `state` the document begins and ends here. The None of the result stands where attention
-        modules of `transformers` return weights.
+        needs their ids instead, and `embed`. Without `state` the document begins and ends here. The
+        None of the result stands where attention modules of `transformers` return weights.
         """
         cut, probe = cut or Cut(), probe or Probe()
         before = (state or State()).before.get(self.layer_index, LayerState())
@@ -254,6 +255,8 @@ class InfiniAttention(nn.Module):
             feature = self.feature_maps.of_key(key)
             if self.params.memory_key == "before":  # none for a segment's first token
                 feature = F.pad(feature[..., :-1, :], (0, 0, 1, 0))
+                if self.memory.rule == "neural_cache":
+                    value = F.pad(value[..., 1:, :], (0, 0, 1, 0))
             memories, memory = self.memory(job, feature, key, value, is_token, before.memory)
         return Segments(place, keys, line, memories, memory)
 
@@ -275,16 +278,16 @@ class InfiniAttention(nn.Module):
         numerator, denominator, logit = self.memory(
             "read", query, feature, memories, segments.num_before, embed
         )
-        if self.memory.rule == "neural_cache":  # one value for each query, not for each slot
-            bias = denominator * self.v_proj.bias.to(numerator.dtype)
-            numerator = numerator @ self.v_proj.weight.T.to(numerator.dtype) + bias
+        if self.memory.rule == "neural_cache":  # one projection for each query, not for each slot
+            found = quotient(numerator, denominator).to(query.dtype)
+            numerator = denominator * self.v_proj(found).to(denominator.dtype)
         gate = self.gate_logit.to(denominator.dtype)[:, None, None]
         share = memory_share(denominator, gate + logit)
         if probe.readings is not None:
             found = quotient(numerator, denominator)
             noted = (share[..., 0], found.float().norm(dim=-1), local.float().norm(dim=-1))
             probe.readings[self.layer_index] = MemoryReading(*(x.detach().float() for x in noted))
-        if self.memory.rule in SIGNED_RULES:  # recalls little for a key that it does not hold
+        if self.memory.rule in UNIT_RULES:  # recalls little for a key that it does not hold
             return torch.addcmul(local, share, numerator).to(local.dtype)
         return mix(local, numerator, denominator, share)
 

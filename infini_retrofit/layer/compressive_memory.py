@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Num
 from torch import Tensor, nn
 
 from infini_retrofit.layer.form import AttentionShape, InfiniParams
@@ -97,7 +97,7 @@ class CompressiveMemory(nn.Module):
         self,
         feature: Float[Tensor, "B S N L F"],
         key: Float[Tensor, "B S N L K"],
-        value: Float[Tensor, "B S N L V"],
+        value: Num[Tensor, "B S N L V"],
         is_token: Bool[Tensor, "B S L"] | None,
         before: MemoryState | None,
     ) -> tuple[MemoryState, MemoryState]:
@@ -122,7 +122,7 @@ class CompressiveMemory(nn.Module):
         self,
         feature: Float[Tensor, "B S N L F"],
         key: Float[Tensor, "B S N L K"],
-        value: Float[Tensor, "B S N L V"],
+        value: Num[Tensor, "B S N L V"],
         is_token: Bool[Tensor, "B S L"] | None,
     ) -> tuple[Write, Float[Tensor, "B S N F"] | None]:
         """Return what to write, and the share of each memory that is left after its segment."""
@@ -153,7 +153,7 @@ class CompressiveMemory(nn.Module):
         self,
         feature: Float[Tensor, "B S N L F"],
         key: Float[Tensor, "B S N L K"],
-        value: Float[Tensor, "B S N L V"],
+        value: Num[Tensor, "B S N L V"],
         is_token: Bool[Tensor, "B S L"] | None,
         before: MemoryState | None,
     ) -> tuple[MemoryState, MemoryState]:
@@ -184,8 +184,8 @@ class CompressiveMemory(nn.Module):
         gives the embeddings of a neural cache's tokens by their ids.
 
         Returns:
-            Numerator and denominator (eq. 7), and what the gate's logit grows by. Of a neural
-            cache: the weighted sum of embeddings, and of their weights.
+            Numerator and denominator (eq. 7), and what the gate's logit grows by. The numerator of
+            a neural cache sums embeddings, which are not projected yet.
         """
         memories = memories.to(feature.dtype)
         with torch.autocast(query.device.type, enabled=False):
@@ -201,8 +201,11 @@ class CompressiveMemory(nn.Module):
             if self.rule == "neural_cache":
                 scales = (x.to(feature.dtype) for x in (self.sharpness, self.floor))
                 weights = match(feature, memories, *scales)
-                found = embed((memories.normalizer.long() - 1).clamp_min(0))
-                return weights @ found.to(weights.dtype), weights.sum(-1, keepdim=True), logit
+                ids = (memories.normalizer.long() - 1).clamp_min(0)
+                found = [  # segment by segment: the embeddings of all slots would take gigabytes
+                    weights[:, s] @ embed(ids[:, s]).to(weights) for s in range(ids.shape[1])
+                ]
+                return torch.stack(found, dim=1), weights.sum(-1, keepdim=True), logit
             numerator, denominator = retrieve(feature, memories)
             if self.divisor is not None:
                 numerator = numerator / self.divisor

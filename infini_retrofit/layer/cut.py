@@ -20,7 +20,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Num
 from torch import Tensor
 
 # Rotates queries or keys (B S H L K).
@@ -79,7 +79,7 @@ class Layout:
             x = F.pad(x, (0, 0) * (x.dim() - 2) + (0, self.padding))
         return x.reshape(*self.grid, *x.shape[2:])
 
-    def split(self, x: Float[Tensor, "R T HK"], num_heads: int) -> Float[Tensor, "B S H L K"]:
+    def split(self, x: Num[Tensor, "R T HK"], num_heads: int) -> Num[Tensor, "B S H L K"]:
         """Cut projected hidden states into segments and heads."""
         return self._grid(x).unflatten(-1, (num_heads, -1)).transpose(2, 3)
 
@@ -110,7 +110,7 @@ class Keys:
     """Keys and values that the queries of each segment attend to."""
 
     key: Float[Tensor, "B S N L K"]  # with position encoding
-    value: Float[Tensor, "B S N L V"]
+    value: Num[Tensor, "B S N L V"]
     # False at padding, and where the document has not begun. None: causality hides padding, which
     # stands at a document's end.
     is_key: Bool[Tensor, "B S L"] | None = None

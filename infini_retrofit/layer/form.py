@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, get_args, get_origin
 
 from infini_retrofit.layer.feature_maps import FEATURES_PER_CHANNEL, FeatureMapName
-from infini_retrofit.layer.memory import UpdateRule
+from infini_retrofit.layer.memory import UNIT_RULES, UpdateRule
 
 # A deployed model keeps keys and values in a 16-bit type.
 BYTES_PER_CONTEXT_VALUE = 2
@@ -39,7 +39,7 @@ class InfiniParams:
     memory_key: Literal["own", "before"] = "own"
     # What is written: a projection of the layer's hidden state, or of the token's embedding.
     memory_value: Literal["hidden", "embedding"] = "hidden"
-    num_slots: int = 0  # tokens that a neural_cache keeps: the last, each by its key and its id
+    num_slots: int = 0  # tokens that a neural_cache keeps: a key and an id each
     feature_map: FeatureMapName = "elu1"
     # of a learnable map, a head; base: hedgehog has two a channel, unit one
     num_features: int | Literal["base"] = "base"
@@ -147,7 +147,7 @@ class InfiniParams:
                 "infini.positions must be rope or none when infini.local is linear, which has no "
                 "scores for ALiBi to add to, got alibi"
             )
-        if (self.update_rule in ("gated_delta", "neural_cache")) != (self.feature_map == "unit"):
+        if (self.update_rule in UNIT_RULES) != (self.feature_map == "unit"):
             raise ValueError(
                 "infini.feature_map must be unit when infini.update_rule is gated_delta or "
                 f"neural_cache, and then only, got {self.feature_map} with {self.update_rule}"
@@ -165,7 +165,8 @@ class InfiniParams:
         if self.update_rule != "linear" and self.decay != "none":
             raise ValueError(
                 "infini.decay must be none unless infini.update_rule is linear: a delta rule must "
-                f"read back exactly what it wrote, got {self.decay}"
+                "read back exactly what it wrote, and a neural_cache forgets by slots, got "
+                f"{self.decay}"
             )
         if self.update_rule != "linear" and self.seed_scaling:
             raise ValueError(

@@ -20,7 +20,7 @@ Axes:
 from dataclasses import dataclass, replace
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Num
 from torch import Tensor
 
 from infini_retrofit.layer.cut import Keys, like
@@ -74,7 +74,7 @@ class Line:
     def left(
         self, num_late: int, num_segments: int, segment_length: int, num_kv_heads: int
     ) -> tuple[
-        Float[Tensor, "B S N L K"], Float[Tensor, "B S N L V"], Bool[Tensor, "B S L"]
+        Float[Tensor, "B S N L K"], Num[Tensor, "B S N L V"], Bool[Tensor, "B S L"]
     ]:
         """Return keys, values and mask of what leaves the window at the end of each segment.
 

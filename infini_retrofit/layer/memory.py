@@ -24,7 +24,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Num
 from torch import Tensor
 
 # Below this a denominator counts as an empty memory. In float32 its square still has an inverse,
@@ -32,14 +32,16 @@ from torch import Tensor
 SMALLEST_DENOMINATOR = 1e-18
 
 UpdateRule = Literal["linear", "delta", "delta_gamma", "gated_delta", "neural_cache"]
+# Their features have length 1 and either sign; what they recall is added, not averaged in.
+UNIT_RULES = ("gated_delta", "neural_cache")
 
 
 @dataclass(frozen=True)
 class MemoryState:
-    """The memory of one layer: sums over the tokens of all segments so far.
+    """The memory of one layer: sums over the tokens so far, or the slots of a neural cache.
 
-    Computed in float32 or float64; kept in that or a shorter number type. That of `neural_cache`
-    is a row for each of its last tokens, the last one at the end.
+    Computed in float32 or float64; kept in that or a shorter number type. A slot holds one token,
+    the newest in the last.
     """
 
     # M, under the linear rule the sum of feature(key) * value; of neural_cache its slots' features
@@ -65,15 +67,15 @@ class MemoryState:
         """
         keeps = isinstance(target, torch.dtype)
         return self.map(
-            lambda x: x if keeps and not x.is_floating_point() else x.to(target, non_blocking)
+            lambda x: x
+            if keeps and not x.is_floating_point()
+            else x.to(target, non_blocking=non_blocking)
         )
 
     def rounded(self, dtype: torch.dtype) -> "MemoryState":
         """Round to a shorter number type; the gradient passes unchanged."""
         short = self.to(dtype).to(self.matrix.dtype)
-        return self.map(
-            lambda x, y: x + (y - x).detach() if x.is_floating_point() else x, short
-        )
+        return self.map(lambda x, y: x + (y - x).detach() if x.is_floating_point() else x, short)
 
     def roll_batch(self) -> "MemoryState":
         """Give every document the memory of the one before it in the batch."""
@@ -92,7 +94,7 @@ class Write:
     """The tokens to write to a memory."""
 
     feature: Float[Tensor, "*B N L F"]  # of the keys
-    value: Float[Tensor, "*B N L V"]
+    value: Num[Tensor, "*B N L V"]  # of a neural cache: a token's id + 1
     weight: Float[Tensor, "*B #N L #F"] | None = None  # 0 at padding; None: 1 for all
     # Of gated_delta: the strength of each write, 0 at padding, and the log of what each token
     # leaves of the memory before it.
@@ -105,7 +107,7 @@ class Write:
         return self.feature if self.weight is None else self.feature * self.weight
 
     @property
-    def weighted_value(self) -> Float[Tensor, "*B N L V"]:
+    def weighted_value(self) -> Num[Tensor, "*B N L V"]:
         """The values times their weights."""
         return self.value if self.weight is None else self.value * self.weight
 
@@ -179,7 +181,7 @@ def scan_states(
 
 
 def empty_state(write: Write, num_slots: int = 0) -> MemoryState:
-    """Return an empty memory for the documents of a write; `num_slots` is that of a neural cache."""
+    """Return an empty memory for the documents of a write; slots are a neural cache's."""
     batch, _, num_heads, _, num_features = write.feature.shape
     if num_slots:
         matrix = write.feature.new_zeros(batch, num_heads, num_slots, num_features)
@@ -238,7 +240,7 @@ def _gated_delta(matrix: Float[Tensor, "B N F V"], write: Write) -> Float[Tensor
 
 
 def _keep(state: MemoryState, write: Write) -> MemoryState:
-    """Append one segment to a neural cache; the oldest tokens lose their slots, padding has none."""
+    """Append one segment to a neural cache: the oldest tokens lose their slots."""
     feature = torch.cat([state.matrix, write.feature], dim=-2)
     token = torch.cat([state.normalizer, write.weighted_value[..., 0].int()], dim=-1)
     order = (token > 0).int().argsort(dim=-1, stable=True)[..., -state.matrix.shape[-2] :]

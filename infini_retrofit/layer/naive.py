@@ -23,8 +23,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from infini_retrofit.layer.attention import SIGNED_RULES, InfiniAttention
+from infini_retrofit.layer.attention import InfiniAttention
 from infini_retrofit.layer.form import InfiniParams
+from infini_retrofit.layer.memory import UNIT_RULES
 
 # Cosines and sines, (T P) each; or numerator and denominator of an average.
 Tables = tuple[Tensor, Tensor]
@@ -93,7 +94,7 @@ class NaiveLayer:
         query, entries = heads.query[h, t], memories[begin]
         feature = self.feature(query, h, "query")
         numerator, denominator = self.read(feature, entries, n, t - self.late)
-        if self.params.update_rule in SIGNED_RULES:
+        if self.params.update_rule in UNIT_RULES:
             return local + torch.sigmoid(self.gate(query, h)) * numerator
         if denominator == 0:  # an empty memory: exactly the local attention
             return local
@@ -125,6 +126,9 @@ class NaiveLayer:
             memories[begin] = list(entries)
             for t in range(begin, min(begin + length, num_tokens)):
                 feature, mass = self.written_key(heads, n, t), 1.0
+                is_cache = self.params.update_rule == "neural_cache"
+                if is_cache and not feature.any():  # no slot for a token that has no key
+                    continue
                 value = heads.value[n, t]
                 if self.params.update_rule == "gated_delta":
                     entries.append(self.gated_entry(heads, entries, n, t))

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Num
 from torch import Tensor
 
 from infini_retrofit.layer.cut import like, rotate
@@ -31,7 +31,7 @@ class Tokens:
     """
 
     key: Float[Tensor, "B W NK"]  # without position encoding
-    value: Float[Tensor, "B W NV"]
+    value: Num[Tensor, "B W NV"]
     cos: Float[Tensor, "B W P"]
     sin: Float[Tensor, "B W P"]
     is_token: Bool[Tensor, "B W"]
@@ -40,7 +40,7 @@ class Tokens:
     def of(
         cls,
         key: Float[Tensor, "B W NK"],
-        value: Float[Tensor, "B W NV"],
+        value: Num[Tensor, "B W NV"],
         tables: tuple[Tensor, Tensor] | None,
         is_token: Bool[Tensor, "B W"] | None,
     ) -> "Tokens":

@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import nn
 
-_OURS = ("cut", "state", "probe", "embeddings", "token_ids", "embed")  # of `InfiniAttention.forward`
+# Of `InfiniAttention.forward`.
+_OURS = ("cut", "state", "probe", "embeddings", "token_ids", "embed")
 _TABLES = "position_embeddings"
 
 

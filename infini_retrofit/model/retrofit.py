@@ -288,7 +288,7 @@ def _give_embeddings(
 def _give_tokens(
     body: nn.Module, args: tuple, kwargs: dict[str, Any]
 ) -> tuple[tuple, dict[str, Any]]:
-    """Hand the ids of a forward pass's tokens to every layer, and the way to embeddings."""
+    """Hand the ids of a forward pass's tokens to every layer, and what embeds ids."""
     given = inspect.signature(body.forward).bind_partial(*args, **kwargs).arguments
     if (ids := given.get("input_ids")) is None:
         raise ValueError(

@@ -44,8 +44,9 @@ def set_trainable(
         frozen_dtype: of what does not train; None: as it is.
 
     Returns:
-        The trainable parameters in groups: `gate` (gates and decay rates), `alpha` (of
-        branches), `memory` (what else a base has no counterpart of), `infini` and `rest`.
+        The trainable parameters in groups: `gate` (gates, decay rates, the scales of a neural
+        cache), `alpha` (of branches), `memory` (what else a base has no counterpart of), `infini`
+        and `rest`.
     """
     infini = infini_modules(model)
     layers = decoder_layers(model)
