@@ -40,6 +40,7 @@ from infini_retrofit.texts.splits import (
     Document,
     by_turns,
     cut_documents,
+    group_of,
     open_tokenizer,
     title_order,
     tokenize,
@@ -100,11 +101,6 @@ def corpus_options(
     return parser.parse_args(arguments)
 
 
-def source_of(document: Document) -> str:
-    """Return what a document shares with others that it is not independent of."""
-    return document.source or document.title
-
-
 def score_corpus(
     model: PreTrainedModel, documents: Sequence[Document], name: str
 ) -> pd.DataFrame:
@@ -128,7 +124,7 @@ def score_corpus(
                 {
                     "corpus": name,
                     "document": f"{document.title}, part {document.part}",
-                    "source": source_of(document),
+                    "source": group_of(document),
                     "context": "all" if context is None else context,
                     "nll": nll.mean().item(),
                     "key_share": is_key.double().mean().item(),

@@ -14,14 +14,14 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from analysis.context_worth import corpus_options, draw_documents, source_of
+from analysis.context_worth import corpus_options, draw_documents
 from analysis.programs import BASE, open_model, print_growing
 from infini_retrofit.evaluation.bootstrap import paired_bootstrap
 from infini_retrofit.evaluation.rival import Rival, make_windowed
 from infini_retrofit.model.running import run_in_layer
 from infini_retrofit.pipeline.files import verify_manifest, write_text
 from infini_retrofit.scoring.score import next_token_nlls
-from infini_retrofit.texts.splits import Document
+from infini_retrofit.texts.splits import Document, group_of
 
 SEGMENT, WINDOW = 256, 256  # tokens; a segment sees its own and the window before it
 TOKENS = 4096  # of a document
@@ -73,7 +73,7 @@ def score_documents(
         hidden = run_in_layer(windowed, ids[None], segment_length=SEGMENT)[0]
         found = next_token_nlls(model, ids[BEGIN - 1 :], hidden[BEGIN - 1 :])
         nlls.append(found.double().mean().item())
-    return pd.Series(nlls, [source_of(document) for document in documents])
+    return pd.Series(nlls, [group_of(document) for document in documents])
 
 
 def cells(name: str, scores: dict[str, pd.Series]) -> list[str]:

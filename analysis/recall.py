@@ -27,7 +27,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from analysis.context_worth import corpus_options, draw_documents, source_of
+from analysis.context_worth import corpus_options, draw_documents
 from analysis.programs import BASE, open_model, print_growing
 from infini_retrofit.evaluation.bootstrap import paired_bootstrap
 from infini_retrofit.evaluation.pointer import Stored
@@ -48,6 +48,7 @@ from infini_retrofit.layer.memory import (
 from infini_retrofit.model.retrofit import infini_modules, insert_infini
 from infini_retrofit.model.running import run_folded
 from infini_retrofit.pipeline.files import verify_manifest, write_text
+from infini_retrofit.texts.splits import group_of
 from infini_retrofit.training.whitening import whiten_keys
 
 SEGMENT, WINDOW, TOKENS = 256, 256, 4096
@@ -95,7 +96,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     insert_infini(model, FORM)
     whiten_keys(model, others, SEGMENT, model.dtype)
     notes = [note_document(model, ids) for ids in tqdm(asked, "read documents", leave=False)]
-    sources = [source_of(document) for document in drawn[: options.documents]]
+    sources = [group_of(document) for document in drawn[: options.documents]]
     words = word_values(model)
     found = []
 

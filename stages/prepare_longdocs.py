@@ -27,6 +27,7 @@ from infini_retrofit.texts.splits import (
     TokenizedArticle,
     by_turns,
     cut_documents,
+    group_of,
     open_tokenizer,
     read_articles,
     same_title,
@@ -156,7 +157,7 @@ def check_lengths(articles: dict[str, list[TokenizedArticle]], tokens_per_docume
 
 def check_sources(documents: list[Document], tokens_per_document: int) -> None:
     """Refuse test documents of a single source, whose memories cannot be swapped."""
-    sources = {document.source or document.title for document in documents}
+    sources = {group_of(document) for document in documents}
     if len(sources) < 2:
         raise ValueError(
             f"longdocs.tokens_per_document must leave test documents of at least 2 articles or "

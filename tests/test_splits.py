@@ -18,6 +18,7 @@ from infini_retrofit.texts.splits import (
     cut_documents,
     cut_text,
     drop_copies,
+    group_of,
     note_copies,
     read_articles,
     split_articles,
@@ -50,7 +51,7 @@ def test_the_first_documents_come_from_as_many_sources_as_possible():
     sources = {"a1": "a", "a2": "a", "a3": "a", "b1": "b", "b2": "b", "alone": ""}
     articles = [replace(tokenized(title, 10), source=s) for title, s in sources.items()]
     documents = cut_documents(articles, 4)
-    first = [document.source or document.title for document in documents[:3]]
+    first = [group_of(document) for document in documents[:3]]
     assert sorted(first) == ["a", "alone", "b"]
     of_a = [document for document in documents if document.source == "a"]
     assert {document.title for document in of_a[:3]} == {"a1", "a2", "a3"}

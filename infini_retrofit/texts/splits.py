@@ -65,6 +65,11 @@ class Document:
 Piece = TypeVar("Piece", Article, Document)
 
 
+def group_of(piece: Article | Document) -> str:
+    """Return what a piece shares with others that it is not independent of, or its title."""
+    return piece.source or piece.title
+
+
 def split_articles(
     articles: Sequence[Article], val_share: float, test_share: float
 ) -> dict[str, list[Article]]:
@@ -137,7 +142,7 @@ def by_turns(pieces: Iterable[Piece]) -> list[Piece]:
     seen: Counter[str] = Counter()
     turns = []
     for piece in pieces:
-        source = piece.source or piece.title
+        source = group_of(piece)
         turns.append((seen[source], piece))
         seen[source] += 1
     return [piece for _, piece in sorted(turns, key=lambda turn: turn[0])]
