@@ -125,7 +125,7 @@ MODEL_FORMS = (
         "local": "none",
         "positions": "none",
         "heads": "single",
-        "memory_layers": [0],
+        "memory_layers": [1],
         "memory_key": "before",
         "memory_value": "embedding",
         "update_rule": "neural_cache",

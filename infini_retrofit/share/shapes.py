@@ -14,4 +14,4 @@ class _Array:
         return item[0]
 
 
-Bool = Float = Int = _Array
+Bool = Float = Int = Num = _Array
