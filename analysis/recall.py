@@ -34,7 +34,7 @@ from infini_retrofit.evaluation.pointer import Stored
 from infini_retrofit.layer.attention import InfiniAttention
 from infini_retrofit.layer.compressive_memory import INITIAL_FLOOR, INITIAL_SHARPNESS
 from infini_retrofit.layer.feature_maps import elu1
-from infini_retrofit.layer.form import BYTES_PER_STATE_VALUE, InfiniParams
+from infini_retrofit.layer.form import BYTES_PER_STATE_VALUE, InfiniParams, slot_bytes
 from infini_retrofit.layer.memory import (
     UNIT_RULES,
     MemoryState,
@@ -173,8 +173,8 @@ def recall(
     num_slots = 0
     if rule == "neural_cache":
         room, num_features = state_bytes(words, num_features), min(CACHE_FEATURES, key.shape[1])
-        num_slots = room // (num_features * BYTES_PER_STATE_VALUE["bfloat16"] + 4)
-        value = (ids[:, None] + 1).float()
+        num_slots = room // slot_bytes(num_features, "bfloat16")
+        value = ids[:, None] + 1
     chosen = key[:, :num_features]
     feature = F.normalize(chosen, dim=-1) if rule in UNIT_RULES else elu1(chosen)
     # Token t is written under the key of the token before it, as `memory_key: before` does.

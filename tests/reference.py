@@ -83,6 +83,17 @@ def pairwise_forms() -> list[dict]:
 
 FORMS = pairwise_forms()
 PUBLISHED = FORMS[0]
+# A branch that is a memory and nothing else, of what came next.
+MEMORY_BRANCH = {
+    "insertion": "parallel",
+    "init": "random_attention",
+    "local": "none",
+    "positions": "none",
+    "heads": "single",
+    "memory_key": "before",
+    "memory_value": "embedding",
+    "feature_map": "unit",
+}
 # Forms of whole models: each choice at least once.
 MODEL_FORMS = (
     {},
@@ -105,32 +116,18 @@ MODEL_FORMS = (
         "seed_scaling": True,
     },
     {"update_rule": "gated_delta", "feature_map": "unit", "local_context": 3},
-    {
-        "insertion": "parallel",
-        "init": "random_attention",
-        "local": "none",
-        "positions": "none",
-        "heads": "single",
+    MEMORY_BRANCH
+    | {
         "memory_layers": [1],
-        "memory_key": "before",
-        "memory_value": "embedding",
         "update_rule": "gated_delta",
-        "feature_map": "unit",
         "num_features": 6,
         "local_context": 5,
     },
-    {
-        "insertion": "parallel",
-        "init": "random_attention",
-        "local": "none",
-        "positions": "none",
-        "heads": "single",
+    MEMORY_BRANCH
+    | {
         "memory_layers": [1],
-        "memory_key": "before",
-        "memory_value": "embedding",
         "update_rule": "neural_cache",
         "num_slots": 7,
-        "feature_map": "unit",
         "num_features": 6,
         "state_dtype": "bfloat16",
         "gate": "query",

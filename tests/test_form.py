@@ -9,21 +9,11 @@ import pytest
 
 from infini_retrofit.layer.form import InfiniParams
 from infini_retrofit.model.checkpoints import FORMAT
-from tests.reference import infini_params
+from tests.reference import MEMORY_BRANCH, infini_params
 
 HEDGEHOG = {"feature_map": "hedgehog"}
 GATED = {"update_rule": "gated_delta", "feature_map": "unit"}
-CACHE = {
-    "update_rule": "neural_cache",
-    "num_slots": 9,
-    "feature_map": "unit",
-    "memory_value": "embedding",
-    "insertion": "parallel",
-    "init": "random_attention",
-    "local": "none",
-    "positions": "none",
-    "heads": "single",
-}
+CACHE = MEMORY_BRANCH | {"update_rule": "neural_cache", "num_slots": 9}
 NO_ROPE = {"positions": "none", "init": "random_layer"}
 RANDOM_BRANCH = {"insertion": "parallel", "init": "random_layer"}
 REFUSED = [

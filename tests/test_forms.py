@@ -17,6 +17,7 @@ from tests.reference import (
     CHOICES,
     FORMS,
     LAYER,
+    MEMORY_BRANCH,
     PUBLISHED,
     SEGMENT,
     WIDTH,
@@ -158,8 +159,7 @@ def changes() -> list[dict]:
 @pytest.mark.parametrize("value", ["hidden", "embedding"])
 @pytest.mark.parametrize("key", ["own", "before"])
 def test_a_branch_that_is_a_memory_equals_the_loop(rule, value, key):
-    form = {"local": "none", "insertion": "parallel", "heads": "single", "positions": "none"}
-    form |= {"init": "random_attention", "memory_key": key, "memory_value": value}
+    form = MEMORY_BRANCH | {"memory_key": key, "memory_value": value}
     form |= {"update_rule": rule, "feature_map": "unit" if rule == "gated_delta" else "elu1"}
     form |= {"segment_length": SEGMENT, "local_context": 2 * SEGMENT}  # of the base beside it
     layer, x = make_layer(form), draw_hidden(2, DOCUMENT).requires_grad_()
@@ -175,10 +175,8 @@ def test_a_branch_that_is_a_memory_equals_the_loop(rule, value, key):
 @pytest.mark.parametrize("num_slots", [1, SEGMENT + 1, 100])
 @pytest.mark.parametrize("key", ["own", "before"])
 def test_a_neural_cache_equals_the_loop(key, num_slots):
-    form = {"local": "none", "insertion": "parallel", "heads": "single", "positions": "none"}
-    form |= {"init": "random_attention", "memory_key": key, "memory_value": "embedding"}
-    form |= {"update_rule": "neural_cache", "num_slots": num_slots, "feature_map": "unit"}
-    form |= {"segment_length": SEGMENT, "gate": "query"}
+    form = MEMORY_BRANCH | {"memory_key": key, "segment_length": SEGMENT, "gate": "query"}
+    form |= {"update_rule": "neural_cache", "num_slots": num_slots}
     layer, x = make_layer(form), draw_hidden(2, DOCUMENT).requires_grad_()
     layer.memory.sharpness.data.fill_(3.0)
     layer.memory.floor.data.fill_(1.0)

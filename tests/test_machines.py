@@ -68,7 +68,7 @@ def test_make_finds_any_python_and_remakes_an_environment_that_was_moved(tmp_pat
 def test_pictures_need_no_backend_of_a_notebook():
     settings = os.environ | {"MPLBACKEND": "of a notebook"}
     command = [sys.executable, "-c", "import analysis.report.figures, matplotlib.figure"]
-    subprocess.run(command, cwd=ROOT, env=settings, check=True)
+    assert subprocess.run(command, cwd=ROOT, env=settings, check=False).returncode == 0
 
 
 @pytest.fixture

@@ -32,7 +32,12 @@ from torch import Tensor, nn
 from infini_retrofit.layer.compressive_memory import CompressiveMemory, Embed
 from infini_retrofit.layer.cut import Cut, Keys, Layout
 from infini_retrofit.layer.feature_maps import FeatureMaps
-from infini_retrofit.layer.form import BYTES_PER_STATE_VALUE, AttentionShape, InfiniParams
+from infini_retrofit.layer.form import (
+    BYTES_PER_STATE_VALUE,
+    AttentionShape,
+    InfiniParams,
+    slot_bytes,
+)
 from infini_retrofit.layer.local_attention import alibi_slopes, linear_attention, softmax_attention
 from infini_retrofit.layer.local_context import Line
 from infini_retrofit.layer.memory import UNIT_RULES, memory_share, mix, quotient
@@ -97,14 +102,14 @@ class InfiniAttention(nn.Module):
         context = self.local_context * self.shape.context_token_bytes()
         if self.memory is None:
             return context
-        per_value = BYTES_PER_STATE_VALUE[self.params.state_dtype]
-        num_features = self.shape.num_kv_heads * self.feature_maps.num_features
-        if self.memory.rule == "neural_cache":  # a key and an int32 for each slot
-            return context + self.memory.num_slots * (num_features * per_value + 4)
+        num_features, dtype = self.feature_maps.num_features, self.params.state_dtype
+        if self.memory.rule == "neural_cache":
+            return context + self.memory.num_slots * slot_bytes(num_features, dtype)
         # A matrix and a normalizer for each key/value head.
+        num_features *= self.shape.num_kv_heads
         has_normalizer = self.memory.rule != "gated_delta"
         num_values = num_features * (self.shape.head_dim + has_normalizer)
-        return context + num_values * per_value
+        return context + num_values * BYTES_PER_STATE_VALUE[dtype]
 
     def memory_parameters(self) -> dict[str, list[nn.Parameter]]:
         """Return the parameters that a base's attention lacks, by learning-rate group."""

@@ -108,8 +108,10 @@ class CompressiveMemory(nn.Module):
         """
         with torch.autocast(feature.device.type, enabled=False):
             write, retention = self._write(feature, key, value, is_token)
-            empty = empty_state(write, self.num_slots)
-            first = empty if before is None else before.to(feature.dtype)
+            if before is None:
+                first = empty_state(write, self.num_slots)
+            else:
+                first = before.to(feature.dtype)
             if self.stop_gradient_every is not None:
                 first = first.detach()
             if self.rule == "linear" and retention is None and self.state_dtype is None:

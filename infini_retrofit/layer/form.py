@@ -16,6 +16,11 @@ StateDtype = Literal["float32", "bfloat16"]
 BYTES_PER_STATE_VALUE: dict[StateDtype, int] = {"float32": 4, "bfloat16": 2}
 
 
+def slot_bytes(num_features: int, state_dtype: StateDtype) -> int:
+    """Count the bytes of one slot of a neural cache: a key, and an id as int32."""
+    return num_features * BYTES_PER_STATE_VALUE[state_dtype] + 4
+
+
 @dataclass(frozen=True, kw_only=True)
 class InfiniParams:
     """Section `infini` of params.yaml: which layers, and in what form.
@@ -81,6 +86,7 @@ class InfiniParams:
                 raise ValueError(f"infini.{field.name} must be {wanted}, got {value!r}")
         self._check_sizes()
         self._check_combinations()
+        self._check_rule()
 
     def _check_sizes(self) -> None:
         length = self.segment_length
@@ -147,6 +153,8 @@ class InfiniParams:
                 "infini.positions must be rope or none when infini.local is linear, which has no "
                 "scores for ALiBi to add to, got alibi"
             )
+
+    def _check_rule(self) -> None:
         if (self.update_rule in UNIT_RULES) != (self.feature_map == "unit"):
             raise ValueError(
                 "infini.feature_map must be unit when infini.update_rule is gated_delta or "
