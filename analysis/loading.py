@@ -50,6 +50,7 @@ ABSENT = {
     "distill.lr_scale.memory": "1",
     "distill.lr_scale.infini": "1",
     "eval.rivals": "[]",
+    "finetune.memory_documents": "0",
     "distill.min_delta": "0",
     "finetune.min_delta": "0",
 }

@@ -35,7 +35,9 @@ def main() -> str:
     with training_run("distill") as folder:
         model = load_base(BASE, torch.float32).to(device)
         task = Distillation(model, infini, params, dtype)
-        metrics = train(task, train_samples, val_samples, params, folder, HISTORY, MEMORY)
+        metrics = train(
+            [(task, train_samples)], val_samples, params, folder, HISTORY, MEMORY
+        )
         if is_first_process():
             save_retrofit(model, infini, BASE, DISTILLED)
             write_metrics(METRICS, metrics)

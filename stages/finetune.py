@@ -16,15 +16,13 @@ from infini_retrofit.pipeline.files import seal_results, write_metrics
 from infini_retrofit.pipeline.guard import is_first_process, run_stage, training_run
 from infini_retrofit.pipeline.params import load_section
 from infini_retrofit.pipeline.tokens import read_documents
-from infini_retrofit.training.finetuning import FinetuneParams, Finetuning
+from infini_retrofit.training.finetuning import FinetuneParams, finetuning_parts
 from infini_retrofit.training.loop import outcome, train
-from infini_retrofit.training.whitening import whiten_keys
 
 BASE, DISTILLED, FINETUNED = (Path("models") / n for n in ("base", "distilled", "finetuned"))
 DOCUMENTS = Path("data/longdocs")
 METRICS = Path("metrics/finetune.json")
 HISTORY, MEMORY = Path("plots/finetune.tsv"), Path("plots/finetune_memory.tsv")
-WHITENING_DOCUMENTS = 8  # at most, of the train split
 
 
 def main() -> str:
@@ -37,9 +35,8 @@ def main() -> str:
     with training_run("finetune") as folder:
         model, infini = load_retrofit(BASE, DISTILLED, torch.float32, "dvc repro distill")
         base = load_base(BASE, dtype).to(device) if params.kl_weight else None
-        task = Finetuning(model.to(device), infini, params, dtype, base)
-        whiten_keys(model, train_documents[:WHITENING_DOCUMENTS], infini.segment_length, dtype)
-        metrics = train(task, train_documents, val_documents, params, folder, HISTORY, MEMORY)
+        parts = finetuning_parts(model.to(device), infini, params, train_documents, dtype, base)
+        metrics = train(parts, val_documents, params, folder, HISTORY, MEMORY)
         if is_first_process():
             save_retrofit(model, infini, BASE, FINETUNED)
             write_metrics(METRICS, metrics)

@@ -37,7 +37,7 @@ def main() -> str:
         base = load_base(BASE, dtype).to(device) if params.kl_weight else None
         control = make_control(model, infini)
         task = Finetuning(model, infini, params, dtype, base)
-        metrics = train(task, train_documents, val_documents, params, folder, HISTORY)
+        metrics = train([(task, train_documents)], val_documents, params, folder, HISTORY)
         if is_first_process():
             save_retrofit(model, control, BASE, CONTROL)
             write_metrics(METRICS, metrics)

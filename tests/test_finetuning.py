@@ -1,5 +1,6 @@
 """Fine-tuning: its loss by the plain formula, its labels, its validation, and the control."""
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -10,7 +11,8 @@ from torch import Tensor
 from infini_retrofit.model.retrofit import insert_infini
 from infini_retrofit.model.running import run_folded, run_in_layer
 from infini_retrofit.scoring.score import Score, score_segments, segment_runs, t2_nlls, total
-from infini_retrofit.training.finetuning import Finetuning
+from infini_retrofit.training.finetuning import Finetuning, finetuning_parts
+from infini_retrofit.training.loop import train
 from tests.reference import both_families, largest
 from tests.tiny import random_ids, tiny_llama, tiny_model
 from tests.tiny_training import INFINI, SEGMENT, TOKENS, finetune_params, finetuning, run
@@ -100,6 +102,57 @@ def test_it_is_the_loss_of_a_model_that_shifts_labels_which_were_shifted_already
     want = base(input_ids=segments[:, :-1], labels=segments[:, 1:]).loss
     assert task(ids)["loss"].item() == pytest.approx(want.item(), rel=1e-5)
     assert abs(base(input_ids=segments, labels=segments).loss - want) > 1e-3
+
+
+@both_families
+def test_a_memory_that_trains_last_finds_the_rest_trained_as_its_control(family, tmp_path):
+    over = {"trainable": "attention", "memory_documents": 2, "epochs": 2, "patience": 2}
+    form = {"init": "base", "local": "softmax", "positions": "rope"}
+    params, control = finetune_params(**over), finetuning(family, form, is_control=True, **over)
+    val, documents = (ids_of(control, number) for number in (3, 4))
+    paths = [tmp_path / name for name in ("control", "control.tsv")]
+    train([(control, documents[:2])], val, params, *paths)
+    model, infini = finetuning(family, form).model, replace(INFINI, **form)
+    before = {name: x.clone() for name, x in model.state_dict().items()}
+    seen = []
+
+    def noted() -> Iterator[tuple[Finetuning, Tensor]]:
+        for part, ids in finetuning_parts(model, infini, params, documents, torch.float32):
+            seen.append((part.params.trainable, part.read, ids))
+            yield part, ids
+
+    paths = [tmp_path / name for name in ("run", "run.tsv", "memory.tsv")]
+    metrics = train(noted(), val, params, *paths)
+    assert [entry[:2] for entry in seen] == [("attention", "off"), ("memory", "own")]
+    assert torch.equal(torch.cat([entry[2] for entry in seen]), documents)
+    after = model.state_dict()
+    for name, x in control.model.state_dict().items():
+        assert torch.allclose(after.pop(name), x, atol=1e-6), name
+    assert after
+    assert not any(torch.equal(x, before[name]) for name, x in after.items())
+    assert (metrics["epochs_run"], metrics["num_trained_tokens"]) == (4, 2 * 4 * TOKENS)
+    rows = (tmp_path / "run.tsv").read_text().splitlines()[1:]
+    assert [row[:1] for row in rows] == list("011223344")
+
+
+@pytest.mark.parametrize(
+    ("over", "says"),
+    [
+        ({"trainable": "memory", "memory_documents": 1}, "must be 0 when"),
+        ({"trainable": "attention", "memory_documents": 4}, "less than finetune.train_documents"),
+    ],
+)
+def test_a_part_with_nothing_to_train_is_refused(over, says):
+    with pytest.raises(ValueError, match=says):
+        finetune_params(**over)
+
+
+def test_a_train_split_that_leaves_the_first_part_empty_is_refused():
+    params = finetune_params(trainable="attention", memory_documents=3)
+    ids = random_ids(64, 3, TOKENS)
+    parts = finetuning_parts(tiny_llama(), INFINI, params, ids, torch.float32)
+    with pytest.raises(ValueError, match="less than the 3 documents of the train split, got 3"):
+        next(parts)
 
 
 @both_families

@@ -5,7 +5,14 @@ import math
 import pytest
 
 from infini_retrofit.scoring.score import perplexity
-from infini_retrofit.training.report import by_epoch, epoch_line, history, memory_history, results
+from infini_retrofit.training.report import (
+    by_epoch,
+    epoch_line,
+    history,
+    joined,
+    memory_history,
+    results,
+)
 
 LOG = [
     {"epoch": 0, "eval_val_loss": 1.0, "eval_val_ppl": 2.7, "eval_memory_share_mean": 0.1},
@@ -40,7 +47,7 @@ def test_what_else_was_validated_is_a_row_for_each_epoch_and_number():
 def test_results_are_those_of_the_best_epoch_and_of_the_start_only_if_nothing_trained(
     log, loss, ppl, best_epoch, epochs_run, share
 ):
-    assert results(log, num_tokens=7) == {
+    assert results(log, num_tokens=7, past=[]) == {
         "val_loss": loss,
         "val_ppl": ppl,
         "best_epoch": best_epoch,
@@ -48,6 +55,14 @@ def test_results_are_those_of_the_best_epoch_and_of_the_start_only_if_nothing_tr
         "num_trained_tokens": 7 * epochs_run,
         "memory_share_mean": share,
     }
+
+
+def test_epochs_of_a_second_part_count_on():
+    rows = history(joined(LOG, LOG), perplexity)
+    assert [row["epoch"] for row in rows] == [0, 1, 1, 2, 2, 3, 3, 4, 4]
+    assert [row["loss"] for row in rows[5:]] == [row["loss"] for row in rows[1:5]]
+    counted = results(LOG, num_tokens=7, past=LOG)
+    assert counted == results(LOG, num_tokens=7, past=[]) | {"best_epoch": 3, "epochs_run": 4}
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,7 @@ FINETUNE = SCHEDULE | {
     "lora": LoraParams(rank=2, alpha=4.0),
     "kl_weight": 0.0,
     "train_documents": 4,
+    "memory_documents": 0,
     "val_documents": 3,
     "batch_size": 1,
     "lr_scale": LrScale(memory=1.0, infini=1.0, rest=0.5),
@@ -75,8 +76,7 @@ def run(task: TrainingTask, folder: Path, **over: object) -> dict:
     else:
         params = DistillParams(**DISTILL | over)
     return train(
-        task,
-        random_ids(vocab_size, 4, TOKENS),
+        [(task, random_ids(vocab_size, 4, TOKENS))],
         random_ids(vocab_size, 3, TOKENS, seed=1),
         params,
         folder / "run",

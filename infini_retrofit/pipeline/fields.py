@@ -11,6 +11,7 @@ from huggingface_hub.utils import validate_repo_id
 from pydantic import AfterValidator, Field
 
 Count = Annotated[int, Field(gt=0)]
+CountOrZero = Annotated[int, Field(ge=0)]
 Batch = Annotated[int, Field(gt=0, le=65_536)]  # rows that are in memory at once
 Epochs = Annotated[int, Field(gt=0, le=1_000_000)]
 EpochsOrZero = Annotated[int, Field(ge=0, le=1_000_000)]

@@ -43,7 +43,8 @@ def plan_control(
     `params` is section `finetune`, `own` section `finetune_control`.
     """
     params = own.applied_to(params)
-    params = replace(params, lr_scale=replace(params.lr_scale, memory=1.0))
+    no_memory = replace(params.lr_scale, memory=1.0)
+    params = replace(params, lr_scale=no_memory, memory_documents=0)
     layers = resolve_layers(infini.layers, num_layers)
     if params.trainable == "infini" and len(layers) == num_layers and not infini.whole_layers:
         params = replace(params, trainable="attention")

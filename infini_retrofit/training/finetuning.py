@@ -7,7 +7,8 @@ Axes:
     T  token of a document
 """
 
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Literal
 
@@ -17,21 +18,26 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from infini_retrofit.layer.form import InfiniParams
+from infini_retrofit.layer.probe import Probe, Read
 from infini_retrofit.model.running import run_folded
-from infini_retrofit.pipeline.fields import Count, Factor, Weight
+from infini_retrofit.pipeline.fields import Count, CountOrZero, Factor, Weight
+from infini_retrofit.pipeline.progress import say
 from infini_retrofit.scoring.losses import Prediction, mixed_losses, token_nlls
 from infini_retrofit.scoring.memory_use import memory_use, run_and_read
 from infini_retrofit.scoring.score import (
     Score,
     next_tokens,
     score_runs,
+    segment_runs,
     t2_nlls,
     tokens_after_next,
     total,
 )
 from infini_retrofit.training.parameters import LoraParams, add_lora, set_trainable
 from infini_retrofit.training.task import Schedule, TrainingTask
+from infini_retrofit.training.whitening import whiten_keys
 
+WHITENING_DOCUMENTS = 8  # at most
 Trainable = Literal["memory", "infini", "attention", "all", "lora"]
 
 
@@ -54,11 +60,23 @@ class FinetuneParams(Schedule):
     # Of the divergence from the base's prediction; the rest is cross-entropy's.
     kl_weight: Weight
     train_documents: Count  # at most
+    # Of these, the last: the memory alone trains on them, after all else has without it.
+    memory_documents: CountOrZero
     val_documents: Count  # at most
     lr_scale: LrScale
 
     def __post_init__(self) -> None:
-        """Refuse a divergence from the base's prediction of another token."""
+        """Refuse a divergence from the base's prediction of another token, and empty parts."""
+        if self.memory_documents and self.trainable == "memory":
+            raise ValueError(
+                "finetune.memory_documents must be 0 when finetune.trainable is memory: "
+                f"nothing else trains before it, got {self.memory_documents}"
+            )
+        if self.memory_documents >= self.train_documents:
+            raise ValueError(
+                f"finetune.memory_documents must be less than finetune.train_documents, which is "
+                f"{self.train_documents}, got {self.memory_documents}"
+            )
         if self.label_shift == 2 and self.kl_weight:
             raise ValueError(
                 "finetune.kl_weight must be 0 when finetune.label_shift is 2, where the base's "
@@ -76,19 +94,23 @@ class Finetuning(TrainingTask):
         params: FinetuneParams,
         dtype: torch.dtype,
         base: PreTrainedModel | None = None,
+        read: Read = "own",
+        round_frozen: bool = True,
     ) -> None:
         """Choose what trains of a retrofit of the form `infini`, or of its control, in float32.
 
-        `dtype` is that of the matrix products, and of what does not train. The untouched base is
-        there where `params.kl_weight` is not 0; it is frozen.
+        `dtype` is that of the matrix products, and of what does not train, unless
+        `round_frozen` is false. The untouched base is there where `params.kl_weight` is not 0; it
+        is frozen. `read` says what a segment reads.
         """
         if params.trainable == "lora":
             tuner, groups = add_lora(model, params.lora, params.seed, dtype)
         else:
             tuner = None
-            groups = set_trainable(model, params.trainable, infini.whole_layers, dtype)
+            frozen_dtype = dtype if round_frozen else None
+            groups = set_trainable(model, params.trainable, infini.whole_layers, frozen_dtype)
         super().__init__(model, groups, dtype, asdict(params.lr_scale))
-        self.params = params
+        self.params, self.read = params, read
         self.segment_length = infini.segment_length
         if tuner is not None:
             self.merge = tuner.merge_and_unload  # nothing that is saved knows of adapters
@@ -97,7 +119,8 @@ class Finetuning(TrainingTask):
 
     def forward(self, input_ids: Int[Tensor, "B T"]) -> dict[str, Tensor]:
         """Return the mean loss in nats a token; gradients reach through all segments."""
-        hidden_states = run_folded(self.model, input_ids, self.segment_length)
+        probe = Probe(read=self.read)
+        hidden_states = run_folded(self.model, input_ids, self.segment_length, probe)
         if self.params.label_shift == 2:
             predicting, labels = tokens_after_next(input_ids, hidden_states, self.segment_length)
         else:
@@ -116,18 +139,56 @@ class Finetuning(TrainingTask):
         return super().train_ppl(loss) if is_likelihood else ""
 
     def validate(self, val: Int[Tensor, "B T"]) -> dict[str, float]:
-        """Score validation documents under the protocol `segment`.
+        """Score validation documents under the protocol `segment`, or as `read` says.
 
         With the seeds' labels `val_loss` is that of the protocol `t2`, so that the best epoch is
         the seeds' choice; `val_ppl` stays that of `segment`.
         """
-        runs, readings = run_and_read(self.model, val, self.segment_length)
+        if self.read == "off":
+            runs, readings = segment_runs(self.model, val, self.segment_length, "off"), {}
+        else:
+            runs, readings = run_and_read(self.model, val, self.segment_length)
         own = total(score_runs(self.model, runs))
         metrics = {"val_loss": own.nll, "val_ppl": own.ppl}
         if self.params.label_shift == 2:
             t2 = total(Score.of(t2_nlls(self.model, *run, self.segment_length)) for run in runs)
             metrics |= {"val_loss": t2.nll, "t2_val_ppl": t2.ppl}
         return metrics | memory_use(self.model, val, self.segment_length, own, readings)
+
+
+def finetuning_parts(
+    model: PreTrainedModel,
+    infini: InfiniParams,
+    params: FinetuneParams,
+    documents: Int[Tensor, "B T"],
+    dtype: torch.dtype,
+    base: PreTrainedModel | None = None,
+) -> Iterator[tuple[Finetuning, Int[Tensor, "_ T"]]]:
+    """Yield what trains of a retrofit, and on which documents, one part after another.
+
+    With `memory_documents` the memory trains last and alone: its keys then whiten what the trained
+    layers say, and its documents are new to them. The other arguments are those of `Finetuning`.
+
+    Raises:
+        ValueError: if no document is left for the first part.
+    """
+    num_first = len(documents) - params.memory_documents
+    if not params.memory_documents:
+        task = Finetuning(model, infini, params, dtype, base)
+    elif num_first < 1:
+        raise ValueError(
+            f"finetune.memory_documents must be less than the {len(documents)} documents of the "
+            f"train split, got {params.memory_documents}"
+        )
+    else:
+        say(f"first {num_first} documents train without the memory")
+        yield Finetuning(model, infini, params, dtype, base, read="off"), documents[:num_first]
+        documents = documents[num_first:]
+        say(f"then {len(documents)} documents train the memory alone")
+        alone = replace(params, trainable="memory", memory_documents=0)
+        task = Finetuning(model, infini, alone, dtype, base, round_frozen=False)
+    whiten_keys(model, documents[:WHITENING_DOCUMENTS], infini.segment_length, dtype)
+    yield task, documents
 
 
 @torch.no_grad()

@@ -6,11 +6,12 @@ no stage.
 """
 
 import math
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, wait_for_everyone
 from datasets import Dataset
 from torch import Tensor, nn
 from torch.optim import AdamW
@@ -25,7 +26,7 @@ from transformers import (
 from transformers.integrations import TensorBoardCallback, is_tensorboard_available
 
 from infini_retrofit.pipeline.guard import is_first_process, num_processes
-from infini_retrofit.training.report import PREFIX, Log, Report, results
+from infini_retrofit.training.report import PREFIX, Log, Report, joined, results
 from infini_retrofit.training.resuming import Sealing, is_over, last_whole, load_best, read_state
 from infini_retrofit.training.task import Schedule, TrainingTask
 
@@ -40,22 +41,22 @@ MAX_GATE_RATE, MAX_ALPHA_RATE = 0.25, 0.1
 
 
 def train(
-    task: TrainingTask,
-    train_samples: Tensor,
+    parts: Iterable[tuple[TrainingTask, Tensor]],
     val_samples: Tensor,
     schedule: Schedule,
     checkpoints: Path,
     history_path: Path,
     memory_path: Path | None = None,
 ) -> dict[str, int | float | str]:
-    """Train to the weights of the epoch with the lowest val_loss and return its results.
+    """Train one part after another, each for all epochs, and return the results of the last.
 
-    A killed run resumes from the last whole checkpoint. Without epochs, or without a parameter to
-    train, it only validates, and prints that.
+    Epochs, parameters and tokens are counted over all parts. A killed run resumes from the last
+    whole checkpoint. Without epochs, or without a parameter to train, a part only validates, and
+    prints that.
 
     Args:
-        task: holds the weights of the best epoch in the end, in the first process.
-        train_samples: token ids, one row a sample.
+        parts: tasks and what they train on, token ids with one row a sample. Each is made once the
+            part before it has ended.
         val_samples: the same, of other articles.
         schedule: how long and how fast.
         checkpoints: folder of the run.
@@ -65,16 +66,24 @@ def train(
     Raises:
         FloatingPointError: if a loss is not finite.
     """
-    report = Report(task, history_path, memory_path)
-    num_parameters = sum(p.numel() for group in task.groups.values() for p in group)
-    if schedule.epochs and num_parameters:
-        log = _fit(task, train_samples, val_samples, schedule, checkpoints, report)
-    else:
-        metrics = task.run_validation(val_samples)
-        log = [{PREFIX + name: value for name, value in metrics.items()}]
-    task.merge()
-    report.end(log, schedule.epochs)
-    return results(log, train_samples.numel()) | {"num_trainable_parameters": num_parameters}
+    past: Log = []
+    counts = {"num_trained_tokens": 0, "num_trainable_parameters": 0}
+    for number, (task, samples) in enumerate(parts):
+        folder = checkpoints / f"part-{number + 1}" if number else checkpoints
+        report = Report(task, history_path, memory_path, past)
+        num_parameters = sum(p.numel() for group in task.groups.values() for p in group)
+        if schedule.epochs and num_parameters:
+            log = _fit(task, samples, val_samples, schedule, folder, report)
+        else:
+            metrics = task.run_validation(val_samples)
+            log = [{PREFIX + name: value for name, value in metrics.items()}]
+        task.merge()
+        report.end(log, schedule.epochs)
+        found = results(log, samples.numel(), past)
+        counts["num_trained_tokens"] += found["num_trained_tokens"]
+        counts["num_trainable_parameters"] += num_parameters
+        past = joined(past, log)
+    return found | counts
 
 
 def outcome(metrics: dict[str, int | float | str]) -> str:
@@ -118,8 +127,8 @@ def _fit(
         trainer.remove_callback(PrinterCallback)
         trainer.train(resume_from_checkpoint=last)
         state = trainer.state
-    if is_first_process():
-        load_best(task, checkpoints, state)
+    wait_for_everyone()
+    load_best(task, checkpoints, state)  # in every process: another part may follow
     return state.log_history
 
 

@@ -27,8 +27,11 @@ LOSSES = {"loss", "val_loss", "val_ppl"}
 class Report(TrainerCallback):
     """Writes the tables of a run, prints a line for each epoch and shows its steps."""
 
-    def __init__(self, task: TrainingTask, history_path: Path, memory_path: Path | None) -> None:
+    def __init__(
+        self, task: TrainingTask, history_path: Path, memory_path: Path | None, past: Log
+    ) -> None:
         self.task = task
+        self.past = past  # log of what trained before in this run
         self.history_path = history_path
         self.memory_path = memory_path
         self.begin = time.monotonic()
@@ -69,10 +72,22 @@ class Report(TrainerCallback):
 
     def write(self, log: Log) -> None:
         """Write both tables; a model without a memory leaves one without rows."""
+        log = joined(self.past, log)
         if is_first_process():
             write_rows(self.history_path, history(log, self.task.train_ppl), HISTORY_COLUMNS)
             if self.memory_path is not None:
                 write_rows(self.memory_path, memory_history(log), MEMORY_COLUMNS)
+
+
+def joined(past: Log, log: Log) -> Log:
+    """Return two logs as one, whose epochs go on counting.
+
+    The second begins where the first ended: its first validation is left out.
+    """
+    if not past:
+        return log
+    run = max(by_epoch(past))
+    return past + [entry | {"epoch": entry["epoch"] + run} for entry in log if entry.get("epoch")]
 
 
 def by_epoch(log: Log) -> Epochs:
@@ -133,12 +148,15 @@ def memory_history(log: Log) -> list[Row]:
     ]
 
 
-def results(log: Log, num_tokens: int) -> Row:
-    """Return the validation of the best epoch, and how much was trained at `num_tokens` each."""
-    epochs = by_epoch(log)
+def results(log: Log, num_tokens: int, past: Log) -> Row:
+    """Return the validation of a log's best epoch, and how much was trained at `num_tokens` each.
+
+    Epochs count on from those of `past`, tokens do not.
+    """
+    epochs, run_before = by_epoch(log), max(by_epoch(past), default=0)
     epochs_run, best = max(epochs), best_epoch(epochs)
     return {name: value for name, value in epochs[best].items() if name != "loss"} | {
-        "best_epoch": best,
-        "epochs_run": epochs_run,
+        "best_epoch": run_before + best,
+        "epochs_run": run_before + epochs_run,
         "num_trained_tokens": epochs_run * num_tokens,
     }
