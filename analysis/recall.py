@@ -44,6 +44,7 @@ from infini_retrofit.layer.memory import (
     match,
     retrieve,
     scan_states,
+    with_slots,
 )
 from infini_retrofit.model.retrofit import infini_modules, insert_infini
 from infini_retrofit.model.running import run_folded
@@ -170,7 +171,7 @@ def recall(
     num_features: int,
 ) -> Bool[Tensor, "A"]:
     """Write a document behind its window, and return which tokens are recalled."""
-    num_slots = 0
+    num_slots = None
     if rule == "neural_cache":
         room, num_features = state_bytes(words, num_features), min(CACHE_FEATURES, key.shape[1])
         num_slots = room // slot_bytes(num_features, "bfloat16")
@@ -183,7 +184,10 @@ def recall(
     if rule == "gated_delta":
         ones = torch.ones_like(old[..., 0])
         write = replace(write, strength=ones, log_decay=torch.zeros_like(ones))
-    memories, _ = scan_states(write, rule, empty_state(write, num_slots))
+    first = empty_state(write)
+    if num_slots is not None:
+        first = with_slots(first, num_slots)
+    memories, _ = scan_states(write, rule, first)
     query = asked - 1
     # A query sees what left the window before its own segment began.
     late = WINDOW // SEGMENT

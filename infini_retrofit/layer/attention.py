@@ -198,6 +198,8 @@ class InfiniAttention(nn.Module):
             if (line := segments.line) is not None:
                 after = LayerState(segments.memory, line.last(), line.sink)
         if state is not None:
+            if after.memory is not None:
+                after = replace(after, memory=self.memory.whole(after.memory))
             state.after[self.layer_index] = after
         return self.o_proj(out.to(hidden_states.dtype)), None
 

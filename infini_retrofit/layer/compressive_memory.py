@@ -33,6 +33,7 @@ from infini_retrofit.layer.memory import (
     prefix_states,
     retrieve,
     scan_states,
+    with_slots,
     write_segments,
 )
 
@@ -108,10 +109,10 @@ class CompressiveMemory(nn.Module):
         """
         with torch.autocast(feature.device.type, enabled=False):
             write, retention = self._write(feature, key, value, is_token)
-            if before is None:
-                first = empty_state(write, self.num_slots)
-            else:
-                first = before.to(feature.dtype)
+            first = empty_state(write) if before is None else before.to(feature.dtype)
+            if self.rule == "neural_cache" and before is None:
+                # No more slots than these tokens can fill.
+                first = with_slots(first, min(feature[0, :, 0, :, 0].numel(), self.num_slots))
             if self.stop_gradient_every is not None:
                 first = first.detach()
             if self.rule == "linear" and retention is None and self.state_dtype is None:
@@ -119,6 +120,10 @@ class CompressiveMemory(nn.Module):
             options = (self.stop_gradient_every, self.state_dtype)
             memories, after = scan_states(write, self.rule, first, retention, *options)
             return memories, after.to(self.state_dtype or feature.dtype)
+
+    def whole(self, state: MemoryState) -> MemoryState:
+        """Return a memory as it crosses calls: a neural cache with all of its slots."""
+        return with_slots(state, self.num_slots) if self.rule == "neural_cache" else state
 
     def _write(
         self,
@@ -167,6 +172,9 @@ class CompressiveMemory(nn.Module):
         mask = None if is_token is None else is_token.flatten(0, 1)[:, None]
         after = self.states(*alone, mask, None)[1].map(lambda x: x.unflatten(0, feature.shape[:2]))
         first, _ = self.states(feature[:, :1], key[:, :1], value[:, :1], None, before)
+        if self.rule == "neural_cache":
+            num_slots = max(x.normalizer.shape[-1] for x in (first, after))
+            first, after = with_slots(first, num_slots), with_slots(after, num_slots)
         memories = first.map(lambda x, y: torch.cat([x, y[:, :-1].to(x.dtype)], dim=1), after)
         return memories, after.map(lambda x: x[:, -1])
 

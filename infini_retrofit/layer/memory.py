@@ -24,6 +24,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int, Num
 from torch import Tensor
 
@@ -180,11 +181,11 @@ def scan_states(
     return states[0].map(lambda *x: torch.stack(x, dim=1), *states[1:]), state
 
 
-def empty_state(write: Write, num_slots: int = 0) -> MemoryState:
-    """Return an empty memory for the documents of a write; slots are a neural cache's."""
+def empty_state(write: Write) -> MemoryState:
+    """Return an empty memory for the documents of a write; a neural cache without slots for ids."""
     batch, _, num_heads, _, num_features = write.feature.shape
-    if num_slots:
-        matrix = write.feature.new_zeros(batch, num_heads, num_slots, num_features)
+    if not write.value.is_floating_point():
+        matrix = write.feature.new_zeros(batch, num_heads, 0, num_features)
         return MemoryState(matrix, matrix[..., 0].int())
     matrix = write.feature.new_zeros(batch, num_heads, num_features, write.value.shape[-1])
     has_normalizer = write.strength is None
@@ -237,6 +238,14 @@ def _gated_delta(matrix: Float[Tensor, "B N F V"], write: Write) -> Float[Tensor
     end = age[..., -1:]
     faded = key * (end - age)[..., None].exp()
     return matrix * end[..., None].exp() + faded.transpose(-1, -2) @ written
+
+
+def with_slots(state: MemoryState, num_slots: int) -> MemoryState:
+    """Give a neural cache empty slots before its own, so that it has as many."""
+    more = num_slots - state.normalizer.shape[-1]
+    if not more:
+        return state
+    return MemoryState(F.pad(state.matrix, (0, 0, more, 0)), F.pad(state.normalizer, (more, 0)))
 
 
 def _keep(state: MemoryState, write: Write) -> MemoryState:
