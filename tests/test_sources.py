@@ -193,6 +193,13 @@ def test_a_packed_file_arrives_unpacked(tmp_path, wheel):
     config = json.loads((tmp_path / "base/config.json").read_text())
     assert not config.keys() & {"quantization_config", "_name_or_path", "_model_name_or_path"}
     assert wheel_base(wheel).known_depth() == config["num_hidden_layers"] == 2
+    local = LocalBase(path=str(wheel / FILE))
+    bring_base(local, "tiny", tmp_path / "again")
+    assert_same_model(tmp_path / "again", model)
+    assert local.known_depth() == 2
+    (wheel / FILE).write_bytes((wheel / FILE).read_bytes()[:500])
+    with pytest.raises(ValueError, match="must be a whole GGUF file"):
+        local.load()
     assert wheel_base(wheel, package="no-such-wheel").known_depth() is None
 
 

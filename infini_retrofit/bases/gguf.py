@@ -4,6 +4,7 @@ Knows the file format through transformers only, and nothing of the file's origi
 """
 
 import re
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +31,22 @@ def read_gguf(path: Path, source: str) -> BaseModel:
 
 
 def read_metadata(path: Path) -> dict[str, Any]:
-    """Read what a file says of its model, by the keys of the GGUF format."""
-    return read_gguf_metadata(str(path))[0]
+    """Read what a file says of its model, by the keys of the GGUF format.
+
+    Raises:
+        FileNotFoundError: if there is none.
+        ValueError: if it is no whole GGUF file.
+    """
+    try:
+        return read_gguf_metadata(str(path))[0]
+    except struct.error as error:
+        raise ValueError(f"{path} must be a whole GGUF file, got the beginning of one") from error
+
+
+def gguf_depth(path: Path) -> int | None:
+    """Return how many layers a file's model has, if it says so."""
+    metadata = read_metadata(path)
+    return metadata.get(f"{metadata['general.architecture']}.block_count")
 
 
 def read_tokenizer(path: Path) -> PreTrainedTokenizerFast:

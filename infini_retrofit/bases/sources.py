@@ -15,7 +15,7 @@ from pathlib import Path
 from huggingface_hub import try_to_load_from_cache
 
 from infini_retrofit.bases.folder import WEIGHTS, BaseModel, check_config, known_depth, read_base
-from infini_retrofit.bases.gguf import read_gguf, read_metadata
+from infini_retrofit.bases.gguf import gguf_depth, read_gguf
 from infini_retrofit.bases.scratch import ScratchBase
 from infini_retrofit.pipeline.fields import (
     Commit,
@@ -50,10 +50,9 @@ class WheelBase:
     def known_depth(self) -> int | None:
         """Read the file, if it is installed."""
         try:
-            metadata = read_metadata(self.find())
+            return gguf_depth(self.find())
         except FileNotFoundError:
             return None
-        return metadata.get(f"{metadata['general.architecture']}.block_count")
 
     def load(self) -> BaseModel:
         """Read the file and unpack its weights to float32."""
@@ -105,21 +104,28 @@ class HubBase:
 
 @dataclass(frozen=True, kw_only=True)
 class LocalBase:
-    """A folder in Hugging Face form."""
+    """A folder in Hugging Face form, or a GGUF file."""
 
     path: LocalPath  # relative to the project's top folder, or absolute
 
     def known_depth(self) -> int | None:
         """Read the configuration, if it is there."""
-        return known_depth(given_path(self.path), self._source)
+        path = given_path(self.path)
+        if self._is_file:
+            return gguf_depth(path) if path.is_file() else None
+        return known_depth(path, self._source)
 
     def load(self) -> BaseModel:
-        """Read the folder."""
-        return read_base(given_path(self.path), self._source)
+        """Read the folder, or unpack the file's weights to float32."""
+        return (read_gguf if self._is_file else read_base)(given_path(self.path), self._source)
+
+    @property
+    def _is_file(self) -> bool:
+        return Path(self.path).suffix == ".gguf"
 
     @property
     def _source(self) -> str:
-        return f"local folder {Path(self.path).name}"
+        return f"local {'file' if self._is_file else 'folder'} {Path(self.path).name}"
 
 
 BASE_KINDS = {"wheel": WheelBase, "hub": HubBase, "local": LocalBase, "scratch": ScratchBase}
@@ -131,7 +137,8 @@ Base = WheelBase | HubBase | LocalBase | ScratchBase
 def choose_base(name: str, presets: Mapping[str, Base]) -> Base:
     """Return the base that `model` of params.yaml names.
 
-    That is a preset, a folder, or a repository of the Hub at a commit: `org/name@commit`.
+    That is a preset, a folder or GGUF file, or a repository of the Hub at a commit:
+    `org/name@commit`.
 
     Raises:
         ValueError: if it is neither, or no commit is named.
@@ -146,8 +153,9 @@ def choose_base(name: str, presets: Mapping[str, Base]) -> Base:
         return build(LocalBase, {"path": name}, "model")
     choices = ", ".join(sorted(presets))
     raise ValueError(
-        f"model must be one of {choices} (the keys of models), a folder such as ./my-model, or "
-        f"org/name@commit of the Hugging Face Hub with all 40 digits of a commit, got {name!r}"
+        f"model must be one of {choices} (the keys of models), a folder or GGUF file such "
+        "as ./my-model, or org/name@commit of the Hugging Face Hub with all 40 digits of a "
+        f"commit, got {name!r}"
     )
 
 
