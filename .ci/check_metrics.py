@@ -19,30 +19,27 @@ from ruamel.yaml import YAML
 MARGIN = 8  # allowed: so many times the largest difference seen, for processors not measured
 # The largest differences between the committed run, of bfloat16 products, and one in float32.
 # Perplexities are compared by their logarithms, all else as it stands. The first pattern that
-# matches a metric counts; a metric without a pattern must be equal.
+# matches a metric counts; a metric without a pattern must be equal. Of `finetuned` the validation
+# was compared: it stands for the test.
 DIFFERENCES = [
     # metrics                                                   float32  if broken
     # The number type moves a few of the tokens that a threshold chooses.
-    (r".*num_key_tokens", 10),  # of 794
+    (r".*num_key_tokens", 10),  # of 1,951
     (r"eval_longcontext\..*_(accuracy|greedy|worst_cell)", 0.125),  # any: few prompts are asked
     (r"eval_longcontext\..*_nll", 0.0012),  # labels off: 7.1
     (r".*key_token_nll_\w+", 0.0231),  # memory not read: 0.76
     (r"(baseline_eval|\w+\.base)\.(?!t2|unigram)\w+_(ppl|nll)", 0.0006),  # labels off: 7.1
     (r"eval_sliding\.finetuned\.t2_test_ppl", 0.0099),  # one shift: 6.8
     (r".*t2_test_ppl", 0.0033),  # one shift: 6.9
-    (r"(finetune_control|.*control\w*)\.\w+_(ppl|nll|loss)", 0.0007),  # untrained: 0.075
-    (r".*gap_test_nats", 0.0003),  # no border: 0.17
+    (r"(finetune_control|.*control\w*)\.\w+_(ppl|nll|loss)", 0.0013),  # untrained: 0.068
+    (r".*gap_test_nats", 0.0003),  # no border: 0.12
     (r"distill\.val_loss", 0.0039),  # another objective, another scale
     (r"distill\.\w+_ppl", 0.0006),  # memory not read: 0.010
     (r"distill\.(memory_share|recalled)\w+", 0.0001),  # another start: 0.28
-    (r".*finetuned\.segment_swapped\w+", 0.0031),  # its own: 0.060
-    (r"(finetune|.*finetuned)\.\w+_(ppl|nll|loss)", 0.0012),  # the base: 0.067
-    (r"finetune\.memory_share_p95", 0.0020),  # gates never moved: 0.19
-    (r"finetune\.memory_share\w+", 0.0005),  # gates never moved: 0.031
-    (r"finetune\.recalled_over_local", 0.0043),  # memory not read: 1.8
-    (r".*finetuned\.gain_over_swapped\w*", 0.0060),  # memory not read: 0.060
-    (r".*finetuned\.gain_over_\w+", 0.0006),  # memory not read: 0.067
-    (r".*finetuned\.gap_recovered", 0.0017),  # no control: 0.30
+    (r"(finetune|.*finetuned)\.\w+_(ppl|nll|loss)", 0.0017),  # the base: 0.087
+    (r"finetune\.memory_share\w+", 0.0016),  # gates never moved: 0.031
+    (r".*finetuned\.gain_over_\w+", 0.0010),  # memory not read: 0.022
+    (r".*finetuned\.gap_recovered", 0.0080),  # no control: 0.17
 ]
 UNTRAINED = ("check_params", "prepare_")  # stages whose outputs are equal on every machine
 

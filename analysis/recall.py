@@ -174,7 +174,7 @@ def recall(
     num_slots = None
     if rule == "neural_cache":
         room, num_features = state_bytes(words, num_features), min(CACHE_FEATURES, key.shape[1])
-        num_slots = room // slot_bytes(num_features, "bfloat16")
+        num_slots = max(1, room // slot_bytes(num_features, "bfloat16"))
         value = ids[:, None] + 1
     chosen = key[:, :num_features]
     feature = F.normalize(chosen, dim=-1) if rule in UNIT_RULES else elu1(chosen)

@@ -193,6 +193,7 @@ def _training(
         params = FinetuneParams(
             trainable="infini",
             train_documents=1,
+            memory_documents=0,
             val_documents=1,
             lora=LoraParams(rank=8, alpha=16.0),
             kl_weight=0.0,

@@ -86,6 +86,13 @@ def check_between(params: Params) -> None:
                 f"{section}.trainable must be one of all, attention, lora when infini.layers is "
                 f"[], where no Infini layer could train, got {trainable}"
             )
+    if number := params.finetune.memory_documents:
+        of_branch = params.infini.local == "none" and params.finetune.trainable == "infini"
+        if not params.infini.has_memory or of_branch:
+            raise ValueError(
+                "finetune.memory_documents must be 0 where the memory is off, or all that trains, "
+                f"got {number}"
+            )
     check_objective(params.infini, params.distill)
 
 

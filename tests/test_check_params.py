@@ -8,8 +8,9 @@ import pytest
 from infini_retrofit.pipeline.files import write_manifest
 from stages import check_params
 from tests.tiny import tiny_base_folder
-from tests.tiny_project import write_params
+from tests.tiny_project import SMALL, write_params
 
+AS_PUBLISHED = {k.replace(".", "__"): v for k, v in SMALL.items()}
 OLD = "of an earlier run"
 
 
@@ -75,13 +76,15 @@ def test_the_project_s_own_parameters_pass_and_the_output_is_constant(earlier):
         ({"longdocs__tokens_per_document": 256}, r"document must be at least 2 segments .* 256$"),
         ({"distill__tokens_per_sample": 1000}, r"sample must be a multiple .* got 1000$"),
         (
-            {"infini__init": "random_layer", "distill__objective": "attention_output"},
+            AS_PUBLISHED | {"infini__init": "random_layer"},
             r"^distill\.objective must be layer_output when .* random_layer, .* attention_output$",
         ),
         (
-            {"infini__insertion": "adapter", "distill__epochs": 1},
+            AS_PUBLISHED | {"infini__insertion": "adapter", "distill__epochs": 1},
             r"^distill\.objective must be layer_output when .* adapter, .* got attention_output$",
         ),
+        ({"infini__memory_layers": []}, r"^finetune\.memory_documents must be 0 where .* got 8$"),
+        ({"finetune__trainable": "infini"}, r"^finetune\.memory_documents must be 0 where"),
         ({"infini__segment_length": 384}, r"must be a multiple of infini\.segment_length \(384"),
     ],
 )

@@ -104,6 +104,10 @@ def test_it_is_the_loss_of_a_model_that_shifts_labels_which_were_shifted_already
     assert abs(base(input_ids=segments, labels=segments).loss - want) > 1e-3
 
 
+def len_trained(task: Finetuning) -> int:
+    return sum(p.numel() for group in task.groups.values() for p in group)
+
+
 @both_families
 def test_a_memory_that_trains_last_finds_the_rest_trained_as_its_control(family, tmp_path):
     over = {"trainable": "attention", "memory_documents": 2, "epochs": 2, "patience": 2}
@@ -131,6 +135,9 @@ def test_a_memory_that_trains_last_finds_the_rest_trained_as_its_control(family,
     assert after
     assert not any(torch.equal(x, before[name]) for name, x in after.items())
     assert (metrics["epochs_run"], metrics["num_trained_tokens"]) == (4, 2 * 4 * TOKENS)
+    assert metrics["num_trainable_parameters"] == len_trained(control) + sum(
+        x.numel() for name, x in model.named_parameters() if name in after
+    )
     rows = (tmp_path / "run.tsv").read_text().splitlines()[1:]
     assert [row[:1] for row in rows] == list("011223344")
 

@@ -12,6 +12,7 @@ from infini_retrofit.layer.attention import InfiniAttention
 from infini_retrofit.layer.cut import Cut
 from infini_retrofit.layer.form import InfiniParams
 from infini_retrofit.layer.naive import NaiveLayer
+from infini_retrofit.layer.probe import Probe
 from infini_retrofit.layer.state import LayerState, State
 from tests.reference import (
     CHOICES,
@@ -181,7 +182,12 @@ def test_a_neural_cache_equals_the_loop(key, num_slots):
     layer.memory.sharpness.data.fill_(3.0)
     layer.memory.floor.data.fill_(1.0)
     ids = torch.randperm(DOCUMENT)
-    got = layer(x[:1], token_ids=ids[None], embed=lambda tokens: x[1][tokens])[0][0]
+    given = {"token_ids": ids[None], "embed": lambda tokens: x[1][tokens]}
+    probe, state = Probe(memories={}), State()
+    got = layer(x[:1], probe=probe, state=state, **given)[0][0]
+    # No more slots than the document can fill; all of them cross to the next call.
+    assert probe.memories[layer.layer_index].normalizer.shape[-1] == min(num_slots, DOCUMENT)
+    assert state.after[layer.layer_index].memory.normalizer.shape[-1] == num_slots
     want = NaiveLayer(layer, infini_params(**form))(x[0], None, embeddings=x[1][ids])
     assert largest(got - want) < 1e-9
     inputs = (x, layer.memory.sharpness, layer.memory.floor)

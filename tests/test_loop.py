@@ -18,7 +18,8 @@ from infini_retrofit.training.finetuning import LrScale
 from infini_retrofit.training.loop import rate_factor
 from infini_retrofit.training.resuming import last_whole
 from infini_retrofit.training.task import TrainingTask
-from tests.tiny_training import TOKENS, finetuning, run
+from tests.tiny import random_ids
+from tests.tiny_training import TOKENS, finetune_params, finetuning, run
 
 STEPS = 4  # of an epoch
 
@@ -271,4 +272,9 @@ def test_tensorboard_is_told_where_it_is_installed_and_nothing_else_is(tmp_path,
         run(finetuning(), tmp_path / str(is_installed), epochs=1)
         assert bool(Callback.told) == is_installed
     assert {where for where, *_ in Callback.told} == {"runs/run"}
+    monkeypatch.setattr(loop, "is_tensorboard_available", lambda: True)
+    ids, params = random_ids(64, 3, TOKENS), finetune_params(epochs=1)
+    parts = [(finetuning(), ids), (finetuning(), ids)]
+    loop.train(parts, ids, params, tmp_path / "two", tmp_path / "two.tsv")
+    assert {where for where, *_ in Callback.told} == {"runs/run", "runs/two", "runs/two/part-2"}
     assert any("eval_val_ppl" in names for names in Callback.told)

@@ -27,7 +27,7 @@ OWN_BUDGET = {
     "memory-only": {"finetune.lr"},
     "memory-and-context": {"finetune.lr"},
     "code-gated-delta": {"finetune.lr"},
-    "passkey": {"longdocs.tokens_per_document", "finetune.train_documents", "finetune.lr"},
+    "passkey": {"longdocs.tokens_per_document", "finetune.train_documents"},
     "passkey-mini": {
         "longdocs.tokens_per_document",
         "distill.samples",
@@ -114,6 +114,7 @@ def test_recipes_share_one_budget_and_none_of_them_stops_early(name):
     sections = ("distill.", "finetune.", "finetune_control.")
     fixed = {k for k in values if k.split(".")[-1] in SIZES and k.startswith(sections)}
     chosen = {key for key in values if key.startswith("infini.") or key.endswith(".trainable")}
+    chosen |= {"longdocs.corpus", "finetune.memory_documents", "finetune.lr_scale.memory"}
     fixed |= own_values("budget").keys() - chosen - {"finetune_control.lr"}
     assert own_values(name).keys() & fixed == OWN_BUDGET.get(name, set())
     merged = values | read_overlay(name)

@@ -106,6 +106,10 @@ def test_where_only_the_memory_was_trained_the_rivals_are_the_base_s():
     sentence = verdict(trained(measured(29.2, segment_off=29.5), local_context=8))
     assert "The memory helps: perplexity 29.20" in sentence
     assert "itself with the memory off (29.50)" in sentence
+    # But beside a branch that is a memory alone, the base's attention has that window.
+    branch = {"init": "random_attention", "local": "none", "local_context": 16}
+    sentence = verdict(trained(measured(29.2, segment_off=30.0), **branch))
+    assert "29.20 in a window of 16 to 32 tokens, better than its untouched base" in sentence
 
 
 def test_a_model_without_a_memory_is_told_as_one():

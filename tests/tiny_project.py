@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from ruamel.yaml import YAML
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from infini_retrofit.pipeline.params import read_params
+from infini_retrofit.pipeline.schema import leaves
 from tests.tiny import Family, tiny_model, tiny_tokenizer
 
 ROOT = Path(__file__).parent.parent
@@ -19,7 +21,7 @@ TOKENS_PER_DOCUMENT, SEGMENT = 64, 16
 NUM_TEXTS, TRAINING_STEPS = 40, 150
 # A text is A3B3C3...: the digit is the same everywhere in it, but no segment knows it at once.
 ALPHABET = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
-SMALL = {
+SMALL = dict(leaves(read_params(ROOT / "recipes/budget.yaml"))) | {  # the form as published
     "model": "my-model",
     "models.my-model.path": "own-model",
     "corpus": "my-texts",
@@ -27,24 +29,18 @@ SMALL = {
     "corpora.my-texts.val_share": 0.3,
     "corpora.my-texts.test_share": 0.3,
     "longdocs.tokens_per_document": TOKENS_PER_DOCUMENT,
-    "infini.feature_map": "elu1",
-    "infini.num_features": "base",
-    "infini.gate": "head",
-    "infini.decay": "none",
     "infini.segment_length": SEGMENT,
-    "distill.trainable": "infini",
     "distill.samples": 8,
     "distill.val_samples": 2,
     "distill.tokens_per_sample": 2 * SEGMENT,
     "distill.epochs": 3,
-    "distill.lr": 2e-3,
+    "distill.patience": 2,
     "finetune.train_documents": 4,
     "finetune.val_documents": 2,
     "finetune.batch_size": 1,
     "finetune.epochs": 2,
+    "finetune.patience": 2,
     "finetune.lr": 2e-4,
-    "finetune_control.trainable": "same",
-    "finetune_control.lr": "same",
     "eval.window": 32,
     "eval.stride": 16,
     "eval.sliding_tokens": 200,

@@ -16,7 +16,8 @@ from analysis.report.verdict import number, verdict
 Rows = Sequence[Sequence[str]]
 NOTES = {
     "Perplexity by protocol": (
-        "In segments every layer sees its own segment, and only the memory crosses the border."
+        "In segments attention sees its own segment and the carried tokens; the memory holds older "
+        "ones."
     ),
     "Training": (
         "Documents are scored in segments, samples are not: compare only curves of one kind."

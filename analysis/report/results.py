@@ -70,7 +70,8 @@ class Results:
         """Whether the base's own weights are as they were."""
         infini, distill, finetune = (self.params[k] for k in ("infini", "distill", "finetune"))
         distilled_alone = not distill["epochs"] or distill["trainable"] == "memory"
-        return infini["init"] == "base" and distilled_alone and finetune["trainable"] == "memory"
+        is_kept = infini["init"] == "base" or infini["local"] == "none"  # a branch beside it
+        return is_kept and distilled_alone and finetune["trainable"] == "memory"
 
     @property
     def is_base_when_off(self) -> bool:
@@ -78,8 +79,25 @@ class Results:
         if not self.trained_memory_alone:
             return False
         infini = self.params["infini"]
+        if infini["local"] == "none":  # the base's attention stands beside, in the window it has
+            return True
         as_base = (infini["local"], infini["positions"]) == ("softmax", "rope")
         return as_base and not infini["local_context"]
+
+    @property
+    def groups(self) -> str:
+        """What intervals resample, in a word."""
+        corpus = self.params.get("longdocs", {}).get("corpus")
+        source = self.params.get("corpora", {}).get(corpus, {}).get("source")
+        return "packages" if source == "packages" else "articles"
+
+    @property
+    def sight(self) -> str:
+        """How far attention sees, in words."""
+        length, context = self.segment_length, self.params["infini"]["local_context"]
+        if not context:
+            return f"in segments of {length} tokens"
+        return f"in a window of {context} to {context + length} tokens"
 
 
 def read_results(read: Callable[[str], str]) -> Results:

@@ -86,11 +86,9 @@ def verdict(results: Results) -> str:
         if (of_relation := [gain for gain in rivals if gain.relation == relation])
     ]
     subject = _lead(results, found) if results.has_memory else "The model has no memory"
-    score, length = number(results.ppl("segment")), results.segment_length
+    score = number(results.ppl("segment"))
     basis = _basis(results, rivals[0].low is not None)
-    return (
-        f"{subject}: perplexity {score} in segments of {length} tokens, {'; '.join(parts)}. {basis}"
-    )
+    return f"{subject}: perplexity {score} {results.sight}, {'; '.join(parts)}. {basis}"
 
 
 def _lead(results: Results, found: Mapping[str, Gain]) -> str:
@@ -111,10 +109,10 @@ def _lead(results: Results, found: Mapping[str, Gain]) -> str:
 
 def _basis(results: Results, has_intervals: bool) -> str:
     """Return what the verdict rests on."""
-    articles = results.scores["finetuned"].get("num_articles")
+    num_groups, groups = results.scores["finetuned"].get("num_articles"), results.groups
     if has_intervals:
-        return f"Judged by 95% intervals over {articles} articles."
-    return f"({articles or 'Unknown'} articles: too few for intervals.)"
+        return f"Judged by 95% intervals over {num_groups} {groups}."
+    return f"({num_groups or 'Unknown'} {groups}: too few for intervals.)"
 
 
 def summarize(results: Results) -> dict[str, float]:

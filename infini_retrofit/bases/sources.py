@@ -153,9 +153,9 @@ def choose_base(name: str, presets: Mapping[str, Base]) -> Base:
         return build(LocalBase, {"path": name}, "model")
     choices = ", ".join(sorted(presets))
     raise ValueError(
-        f"model must be one of {choices} (the keys of models), a folder or GGUF file such "
-        "as ./my-model, or org/name@commit of the Hugging Face Hub with all 40 digits of a "
-        f"commit, got {name!r}"
+        f"model must be one of {choices} (the keys of models), a folder such as ./my-model, "
+        "a GGUF file such as ./my.gguf, or org/name@commit of the Hugging Face Hub with all 40 "
+        f"digits of a commit, got {name!r}"
     )
 
 

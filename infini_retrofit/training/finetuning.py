@@ -178,7 +178,7 @@ def finetuning_parts(
     elif num_first < 1:
         raise ValueError(
             f"finetune.memory_documents must be less than the {len(documents)} documents of the "
-            f"train split, got {params.memory_documents}"
+            f"train split, got {params.memory_documents}: lower it, or longdocs.tokens_per_document"
         )
     else:
         say(f"first {num_first} documents train without the memory")

@@ -67,22 +67,23 @@ def train(
         FloatingPointError: if a loss is not finite.
     """
     past: Log = []
-    counts = {"num_trained_tokens": 0, "num_trainable_parameters": 0}
+    num_tokens, trained = 0, {}
     for number, (task, samples) in enumerate(parts):
-        folder = checkpoints / f"part-{number + 1}" if number else checkpoints
+        part = f"part-{number + 1}" if number else ""
         report = Report(task, history_path, memory_path, past)
-        num_parameters = sum(p.numel() for group in task.groups.values() for p in group)
-        if schedule.epochs and num_parameters:
-            log = _fit(task, samples, val_samples, schedule, folder, report)
+        own = {id(p): p.numel() for group in task.groups.values() for p in group}
+        trained |= own  # a parameter of two parts counts once
+        if schedule.epochs and own:
+            log = _fit(task, samples, val_samples, schedule, checkpoints, report, part)
         else:
             metrics = task.run_validation(val_samples)
             log = [{PREFIX + name: value for name, value in metrics.items()}]
         task.merge()
         report.end(log, schedule.epochs)
         found = results(log, samples.numel(), past)
-        counts["num_trained_tokens"] += found["num_trained_tokens"]
-        counts["num_trainable_parameters"] += num_parameters
+        num_tokens += found["num_trained_tokens"]
         past = joined(past, log)
+    counts = {"num_trained_tokens": num_tokens, "num_trainable_parameters": sum(trained.values())}
     return found | counts
 
 
@@ -99,10 +100,12 @@ def _fit(
     train_samples: Tensor,
     val_samples: Tensor,
     schedule: Schedule,
-    checkpoints: Path,
+    run: Path,
     report: Report,
+    part: str,
 ) -> Log:
     """Run the Trainer, from its last whole checkpoint if there is one, and return its log."""
+    checkpoints = run / part
     arguments = _arguments(schedule, checkpoints, task.dtype)
     last = last_whole(checkpoints) if is_first_process() else None
     last = broadcast_object_list([last])[0]
@@ -121,7 +124,7 @@ def _fit(
             optimizers=_optimizer(task, schedule.lr, num_steps),
             callbacks=[
                 *(EarlyStoppingCallback(schedule.patience), report, Sealing()),
-                *_tensorboard(checkpoints.name),
+                *_tensorboard(Path(run.name, part)),
             ],
         )
         trainer.remove_callback(PrinterCallback)
@@ -160,12 +163,12 @@ def _arguments(schedule: Schedule, checkpoints: Path, dtype: torch.dtype) -> Tra
     return arguments
 
 
-def _tensorboard(name: str) -> list[TrainerCallback]:
+def _tensorboard(run: Path) -> list[TrainerCallback]:
     """Log to runs/ where TensorBoard is installed: the run's own folder is removed at its end."""
     if not is_tensorboard_available():
         return []
     callback = TensorBoardCallback()
-    callback.logging_dir = callback.logging_dir or str(Path("runs", name))
+    callback.logging_dir = callback.logging_dir or str("runs" / run)
     return [callback]
 
 
