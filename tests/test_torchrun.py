@@ -125,7 +125,8 @@ def test_all_processes_stop_when_the_first_does(runs):
     results = returned(runs, "stop_early")
     assert results[0] == results[1]
     assert (results[0]["epochs_run"], results[0]["best_epoch"]) == (3, 1)
-    assert not (runs[0] / "early-1/history.tsv").exists()
+    rows = [row.split("\t") for row in (runs[0] / "early/history.tsv").read_text().splitlines()]
+    assert [float(loss) for _, split, loss, _ in rows[1:] if split == "val"] == [9, 5, 6, 7]
     assert runs[1].stdout.count("stopped early after epoch 3, best 1\n") == 1
     assert "{" not in runs[1].stdout
 
