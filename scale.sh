@@ -22,8 +22,9 @@ if [ -d wheels ]; then
 fi
 # A memory that trains last keeps its share of them.
 last=$("$python" -c 'import sys; from recipes.overlays import read_overlay as read
-own = read(sys.argv[1]); print(own["finetune.memory_documents"] * int(sys.argv[2]) // 40)' "$recipe" "$text")
-settings=(finetune.train_documents="$text" finetune.memory_documents="$last" corpora.python-sources.files_per_package="$text" "$@")
+own = read(sys.argv[1]); print(own["finetune.memory_documents"] * int(sys.argv[2]) // own["finetune.train_documents"])' "$recipe" "$text")
+settings=(finetune.train_documents="$text" finetune.memory_documents="$last"
+  corpora.python-sources.files_per_package="$text" "$@")
 "$python" -m recipes "$recipe" "${settings[@]/#/-S}" --without-dvc "$out"
 "$python" -c 'import torch; print(torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu")' \
   | tee "$out/device.txt"

@@ -171,7 +171,6 @@ def recall(
     num_features: int,
 ) -> Bool[Tensor, "A"]:
     """Write a document behind its window, and return which tokens are recalled."""
-    num_slots = None
     if rule == "neural_cache":
         room, num_features = state_bytes(words, num_features), min(CACHE_FEATURES, key.shape[1])
         num_slots = max(1, room // slot_bytes(num_features, "bfloat16"))
@@ -185,7 +184,7 @@ def recall(
         ones = torch.ones_like(old[..., 0])
         write = replace(write, strength=ones, log_decay=torch.zeros_like(ones))
     first = empty_state(write)
-    if num_slots is not None:
+    if rule == "neural_cache":
         first = with_slots(first, num_slots)
     memories, _ = scan_states(write, rule, first)
     query = asked - 1
