@@ -107,7 +107,8 @@ class InfiniCache(Cache):
             self.is_token = new if self.is_token is None else torch.cat([self.is_token, new], dim=1)
         self.num_seen += num_columns
         self.layer_states = state.after
-        self._change(torch.Tensor.detach)
+        if torch.is_grad_enabled():
+            self._change(torch.Tensor.detach)
 
     def mask_for(
         self, input_ids: Int[Tensor, "B T"], attention_mask: Int[Tensor, "B T"] | None = None
