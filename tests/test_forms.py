@@ -1,6 +1,6 @@
 """Every form of the Infini layer against the loop over tokens, in value and gradient."""
 
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import get_args
 
 import pytest
@@ -21,6 +21,7 @@ from tests.reference import (
     MEMORY_BRANCH,
     PUBLISHED,
     SEGMENT,
+    SHAPE,
     WIDTH,
     draw_hidden,
     every_form,
@@ -206,6 +207,27 @@ def test_the_loop_tells_forms_apart(change):
     got = run_layer(layer, x)
     assert largest(got - run_naive(layer, PUBLISHED | change, x)) < 1e-9
     assert largest(got - run_naive(other, PUBLISHED, x)) > 1e-4
+
+
+@pytest.mark.parametrize(
+    "change", [{"norms": "head"}, {"norms": "all"}, {"clip": 0.3}, {"scaling": 0.9}, {"window": 3}],
+    ids=str,
+)
+@torch.no_grad()
+def test_what_some_bases_do_is_in_the_loop_too(change):
+    form, x = PUBLISHED | {"local_context": 3}, draw_hidden(2, 3 * SEGMENT + 1)
+    plain = make_layer(form)
+    layer = InfiniAttention(replace(SHAPE, **change), infini_params(**form), LAYER).double()
+    layer.load_state_dict(plain.state_dict())
+    if "norms" in change:
+        for name, heads in (("q_norm", SHAPE.num_heads), ("k_norm", SHAPE.num_kv_heads)):
+            size = SHAPE.head_dim * (heads if change["norms"] == "all" else 1)
+            norm = torch.nn.RMSNorm(size, dtype=torch.float64)
+            torch.nn.init.uniform_(norm.weight, 0.5, 2.0)
+            setattr(layer, name, norm)
+    got = run_layer(layer, x)
+    assert largest(got - run_naive(layer, form, x)) < 1e-9
+    assert largest(got - run_layer(plain, x)) > 1e-4
 
 
 def test_every_choice_is_in_a_form():

@@ -196,7 +196,8 @@ class NaiveLayer:
             query = self.feature(query, h, "query")
             weights = [query @ self.feature(k, h // self.group, "key") for k in key]
             return naive_average(torch.stack(weights), value)
-        scores = (key @ query) / len(query) ** 0.5
+        scaling = self.layer.shape.scaling or len(query) ** -0.5
+        scores = (key @ query) * scaling
         if self.params.positions == "alibi":
             scores = scores - 2.0 ** (-8 * (h + 1) / len(heads.query)) * distance
         return naive_average(scores.exp(), value)
@@ -215,7 +216,9 @@ class NaiveLayer:
             token_at[begin - context] = 0
         key = [place_at(heads.key[n, token], at, tables) for at, token in token_at.items()]
         distance = torch.tensor([t - at for at in token_at]).double()
-        return torch.stack(key), heads.value[n, list(token_at.values())], distance
+        window = slice(-(self.layer.shape.window or len(key)), None)
+        value = heads.value[n, list(token_at.values())]
+        return torch.stack(key)[window], value[window], distance[window]
 
     def feature(self, x: Tensor, head: int, of: str) -> Tensor:
         """Map one query or key (K) of a head to features (F)."""
@@ -240,12 +243,21 @@ class NaiveLayer:
             return torch.stack(heads)
 
         of_embedding = self.params.memory_value == "embedding"
-        return Heads(
-            heads_of(self.layer.q_proj, hidden_states, shape.num_heads),
-            heads_of(self.layer.k_proj, hidden_states, shape.num_kv_heads),
-            heads_of(self.layer.v_proj, embeddings if of_embedding else hidden_states,
-                     shape.num_kv_heads),
-        )
+        said = embeddings if of_embedding else hidden_states
+        query = heads_of(self.layer.q_proj, hidden_states, shape.num_heads)
+        key = heads_of(self.layer.k_proj, hidden_states, shape.num_kv_heads)
+        value = heads_of(self.layer.v_proj, said, shape.num_kv_heads)
+        if (most := shape.clip) is not None:
+            query, key, value = (x.clamp(-most, most) for x in (query, key, value))
+        query, key = self.normed(self.layer.q_norm, query), self.normed(self.layer.k_norm, key)
+        return Heads(query, key, value)
+
+    def normed(self, norm: torch.nn.Module | None, heads: Tensor) -> Tensor:
+        """Norm queries or keys (H T K) as the base does: each head alone, or all of a token's."""
+        if norm is None or self.layer.shape.norms == "head":
+            return heads if norm is None else norm(heads)
+        tokens = [norm(torch.cat(list(token))) for token in heads.transpose(0, 1)]
+        return torch.stack([token.view(len(heads), -1) for token in tokens], dim=1)
 
 
 def naive_average(weights: Tensor, value: Tensor) -> Tensor:
