@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig, inject_adapter_in_model
 from safetensors.torch import load_file
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from infini_retrofit.generation.generation import enable_generation
 from infini_retrofit.share import exported_folder
@@ -138,3 +139,14 @@ def test_an_existing_folder_is_refused_before_anything_is_loaded(exported, monke
     monkeypatch.setattr(exported_folder, "load_retrofit", pytest.fail)
     with pytest.raises(SystemExit, match=r"open-gpt_neox-parallel must be a new folder, got one"):
         export(top / "llama-published" / "models", top / "open-gpt_neox-parallel")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_lora_of_peft_finds_its_projections_by_default(family, exported):
+    folder = exported[0] / f"open-{family}-published"
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+    inject_adapter_in_model(LoraConfig(), model)
+    names = [name for name, _ in model.named_parameters() if ".lora_" in name]
+    # Of three layers the middle one is the base's own, confined when the model was opened.
+    assert {name.split(".lora_")[0][-6:] for name in names} == {"q_proj", "v_proj"}
+    assert len(names) == 2 * 2 * 3

@@ -6,6 +6,7 @@ of bases and of files.
 
 import copy
 import functools
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,7 @@ class _InfiniModel:
         params = InfiniParams.read(config.infini, _CONFIG, _ADVICE)
         insert_infini(self, params)
         enable_generation(self, params, config.other_layers)
+        _tell_peft(config.model_type)
 
     @classmethod
     def from_pretrained(
@@ -93,6 +95,14 @@ class _InfiniModel:
         for module in infini_modules(self).values():
             if module.slopes is not None:
                 module.slopes = alibi_slopes(module.shape.num_heads).to(module.slopes.device)
+
+
+def _tell_peft(model_type: str) -> None:
+    """Let LoRA choose its projections by default, where peft is in use: it goes by model types."""
+    if (constants := sys.modules.get("peft.utils.constants")) is not None:
+        known = constants.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+        of_base = known.get(model_type.removeprefix(EXPORTED), [])
+        known[model_type] = sorted({"q_proj", "v_proj", *of_base})
 
 
 @functools.cache
