@@ -68,7 +68,7 @@ def test_fewer_slots_change_a_score_once_a_document_does_not_fit(monkeypatch):
     scores = {}
     for num_slots in (100, ids.shape[1], length):
         cache.memory.num_slots = num_slots
-        scores[num_slots] = slots.score(model, ids, length, "own")
+        scores[num_slots] = slots.score(model, ids, length)
     assert (scores[100] - scores[ids.shape[1]]).abs().max() < 1e-6
     assert (scores[100] - scores[length]).abs().min() > 1e-5
     cache.memory.num_slots = 100
