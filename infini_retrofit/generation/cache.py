@@ -80,8 +80,9 @@ class InfiniCache(Cache):
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of all tensors in the cache."""
-        return sum(x.numel() * x.element_size() for x in self._tensors().values())
+        """Bytes of all tensors in the cache, also of those that no file needs."""
+        keys = (x for s in self.layer_states.values() if s.keys for x in vars(s.keys).values())
+        return sum(x.nbytes for x in (*self._tensors().values(), *keys))
 
     @property
     def batch_size(self) -> int:

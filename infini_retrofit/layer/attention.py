@@ -42,7 +42,14 @@ from infini_retrofit.layer.local_attention import alibi_slopes, linear_attention
 from infini_retrofit.layer.local_context import Line
 from infini_retrofit.layer.memory import UNIT_RULES, memory_share, mix, quotient
 from infini_retrofit.layer.probe import MemoryReading, Probe
-from infini_retrofit.layer.state import LayerState, Segments, State, running_segment, state_after
+from infini_retrofit.layer.state import (
+    LayerState,
+    Segments,
+    State,
+    running_keys,
+    running_segment,
+    state_after,
+)
 from infini_retrofit.layer.tokens import Tokens
 
 # The gate at the start: small enough to keep the base's output, large enough to have a gradient.
@@ -220,12 +227,12 @@ class InfiniAttention(nn.Module):
         if is_step:  # one query: the keys of its segment are known already
             reads = self.memory is not None and probe.read != "off"
             by_distance = self.slopes is not None or self.shape.window is not None
-            options = (self.shape.num_kv_heads, reads, by_distance)
-            segments = running_segment(tokens, before, *options)
+            keys = running_keys(tokens, before, self.shape.num_kv_heads)
+            segments = running_segment(tokens, before, keys, reads, by_distance)
             layout = Layout(new.key, Cut(num_segments=1), 1)
             out = layout.join(self._attend(layout.split(query, heads), segments, probe, embed))
             if len(tokens) < length:
-                return out, replace(before, unfinished=tokens)
+                return out, replace(before, unfinished=tokens, keys=keys)
         is_token = None if cut.is_token is None and len(tokens) == len(new) else tokens.is_token
         layout = Layout(tokens.key, Cut(is_token=is_token), length)
         segments = self._lay_out(layout, tokens, before, probe, length)

@@ -115,6 +115,11 @@ class Keys:
     # stands at a document's end.
     is_key: Bool[Tensor, "B S L"] | None = None
 
+    def followed_by(self, new: "Keys") -> "Keys":
+        """Append keys that have a mask, as these do."""
+        key, value = (torch.cat(pair, 3) for pair in ((self.key, new.key), (self.value, new.value)))
+        return Keys(key, value, torch.cat([self.is_key, new.is_key], dim=-1))
+
 
 def rotate(
     x: Float[Tensor, "*B K"], cos: Float[Tensor, "*#B P"], sin: Float[Tensor, "*#B P"]

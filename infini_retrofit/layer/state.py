@@ -27,6 +27,9 @@ class LayerState:
     context: Tokens | None = None  # the last before the border; not written before they leave
     sink: Tokens | None = None  # the document's first, in one column; False: not begun
     unfinished: Tokens | None = None  # of the segment that an open call ended in
+    # What the last of these attended to: rotated once, and not for each token anew. None: it can be
+    # made from the others.
+    keys: Keys | None = None
 
 
 @dataclass(frozen=True)
@@ -57,19 +60,26 @@ class Segments:
     num_before: Int[Tensor, "B"] | None = None  # tokens of the segment before its first query
 
 
+def running_keys(tokens: Tokens, before: LayerState, num_kv_heads: int) -> Keys:
+    """Return what the last token of an unfinished segment attends to."""
+    new = tokens.columns(len(tokens) - 1)
+    if before.keys is None:
+        new = tokens
+        if before.context is not None:
+            new = with_sink(before.context, before.sink).followed_by(tokens)
+    key, value = (x.transpose(1, 2)[:, None] for x in new.heads(num_kv_heads))
+    keys = Keys(key, value, new.is_token[:, None])
+    return keys if before.keys is None else before.keys.followed_by(keys)
+
+
 def running_segment(
-    tokens: Tokens, before: LayerState, num_kv_heads: int, reads: bool, by_distance: bool
+    tokens: Tokens, before: LayerState, keys: Keys, reads: bool, by_distance: bool
 ) -> Segments:
     """Return what the last token of an unfinished segment can find.
 
     `reads` means that the memory is read, `by_distance` that scores depend on the distance
     between keys (ALiBi).
     """
-    seen = tokens
-    if before.context is not None:
-        seen = with_sink(before.context, before.sink).followed_by(tokens)
-    key, value = (x.transpose(1, 2)[:, None] for x in seen.heads(num_kv_heads))
-    keys = Keys(key, value, seen.is_token[:, None])
     if before.context is not None and by_distance:
         keys = _padding_first(keys)
     last = Layout(tokens.key[:, -1:], Cut(num_segments=1), 1)
@@ -77,7 +87,7 @@ def running_segment(
         place=last.place_by(tokens.tables and (tokens.cos[:, -1:], tokens.sin[:, -1:])),
         keys=keys,
         memories=before.memory.map(lambda x: x[:, None]) if reads else None,
-        num_before=tokens.is_token.sum(dim=1) - 1,
+        num_before=tokens.is_token.sum(dim=1) - 1 if reads else None,
     )
 
 
