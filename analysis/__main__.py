@@ -25,7 +25,7 @@ COMMANDS = {
     "context_worth": "what distance of context is worth to the base, by corpus",
     "layers_worth": "in which layers far sight is worth what to the base",
     "recall": "what an untrained memory recalls, by rule and bytes",
-    "slots": "how much a neural cache wins with fewer slots, beside rivals",
+    "sizes": "what a neural cache wins with keys of fewer numbers, beside rivals",
     "memory_reach": "score a model by how many segments it has read",
     "families": "what a retrofit of each model family differs by from transformers",
     "fill_tables": "rewrite the tables in README.md and docs/ from results/",

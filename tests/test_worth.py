@@ -1,21 +1,34 @@
-"""What far sight is worth by layer, what an untrained memory recalls, and what slots are worth."""
+"""What far sight is worth by layer, what an untrained memory recalls, what its size is worth."""
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
 
-from analysis import layers_worth, slots
+from analysis import layers_worth, sizes
 from analysis.layers_worth import SEGMENT, layer_groups, score_documents
+from analysis.programs import open_documents, open_model
 from analysis.recall import RULES, recall
-from infini_retrofit.model.retrofit import infini_modules
+from infini_retrofit.layer.form import InfiniParams
 from infini_retrofit.model.running import run_in_layer
+from infini_retrofit.pipeline.params import load_section
 from infini_retrofit.scoring.score import next_token_nlls
 from infini_retrofit.texts.splits import Document
-from tests.reference import MODEL_FORMS, make_model
-from tests.tiny import ids_for, tiny_llama
+from tests.reference import MEMORY_BRANCH
+from tests.tiny import tiny_llama
+from tests.tiny_project import SEGMENT as SHORT
+from tests.tiny_project import STAGES, make_project, run_stage, write_params
 
 T = 6 * SEGMENT
+CACHE = MEMORY_BRANCH | {
+    "memory_layers": [-1],
+    "update_rule": "neural_cache",
+    "num_slots": 32,
+    "num_features": 8,
+    "state_dtype": "bfloat16",
+    "local_context": SHORT,
+}
 
 
 def test_far_sight_everywhere_is_full_attention_and_a_window_hides_what_is_far(monkeypatch):
@@ -59,18 +72,33 @@ def test_a_memory_recalls_what_it_has_room_for(rule):
     assert early.double().mean() < 0.3
 
 
-@torch.no_grad()
-def test_fewer_slots_change_a_score_once_a_document_does_not_fit(monkeypatch):
-    form = next(form for form in MODEL_FORMS if form.get("update_rule") == "neural_cache")
-    model = make_model("llama", form, torch.float32)
-    (cache,) = (m for m in infini_modules(model).values() if m.memory)
-    ids, length = ids_for(model), cache.segment_length
-    scores = {}
-    for num_slots in (100, ids.shape[1], length):
-        cache.memory.num_slots = num_slots
-        scores[num_slots] = slots.score(model, ids, length)
-    assert (scores[100] - scores[ids.shape[1]]).abs().max() < 1e-6
-    assert (scores[100] - scores[length]).abs().min() > 1e-5
-    cache.memory.num_slots = 100
-    monkeypatch.setattr(slots, "BYTES", (160, 10**6))
-    assert slots.slots_of(cache) == [10, 100]  # 6 features in 16 bits and an id: 16 bytes
+def test_a_memory_of_another_size_trains_beside_the_attention_that_is_trained(
+    tmp_path, monkeypatch, capsys
+):
+    form = {f"infini.{name}": x for name, x in CACHE.items()}
+    parts = {"finetune.trainable": "attention", "finetune.memory_documents": 2}
+    make_project(tmp_path, **form, **parts, **{"distill.epochs": 0})
+    monkeypatch.chdir(tmp_path)
+    for stage in STAGES[: STAGES.index("finetune_control") + 1]:
+        if stage != "baseline_eval":
+            run_stage(stage)
+    capsys.readouterr()
+    sizes.main(["--documents", "3", "--features", "4", "8"])
+    rows = [line.split("|")[1:3] for line in capsys.readouterr().out.splitlines()[-2:]]
+    num_slots = CACHE["num_slots"]  # of so many numbers in 16 bits, and an id
+    assert [[int(x) for x in row] for row in rows] == [[4, 12 * num_slots], [8, 20 * num_slots]]
+    gains = pd.read_csv(sizes.ROWS, sep="\t").set_index("numbers")
+    documents = open_documents(3)
+    trained, control = (open_model(folder)[0] for folder in (sizes.FINETUNED, sizes.CONTROL))
+    off = sizes.score(trained, documents, SHORT, "off")
+    beside = sizes.score(control, documents, SHORT) - off
+    for _, own in gains.groupby("numbers"):
+        of_control = torch.tensor((own["the control"] - own["itself off"]).to_numpy())
+        assert (of_control - beside).abs().max() < 2e-6
+        assert own["itself off"].abs().min() > 1e-5  # it has trained
+        assert (own["recent keys"] - own["selected keys"]).abs().max() > 1e-5
+    anew = sizes.with_attention_of(sizes.FINETUNED, load_section(InfiniParams, "infini"))
+    assert (sizes.score(anew, documents, SHORT) - off).abs().max() < 0.05
+    write_params(tmp_path, {"finetune.memory_documents": 0})
+    with pytest.raises(ValueError, match=r"must have a neural cache .*memory_documents 0$"):
+        sizes.main([])
