@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gguf import LlamaFileType
+from gguf import GGUFReader, LlamaFileType
+from tokenizers.normalizers import NFC
 from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
 from transformers import AutoModelForCausalLM, GgufConfig, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.integrations.gguf import read_gguf_metadata
@@ -22,6 +23,7 @@ def read_gguf(path: Path, source: str) -> BaseModel:
     """Read the weights, unpacked to float32, and the tokenizer."""
     metadata = read_metadata(path)
     check_family(metadata["general.architecture"], source)
+    _check_whole(path)
     stored = LlamaFileType(metadata.get("general.file_type", LlamaFileType.GUESSED)).name
     stored = stored.removeprefix("MOSTLY_").removeprefix("ALL_")  # such as Q4_1
     bits = re.search("[0-9]+", stored)
@@ -39,8 +41,8 @@ def read_metadata(path: Path) -> dict[str, Any]:
     """
     try:
         return read_gguf_metadata(str(path))[0]
-    except struct.error as error:
-        raise ValueError(f"{path} must be a whole GGUF file, got the beginning of one") from error
+    except (struct.error, ValueError) as error:
+        raise ValueError(f"{path} must be a whole GGUF file: {error}") from error
 
 
 def gguf_depth(path: Path) -> int | None:
@@ -53,14 +55,26 @@ def read_tokenizer(path: Path) -> PreTrainedTokenizerFast:
     """Read the tokenizer with the word splitting of its makers.
 
     transformers 5.23 does not know the pre-tokenizer `smollm`: single digits, then the words
-    of GPT-2. It uses GPT-2's alone, which cuts newlines before a digit differently.
+    of GPT-2. It uses GPT-2's alone, which cuts newlines before a digit differently. Of `qwen2`
+    it knows the words, and leaves out that Qwen composes its letters: NFC.
     """
     tokenizer = PreTrainedTokenizerFast.from_pretrained(path.parent, gguf_file=path.name)
-    if read_metadata(path).get("tokenizer.ggml.pre") == "smollm":
+    splitting = read_metadata(path).get("tokenizer.ggml.pre")
+    if splitting == "smollm":
         tokenizer.backend_tokenizer.pre_tokenizer = Sequence(
             [Digits(individual_digits=True), ByteLevel(add_prefix_space=False)]
         )
+    if splitting == "qwen2":
+        tokenizer.backend_tokenizer.normalizer = NFC()
     return tokenizer
+
+
+def _check_whole(path: Path) -> None:
+    """Refuse a file that ends before its last weight: the reader maps each of them."""
+    try:
+        GGUFReader(path)
+    except ValueError as error:
+        raise ValueError(f"{path} must be a whole GGUF file, got a part of its weights") from error
 
 
 def _unpack(path: Path) -> PreTrainedModel:
