@@ -13,10 +13,15 @@ from gguf import GGUFReader, LlamaFileType
 from tokenizers.normalizers import NFC
 from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
 from transformers import AutoModelForCausalLM, GgufConfig, PreTrainedModel, PreTrainedTokenizerFast
+from transformers.integrations import GGUF_CONFIG_MAPPING
 from transformers.integrations.gguf import read_gguf_metadata
+from transformers.modeling_gguf_pytorch_utils import TensorProcessor, get_gguf_hf_weights_map
 
 from infini_retrofit.bases.folder import BaseModel
 from infini_retrofit.model.families import check_family
+
+# What transformers reads off the weights instead: their shapes and names.
+_BY_WEIGHTS = ("attention.key_length", "attention.value_length", "use_parallel_residual")
 
 
 def read_gguf(path: Path, source: str) -> BaseModel:
@@ -82,13 +87,15 @@ def _unpack(path: Path) -> PreTrainedModel:
 
     transformers neither saves nor trains its own model of a GGUF file.
     """
-    packed = AutoModelForCausalLM.from_pretrained(
+    packed, loading = AutoModelForCausalLM.from_pretrained(
         path.parent,
         gguf_file=path.name,
+        output_loading_info=True,
         # Without this, weights stay packed where the package `kernels` is installed.
         quantization_config=GgufConfig(dequantize=True),
         dtype=torch.float32,
     )
+    _check_all_read(path, packed, loading["missing_keys"])
     of_the_file = ("quantization_config", "_name_or_path", "_model_name_or_path")
     settings = {k: v for k, v in packed.config.to_dict().items() if k not in of_the_file}
     with torch.device("meta"):
@@ -97,3 +104,22 @@ def _unpack(path: Path) -> PreTrainedModel:
     model.load_state_dict(packed.state_dict(), assign=True)
     model.tie_weights()
     return model
+
+
+def _check_all_read(path: Path, packed: PreTrainedModel, missing: set[str]) -> None:
+    """Refuse weights that transformers makes up, and what it leaves out without a word.
+
+    It leaves out scaled rotations and windows, for one: the model would be another one.
+    """
+    metadata, names = read_gguf_metadata(str(path))
+    family = metadata["general.architecture"]
+    for name in sorted(missing):
+        raise ValueError(f"{path} must hold the weights {name}, got none")
+    known = {f"{family}.{key}" for key in (*GGUF_CONFIG_MAPPING[family], *_BY_WEIGHTS)}
+    unread = {key for key in metadata if key.startswith(f"{family}.")} - known
+    unread |= set(names) - get_gguf_hf_weights_map(packed, TensorProcessor()).keys()
+    for name in sorted(unread):
+        raise ValueError(
+            f"{path} must hold nothing that transformers does not read, got {name}: give the "
+            "model's folder in Hugging Face form"
+        )
