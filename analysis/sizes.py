@@ -129,7 +129,9 @@ def with_attention_of(folder: Path, form: InfiniParams) -> PreTrainedModel:
     model = load_base(BASE, torch.float32)
     insert_infini(model, form)
     own = {k: x for k, x in trained.state_dict().items() if f".{BRANCH}." not in k}
-    model.load_state_dict(own, strict=False)
+    strange = model.load_state_dict(own, strict=False)
+    assert not strange.unexpected_keys, strange
+    assert all(f".{BRANCH}." in name for name in strange.missing_keys), strange
     return model
 
 

@@ -49,6 +49,12 @@ def test_bytes_are_those_counted_by_hand_however_long_the_text(state_dtype, num_
         cache = filled(model, draw_ids(1, num_tokens))
         assert cache.num_bytes == unfinished + memory + context + others
         assert cache.is_bounded == (other == "segment")
+        # A step adds its own token, and keeps what it attended to.
+        before = cache.num_bytes
+        model(draw_ids(1, 1), past_key_values=cache)
+        attended = 3 * (2 * key + 1)
+        grown = {"segment": unfinished // 2 + attended, "full": 2 * key}[other]
+        assert cache.num_bytes - before == unfinished // 2 + 2 * attended + 2 * grown
 
 
 @every_case
@@ -92,6 +98,15 @@ def test_a_cache_is_loaded_in_the_number_type_of_the_model(path):
     assert cache.layer_states[0].unfinished.key.dtype == torch.bfloat16
     assert cache.layer_states[0].memory.matrix.dtype == torch.float32
     assert go_on(half, cache, draw_ids(1, 2)).isfinite().all()
+
+
+def test_a_model_that_changes_its_number_type_goes_on():
+    model, ids = generating_model(local_context=3), draw_ids(1, 9)
+    cache = filled(model, ids[:, :6])
+    for i, dtype in enumerate((torch.float32, torch.bfloat16), 6):
+        logits = model.to(dtype)(ids[:, i : i + 1], past_key_values=cache).logits
+        assert logits.dtype == dtype
+        assert logits.isfinite().all()
 
 
 def test_the_ids_that_a_neural_cache_keeps_are_never_floats(path):

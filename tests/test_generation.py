@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from infini_retrofit.generation.cache import InfiniCache
 from infini_retrofit.generation.generation import enable_generation, read
-from infini_retrofit.layer import attention
+from infini_retrofit.layer import attention, tokens
 from infini_retrofit.layer.compressive_memory import CompressiveMemory
 from infini_retrofit.layer.cut import Cut, Layout
 from infini_retrofit.layer.state import LayerState, State, state_after
@@ -83,11 +83,16 @@ def test_a_segment_that_is_lost_or_written_early_is_noticed(broken, monkeypatch)
 
 
 def test_a_step_attends_once_and_writes_once_a_segment(monkeypatch):
-    model, num_tokens, written, lengths = generating_model(), 4 * SEGMENT, [], []
+    model, num_tokens = generating_model(), 4 * SEGMENT
+    written, lengths, rotated = [], [], []
     states, join = CompressiveMemory.states, Layout.join
     monkeypatch.setattr(CompressiveMemory, "states", lambda *a: written.append(1) or states(*a))
     monkeypatch.setattr(Layout, "join", lambda cut, x: lengths.append(x.shape[3]) or join(cut, x))
+    rotate = tokens.rotate
+    monkeypatch.setattr(tokens, "rotate", lambda x, *a: rotated.append(x.shape[1]) or rotate(x, *a))
     in_parts(model, draw_ids(1, num_tokens), [1] * num_tokens)
+    # No key is rotated twice, but that of a first call's token.
+    assert sorted(rotated) == [1] * (3 * (num_tokens - 2)) + [2] * 3
     assert len(written) == 3 * (1 + 4)  # the first call may read a whole prompt
     assert lengths == [1] * (3 * num_tokens)
 

@@ -1,7 +1,8 @@
 """`InfiniCache`: the memory as a cache of `transformers`.
 
 Each Infini layer keeps its memory, the context carried over the last segment border, and the keys
-and values of the segment that has not ended: as many bytes after a book as after a page.
+and values of the segment that has not ended, while it generates also rotated: as many bytes after a
+book as after a page.
 `enable_generation` makes a model use it, in `generate` and in forward passes with
 `use_cache=True`. Knows nothing of how layers attend.
 
@@ -80,7 +81,7 @@ class InfiniCache(Cache):
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of all tensors in the cache, also of those that no file needs."""
+        """Bytes of all tensors in the cache, those of no file included."""
         keys = (x for s in self.layer_states.values() if s.keys for x in vars(s.keys).values())
         return sum(x.nbytes for x in (*self._tensors().values(), *keys))
 

@@ -68,7 +68,7 @@ class _InfiniModel:
         params = InfiniParams.read(config.infini, _CONFIG, _ADVICE)
         insert_infini(self, params)
         enable_generation(self, params, config.other_layers)
-        _tell_peft(config.model_type)
+        _register_lora_targets(config.model_type)
 
     @classmethod
     def from_pretrained(
@@ -97,8 +97,8 @@ class _InfiniModel:
                 module.slopes = alibi_slopes(module.shape.num_heads).to(module.slopes.device)
 
 
-def _tell_peft(model_type: str) -> None:
-    """Let LoRA choose its projections by default, where peft is in use: it goes by model types."""
+def _register_lora_targets(model_type: str) -> None:
+    """Name the projections of a model type for LoRA, if peft is imported."""
     if (constants := sys.modules.get("peft.utils.constants")) is not None:
         known = constants.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
         of_base = known.get(model_type.removeprefix(EXPORTED), [])

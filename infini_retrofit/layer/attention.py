@@ -227,7 +227,9 @@ class InfiniAttention(nn.Module):
         if is_step:  # one query: the keys of its segment are known already
             reads = self.memory is not None and probe.read != "off"
             by_distance = self.slopes is not None or self.shape.window is not None
-            keys = running_keys(tokens, before, self.shape.num_kv_heads)
+            keys = None
+            if self.params.local != "none":
+                keys = running_keys(tokens, before, self.shape.num_kv_heads)
             segments = running_segment(tokens, before, keys, reads, by_distance)
             layout = Layout(new.key, Cut(num_segments=1), 1)
             out = layout.join(self._attend(layout.split(query, heads), segments, probe, embed))

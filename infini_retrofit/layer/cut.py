@@ -116,8 +116,9 @@ class Keys:
     is_key: Bool[Tensor, "B S L"] | None = None
 
     def followed_by(self, new: "Keys") -> "Keys":
-        """Append keys that have a mask, as these do."""
-        key, value = (torch.cat(pair, 3) for pair in ((self.key, new.key), (self.value, new.value)))
+        """Append keys, in their number type; both must have a mask."""
+        pairs = ((self.key, new.key), (self.value, new.value))
+        key, value = (torch.cat([old.to(x.dtype), x], dim=3) for old, x in pairs)
         return Keys(key, value, torch.cat([self.is_key, new.is_key], dim=-1))
 
 

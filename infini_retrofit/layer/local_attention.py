@@ -83,8 +83,8 @@ def _attend_once(
     """Attend with one query, as while generating: the last key is its own."""
     if is_key is not None:
         is_key = F.pad(is_key[:, :-1], (0, 1), value=True)[:, None, None]
-    # The query heads that share a key/value head become its queries: on a CPU in bfloat16 five
-    # times as fast as the kernel's own `enable_gqa`.
+    # The query heads that share a key/value head become its queries: on a CPU in bfloat16 six to
+    # eight times as fast as the kernel's own `enable_gqa`.
     rows = query.reshape(*key.shape[:2], -1, query.shape[-1])
     out = F.scaled_dot_product_attention(rows, key, value, is_key, scale=scaling)
     return out.reshape(*query.shape[:3], -1)

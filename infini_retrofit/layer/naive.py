@@ -243,17 +243,17 @@ class NaiveLayer:
             return torch.stack(heads)
 
         of_embedding = self.params.memory_value == "embedding"
-        said = embeddings if of_embedding else hidden_states
+        valued = embeddings if of_embedding else hidden_states
         query = heads_of(self.layer.q_proj, hidden_states, shape.num_heads)
         key = heads_of(self.layer.k_proj, hidden_states, shape.num_kv_heads)
-        value = heads_of(self.layer.v_proj, said, shape.num_kv_heads)
-        if (most := shape.clip) is not None:
-            query, key, value = (x.clamp(-most, most) for x in (query, key, value))
+        value = heads_of(self.layer.v_proj, valued, shape.num_kv_heads)
+        if (limit := shape.clip) is not None:
+            query, key, value = (x.clamp(-limit, limit) for x in (query, key, value))
         query, key = self.normed(self.layer.q_norm, query), self.normed(self.layer.k_norm, key)
         return Heads(query, key, value)
 
     def normed(self, norm: torch.nn.Module | None, heads: Tensor) -> Tensor:
-        """Norm queries or keys (H T K) as the base does: each head alone, or all of a token's."""
+        """Norm queries or keys (H T K): each head alone, or all of a token."""
         if norm is None or self.layer.shape.norms == "head":
             return heads if norm is None else norm(heads)
         tokens = [norm(torch.cat(list(token))) for token in heads.transpose(0, 1)]

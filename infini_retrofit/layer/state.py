@@ -27,8 +27,7 @@ class LayerState:
     context: Tokens | None = None  # the last before the border; not written before they leave
     sink: Tokens | None = None  # the document's first, in one column; False: not begun
     unfinished: Tokens | None = None  # of the segment that an open call ended in
-    # What the last of these attended to: rotated once, and not for each token anew. None: it can be
-    # made from the others.
+    # Rotated keys and values that the last unfinished token attended to; None: not made yet.
     keys: Keys | None = None
 
 
@@ -53,7 +52,7 @@ class Segments:
     """What the queries of each segment can attend to and read."""
 
     place: Place  # rotates queries
-    keys: Keys  # of the local attention, carried keys first
+    keys: Keys | None  # of the local attention, carried keys first; None: there is none
     line: Line | None = None  # what was carried, and the tokens laid out
     memories: MemoryState | None = None  # before each segment; None: no memory is read
     memory: MemoryState | None = None  # after the last segment
@@ -73,14 +72,14 @@ def running_keys(tokens: Tokens, before: LayerState, num_kv_heads: int) -> Keys:
 
 
 def running_segment(
-    tokens: Tokens, before: LayerState, keys: Keys, reads: bool, by_distance: bool
+    tokens: Tokens, before: LayerState, keys: Keys | None, reads: bool, by_distance: bool
 ) -> Segments:
     """Return what the last token of an unfinished segment can find.
 
-    `reads` means that the memory is read, `by_distance` that scores depend on the distance
-    between keys (ALiBi).
+    `keys` are None where no token attends. `reads` means that the memory is read, `by_distance`
+    that scores depend on the distance between keys (ALiBi).
     """
-    if before.context is not None and by_distance:
+    if keys is not None and before.context is not None and by_distance:
         keys = _padding_first(keys)
     last = Layout(tokens.key[:, -1:], Cut(num_segments=1), 1)
     return Segments(
