@@ -79,7 +79,7 @@ def _check_whole(path: Path) -> None:
     try:
         GGUFReader(path)
     except ValueError as error:
-        raise ValueError(f"{path} must be a whole GGUF file, got a part of its weights") from error
+        raise ValueError(f"{path} must be a whole GGUF file: {error}") from error
 
 
 def _unpack(path: Path) -> PreTrainedModel:
