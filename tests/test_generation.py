@@ -11,9 +11,11 @@ from transformers import PreTrainedModel
 from infini_retrofit.generation.cache import InfiniCache
 from infini_retrofit.generation.generation import enable_generation, read
 from infini_retrofit.layer import attention, tokens
+from infini_retrofit.layer.attention import InfiniAttention
 from infini_retrofit.layer.compressive_memory import CompressiveMemory
 from infini_retrofit.layer.cut import Cut, Layout
 from infini_retrofit.layer.state import LayerState, State, state_after
+from infini_retrofit.model.families import decoder_layers
 from infini_retrofit.model.retrofit import infini_modules
 from infini_retrofit.model.running import run_folded, run_in_layer
 from tests.reference import largest
@@ -164,6 +166,30 @@ def test_a_text_is_read_once_and_asked_many_times(other, options):
         assert_same(generate(model, prompt, **options, **about), want)
         assert (asked.num_seen, asked.batch_size) == (33 + 4 + 6, 6 if options else 2)
     assert (cache.num_seen, cache.batch_size) == (33, 2)
+
+
+@every_case
+def test_reading_keeps_what_a_whole_pass_keeps_and_spares_the_last_layer(
+    family, other, form, monkeypatch
+):
+    model, ids = generating_model(family, other, **form), draw_ids(2, 33)
+    whole, attended = InfiniCache(model), []
+    with torch.no_grad():
+        for part in ids.split(4 * SEGMENT, dim=1):
+            model(part, past_key_values=whole)
+    attend = InfiniAttention._attend_locally
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            InfiniAttention,
+            "_attend_locally",
+            lambda self, *args: attended.append(self.layer_index) or attend(self, *args),
+        )
+        read_only = filled(model, ids)
+    want, got = whole._tensors(), read_only._tensors()
+    assert want.keys() == got.keys()
+    assert all(torch.equal(x, got[name]) for name, x in want.items())
+    last = decoder_layers(model)[-1].modules()
+    assert not {m.layer_index for m in last if isinstance(m, InfiniAttention)} & set(attended)
 
 
 def test_a_conversation_goes_on_by_its_new_tokens_or_by_all_of_it():

@@ -5,6 +5,7 @@ Their values are compared with the loop over tokens in test_forms.
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 
 import jaxtyping
 import pytest
@@ -29,6 +30,8 @@ from infini_retrofit.layer.memory import (
     quotient,
     retrieve,
     scan_states,
+    slot_states,
+    with_slots,
     write_segments,
 )
 from tests.reference import SHAPE, infini_params, largest, recall, without_conflicts
@@ -107,6 +110,22 @@ def test_gradients_reach_back_to_the_last_border_that_cuts_them(rule, every):
     step = every or SEGMENTS + 1
     want = [[r // step * step <= w < r for w in range(SEGMENTS)] for r in range(SEGMENTS + 1)]
     assert reach(rule, every) == want
+
+
+@every_border
+def test_gradients_of_slots_reach_back_to_the_same_borders(every):
+    feature = draw(BATCH, SEGMENTS, HEADS, TOKENS, KEY).requires_grad_()
+    write = Write(feature, torch.ones(BATCH, SEGMENTS, HEADS, TOKENS, 1, dtype=torch.int32))
+    initial = with_slots(empty_state(write), SEGMENTS * TOKENS)
+    initial = replace(initial, matrix=initial.matrix.requires_grad_())
+    memories, end = slot_states(write, initial, every)
+    step, inputs = every or SEGMENTS + 1, (feature, initial.matrix)
+    about = {"retain_graph": True, "materialize_grads": True, "allow_unused": True}
+    for r, matrix in enumerate((*memories.matrix.unbind(1), end.matrix)):
+        felt = torch.autograd.grad(matrix.sum(), inputs, **about)
+        got = felt[0].abs().amax(dim=(0, 2, 3, 4)) > 0
+        assert got.tolist() == [r // step * step <= w < r for w in range(SEGMENTS)]
+        assert felt[1].any() == (r < step and r < SEGMENTS)
 
 
 def read_back(rule: UpdateRule, *values: float, tokens: int = 1) -> float:

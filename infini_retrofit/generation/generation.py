@@ -31,6 +31,7 @@ from infini_retrofit.generation.versions import CACHE, CACHE_NAMES, unproven
 from infini_retrofit.layer.attention import InfiniAttention
 from infini_retrofit.layer.cut import Cut
 from infini_retrofit.layer.form import InfiniParams
+from infini_retrofit.layer.probe import Probe
 from infini_retrofit.layer.state import State
 from infini_retrofit.model.families import decoder_layers
 from infini_retrofit.model.retrofit import (
@@ -99,12 +100,22 @@ def read(
         The number of tokens of each text in the last forward pass; it runs when asked for.
     """
     check_enabled(model)
+    probe = writing_only(model)
     for part in input_ids.split(num_segments * segment_length(model), dim=1):
         with torch.no_grad():
             if model.device.type != "meta":  # offloaded: accelerate moves what is read
                 part = part.to(model.device)
-            model.base_model(input_ids=part, use_cache=True, **{CACHE: cache})
+            model.base_model(input_ids=part, use_cache=True, probe=probe, **{CACHE: cache})
         yield part.shape[1]
+
+
+def writing_only(model: PreTrainedModel) -> Probe:
+    """Return what spares a forward pass the last layer's attention, where only a cache is filled.
+
+    A memory beside the last layer is then not read either; what is written is the same.
+    """
+    last = decoder_layers(model)[-1].modules()
+    return Probe(unread=[m.layer_index for m in last if isinstance(m, InfiniAttention)])
 
 
 def segment_length(model: PreTrainedModel) -> int:

@@ -284,6 +284,8 @@ class InfiniAttention(nn.Module):
         embed: Embed | None,
     ) -> Float[Tensor, "B S H L V"]:
         """Attend inside each segment, and blend with what its memory recalls (eq. 10)."""
+        if self.layer_index in probe.unread:
+            return torch.zeros_like(query)
         local = self._attend_locally(query, segments)
         if segments.memories is None:
             return local

@@ -33,6 +33,7 @@ from infini_retrofit.layer.memory import (
     prefix_states,
     retrieve,
     scan_states,
+    slot_states,
     with_slots,
     write_segments,
 )
@@ -118,7 +119,10 @@ class CompressiveMemory(nn.Module):
             if self.rule == "linear" and retention is None and self.state_dtype is None:
                 return prefix_states(write_segments(write), first, self.stop_gradient_every)
             options = (self.stop_gradient_every, self.state_dtype)
-            memories, after = scan_states(write, self.rule, first, retention, *options)
+            if self.rule == "neural_cache":
+                memories, after = slot_states(write, first, *options)
+            else:
+                memories, after = scan_states(write, self.rule, first, retention, *options)
             return memories, after.to(self.state_dtype or feature.dtype)
 
     def whole(self, state: MemoryState) -> MemoryState:
@@ -212,8 +216,11 @@ class CompressiveMemory(nn.Module):
                 scales = (x.to(feature.dtype) for x in (self.sharpness, self.floor))
                 weights = match(feature, memories, *scales)
                 ids = (memories.normalizer.long() - 1).clamp_min(0)
+                ids, places = ids.unique(return_inverse=True)
+                table = embed(ids).to(weights)
                 found = [  # segment by segment: the embeddings of all slots would take gigabytes
-                    weights[:, s] @ embed(ids[:, s]).to(weights) for s in range(ids.shape[1])
+                    weights[:, s] @ F.embedding(places[:, s], table)
+                    for s in range(places.shape[1])
                 ]
                 return torch.stack(found, dim=1), weights.sum(-1, keepdim=True), logit
             numerator, denominator = retrieve(feature, memories)

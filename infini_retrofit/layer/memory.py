@@ -168,9 +168,7 @@ def scan_states(
     for index in range(write.feature.shape[1]):
         states.append(state)
         left = None if retention is None else retention[:, index]
-        if rule == "neural_cache":
-            state = _keep(state, write.segment(index))
-        elif rule == "gated_delta":
+        if rule == "gated_delta":
             state = MemoryState(_gated_delta(state.matrix, write.segment(index)), state.normalizer)
         else:
             state = _update(state, write.segment(index), rule, left)
@@ -248,14 +246,48 @@ def with_slots(state: MemoryState, num_slots: int) -> MemoryState:
     return MemoryState(F.pad(state.matrix, (0, 0, more, 0)), F.pad(state.normalizer, (more, 0)))
 
 
-def _keep(state: MemoryState, write: Write) -> MemoryState:
-    """Append one segment to a neural cache: the oldest tokens lose their slots."""
-    feature = torch.cat([state.matrix, write.feature], dim=-2)
-    token = torch.cat([state.normalizer, write.weighted_value[..., 0].int()], dim=-1)
-    order = (token > 0).int().argsort(dim=-1, stable=True)[..., -state.matrix.shape[-2] :]
-    return MemoryState(
-        feature.take_along_dim(order[..., None], dim=-2), token.take_along_dim(order, dim=-1)
-    )
+def slot_states(
+    write: Write,
+    initial: MemoryState,
+    stop_gradient_every: int | None = None,
+    state_dtype: torch.dtype | None = None,
+) -> tuple[MemoryState, MemoryState]:
+    """Append (B, S) to a neural cache segment by segment: the oldest tokens lose their slots.
+
+    All else is as in `scan_states`. What each segment finds is cut out of one row of tokens.
+    """
+    num_segments, num_slots = write.feature.shape[1], initial.normalizer.shape[-1]
+    token = write.weighted_value[..., 0].int()
+    num_left = (token > 0).sum(dim=-1).flip(1).cumsum(dim=1).flip(1)  # from each segment on
+    row = torch.cat([initial.normalizer, token.transpose(1, 2).flatten(2)], dim=-1)
+    features = torch.cat([initial.matrix, write.feature.transpose(1, 2).flatten(2, 3)], dim=-2)
+    states = MemoryState(features, row)
+    if state_dtype is not None:
+        states = states.rounded(state_dtype)
+    # Empty slots first. Then a segment's slots end where the tokens that are left begin.
+    order = (row > 0).int().argsort(dim=-1, stable=True)
+    begin = row.shape[-1] - num_slots - F.pad(num_left, (0, 0, 0, 1))
+    places = begin[..., None] + torch.arange(num_slots, device=row.device)
+    places = order[:, None].expand(-1, num_segments + 1, -1, -1).gather(-1, places)
+    stacked = states.map(lambda x: _take(x, places))
+    if stop_gradient_every is not None:
+        reader = torch.arange(num_segments + 1, device=row.device)[:, None, None]
+        writer = (places - num_slots).clamp_min(0) // token.shape[-1]
+        is_cut = writer // stop_gradient_every != reader // stop_gradient_every
+        matrix = torch.where(is_cut[..., None], stacked.matrix.detach(), stacked.matrix)
+        stacked = replace(stacked, matrix=matrix)
+    return stacked.map(lambda x: x[:, :-1]), stacked.map(lambda x: x[:, -1])
+
+
+def _take(
+    row: Num[Tensor, "B N T *F"], places: Int[Tensor, "B S N C"]
+) -> Num[Tensor, "B S N C *F"]:
+    """Return what stands at places of each row of tokens."""
+    num_rows, length = row.shape[:2].numel(), row.shape[2]
+    first = torch.arange(num_rows, device=row.device).view(-1, 1, row.shape[1], 1) * length
+    if row.dim() == 3:
+        return row.flatten()[places + first]
+    return F.embedding(places + first, row.flatten(0, 2))  # its gradient is fast
 
 
 def match(

@@ -9,7 +9,7 @@ Axes:
     H  query head
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -42,6 +42,8 @@ class Probe:
     """
 
     read: Read = "own"
+    # Layers whose output nobody needs: they neither attend nor read, and write as ever.
+    unread: Collection[int] = ()
     # Read in place of each segment's memory (B, S).
     swapped: Mapping[int, MemoryState] = field(default_factory=dict)
     memories: dict[int, MemoryState] | None = None  # before each segment (B, S)

@@ -19,10 +19,11 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel
 
 from infini_retrofit.generation.cache import InfiniCache
-from infini_retrofit.generation.generation import enable_generation
+from infini_retrofit.generation.generation import enable_generation, writing_only
 from infini_retrofit.generation.versions import CACHE
 from infini_retrofit.layer.attention import InfiniAttention
 from infini_retrofit.layer.form import InfiniParams
+from infini_retrofit.layer.probe import Probe
 from infini_retrofit.longcontext.scaling import Scaling, fit_length, scale_rope
 from infini_retrofit.longcontext.windows import window_cache
 from infini_retrofit.model.retrofit import attention_shapes, insert_infini, state_bytes
@@ -57,8 +58,9 @@ class Reader:
     def read(self, input_ids: Int[Tensor, "T"], num_tokens: int | None = None) -> Cache:
         """Read a text; `num_tokens` counts what will be asked too."""
         cache = self.new_cache(num_tokens or len(input_ids))
+        about = {"probe": writing_only(self.model)} if isinstance(cache, InfiniCache) else {}
         for piece in input_ids.split(TOKENS_PER_PIECE):
-            self._run(piece[None], cache)
+            self._run(piece[None], cache, **about)
         return cache
 
     @torch.inference_mode()
@@ -97,11 +99,13 @@ class Reader:
         is_greedy = torch.equal(log_probs[0].argmax(-1), rest[0])
         return bool(scores[0] > scores[1:].max()), is_greedy
 
-    def _run(self, input_ids: Int[Tensor, "_ T"], cache: Cache) -> Float[Tensor, "_ T _"]:
+    def _run(
+        self, input_ids: Int[Tensor, "_ T"], cache: Cache, **about: Probe
+    ) -> Float[Tensor, "_ T _"]:
         """Return the last hidden states of a piece of text."""
         ids = input_ids.to(self.model.device)
         body = self.model.base_model
-        out = body(input_ids=ids, use_cache=True, **{CACHE: cache})
+        out = body(input_ids=ids, use_cache=True, **{CACHE: cache}, **about)
         return scaled(self.model, out.last_hidden_state)
 
     def _log_probs(self, hidden_states: Float[Tensor, "_ T _"]) -> Float[Tensor, "_ T _"]:
