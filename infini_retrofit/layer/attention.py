@@ -239,10 +239,14 @@ class InfiniAttention(nn.Module):
         layout = Layout(tokens.key, Cut(is_token=is_token), length)
         segments = self._lay_out(layout, tokens, before, probe, length)
         if not is_step:
-            # Pad queries; the outputs of earlier tokens are dropped.
-            num_kept = len(tokens) - len(new)
+            # Pad queries; the outputs of earlier tokens are dropped, and read no memory.
+            num_kept, first = len(tokens) - len(new), 0
+            if num_kept and layout.grid[1] == 1:
+                first = int(kept.is_token.sum(dim=1).min())
+                num_before = torch.full((len(query),), first, device=query.device)
+                segments = replace(segments, num_before=num_before)
             query = layout.split(F.pad(query, (0, 0, num_kept, 0)), heads)
-            out = layout.join(self._attend(query, segments, probe, embed))[:, num_kept:]
+            out = layout.join(self._attend(query, segments, probe, embed, first))[:, num_kept:]
         return out, state_after(segments, tokens, length)
 
     def _lay_out(
@@ -282,13 +286,18 @@ class InfiniAttention(nn.Module):
         segments: Segments,
         probe: Probe,
         embed: Embed | None,
+        first: int = 0,
     ) -> Float[Tensor, "B S H L V"]:
-        """Attend inside each segment, and blend with what its memory recalls (eq. 10)."""
+        """Attend inside each segment, and blend with what its memory recalls (eq. 10).
+
+        Queries before the `first` read no memory.
+        """
         if self.layer_index in probe.unread:
             return torch.zeros_like(query)
         local = self._attend_locally(query, segments)
         if segments.memories is None:
             return local
+        skipped, local, query = local[..., :first, :], local[..., first:, :], query[..., first:, :]
         if probe.memories is not None:
             probe.memories[self.layer_index] = segments.memories
         memories = probe.swapped.get(self.layer_index, segments.memories)
@@ -306,8 +315,10 @@ class InfiniAttention(nn.Module):
             noted = (share[..., 0], found.float().norm(dim=-1), local.float().norm(dim=-1))
             probe.readings[self.layer_index] = MemoryReading(*(x.detach().float() for x in noted))
         if self.memory.rule in UNIT_RULES:  # recalls little for a key that it does not hold
-            return torch.addcmul(local, share, numerator).to(local.dtype)
-        return mix(local, numerator, denominator, share)
+            out = torch.addcmul(local, share, numerator).to(local.dtype)
+        else:
+            out = mix(local, numerator, denominator, share)
+        return torch.cat([skipped, out], dim=-2)
 
     def _attend_locally(
         self, query: Float[Tensor, "B S H L K"], segments: Segments
