@@ -237,7 +237,10 @@ class InfiniAttention(nn.Module):
                 return out, replace(before, unfinished=tokens, keys=keys)
         is_token = None if cut.is_token is None and len(tokens) == len(new) else tokens.is_token
         layout = Layout(tokens.key, Cut(is_token=is_token), length)
-        segments = self._lay_out(layout, tokens, before, probe, length)
+        border = None
+        if self.layer_index in probe.unread:
+            border = tokens.is_token.sum(dim=1) // length
+        segments = self._lay_out(layout, tokens, before, probe, length, border)
         if not is_step:
             # Pad queries; the outputs of earlier tokens are dropped, and read no memory.
             num_kept, first = len(tokens) - len(new), 0
@@ -250,9 +253,18 @@ class InfiniAttention(nn.Module):
         return out, state_after(segments, tokens, length)
 
     def _lay_out(
-        self, layout: Layout, tokens: Tokens, before: LayerState, probe: Probe, length: int
+        self,
+        layout: Layout,
+        tokens: Tokens,
+        before: LayerState,
+        probe: Probe,
+        length: int,
+        border: Int[Tensor, "B"] | None = None,
     ) -> Segments:
-        """Cut keys and values into segments, and write the memory before each."""
+        """Cut keys and values into segments, and write the memory before each.
+
+        With `border` only the memory after so many segments of each document.
+        """
         key, value = (layout.split(x, self.shape.num_kv_heads) for x in (tokens.key, tokens.value))
         place = layout.place_by(tokens.tables)
         line = memories = memory = None
@@ -277,7 +289,15 @@ class InfiniAttention(nn.Module):
                 feature = F.pad(feature[..., :-1, :], (0, 0, 1, 0))
                 if self.memory.rule == "neural_cache":
                     value = F.pad(value[..., 1:, :], (0, 0, 1, 0))
-            memories, memory = self.memory(job, feature, key, value, is_token, before.memory)
+            if border is not None:  # what comes after it is not written yet
+                segment = torch.arange(layout.grid[1], device=key.device)[:, None]
+                ends = (segment < border[:, None, None]).expand(*layout.grid)
+                is_token = ends if is_token is None else is_token & ends
+            written = feature, key, value, is_token, before.memory
+            if border is None:
+                memories, memory = self.memory(job, *written)
+            else:
+                memory = self.memory("state_after", *written)
         return Segments(place, keys, line, memories, memory)
 
     def _attend(

@@ -89,7 +89,7 @@ class CompressiveMemory(nn.Module):
             self.query_gate = nn.Parameter(torch.zeros(shape.num_heads, shape.head_dim))
 
     def forward(self, job: str, *args: Any) -> Any:
-        """Do `states`, `recent_states` or `read` as a call.
+        """Do `states`, `state_after`, `recent_states` or `read` as a call.
 
         Hooks of modules see calls only: offload brings the parameters, FSDP gathers them.
         """
@@ -102,11 +102,13 @@ class CompressiveMemory(nn.Module):
         value: Num[Tensor, "B S N L V"],
         is_token: Bool[Tensor, "B S L"] | None,
         before: MemoryState | None,
+        *,
+        only_last: bool = False,
     ) -> tuple[MemoryState, MemoryState]:
         """Return the memory before each segment (B, S), and the one after the last (B).
 
         Padding is not written. `before` is the memory before the first segment; None: the
-        document begins.
+        document begins. `only_last` spares the slots before each segment.
         """
         with torch.autocast(feature.device.type, enabled=False):
             write, retention = self._write(feature, key, value, is_token)
@@ -120,10 +122,14 @@ class CompressiveMemory(nn.Module):
                 return prefix_states(write_segments(write), first, self.stop_gradient_every)
             options = (self.stop_gradient_every, self.state_dtype)
             if self.rule == "neural_cache":
-                memories, after = slot_states(write, first, *options)
+                memories, after = slot_states(write, first, *options, only_last=only_last)
             else:
                 memories, after = scan_states(write, self.rule, first, retention, *options)
             return memories, after.to(self.state_dtype or feature.dtype)
+
+    def state_after(self, *written: Any) -> MemoryState:
+        """Return the memory after the last segment alone; takes what `states` takes."""
+        return self.states(*written, only_last=True)[1]
 
     def whole(self, state: MemoryState) -> MemoryState:
         """Return a memory as it crosses calls: a neural cache with all of its slots."""

@@ -251,10 +251,13 @@ def slot_states(
     initial: MemoryState,
     stop_gradient_every: int | None = None,
     state_dtype: torch.dtype | None = None,
+    *,
+    only_last: bool = False,
 ) -> tuple[MemoryState, MemoryState]:
     """Append (B, S) to a neural cache segment by segment: the oldest tokens lose their slots.
 
-    All else is as in `scan_states`. What each segment finds is cut out of one row of tokens.
+    All else is as in `scan_states`. What each segment finds is cut out of one row of tokens, or
+    `only_last` what is found after them all.
     """
     num_segments, num_slots = write.feature.shape[1], initial.normalizer.shape[-1]
     token = write.weighted_value[..., 0].int()
@@ -267,11 +270,13 @@ def slot_states(
     # Empty slots first. Then a segment's slots end where the tokens that are left begin.
     order = (row > 0).int().argsort(dim=-1, stable=True)
     begin = row.shape[-1] - num_slots - F.pad(num_left, (0, 0, 0, 1))
+    reader = torch.arange(num_segments + 1, device=row.device)[:, None, None]
+    if only_last:
+        begin, reader = begin[:, -1:], reader[-1:]
     places = begin[..., None] + torch.arange(num_slots, device=row.device)
-    places = order[:, None].expand(-1, num_segments + 1, -1, -1).gather(-1, places)
+    places = order[:, None].expand(-1, len(reader), -1, -1).gather(-1, places)
     stacked = states.map(lambda x: _take(x, places))
     if stop_gradient_every is not None:
-        reader = torch.arange(num_segments + 1, device=row.device)[:, None, None]
         writer = (places - num_slots).clamp_min(0) // token.shape[-1]
         is_cut = writer // stop_gradient_every != reader // stop_gradient_every
         matrix = torch.where(is_cut[..., None], stacked.matrix.detach(), stacked.matrix)

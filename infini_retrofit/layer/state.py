@@ -105,7 +105,7 @@ def state_after(segments: Segments, tokens: Tokens, segment_length: int) -> Laye
     """
     border = tokens.is_token.sum(dim=1) // segment_length
     memory, context, sink = segments.memory, None, None
-    if memory is not None:
+    if segments.memories is not None:
         before_each = segments.memories.map(lambda x, last: at_border(x, last, border), memory)
         memory = before_each.to(memory.matrix.dtype)
     if segments.line is not None:
