@@ -39,6 +39,7 @@ ABSENT = {
     "infini.window": "64",
     "infini.memory_layers": "all",
     "infini.memory_key": "own",
+    "infini.key_layer": "own",
     "infini.memory_value": "hidden",
     "infini.num_slots": "0",
     "infini.recall_norm": "none",

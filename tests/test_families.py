@@ -14,11 +14,12 @@ from infini_retrofit.model.families import FAMILIES, Family
 from infini_retrofit.model.retrofit import insert_infini
 from infini_retrofit.model.running import run_folded
 from infini_retrofit.pipeline.files import write_manifest
-from tests.reference import infini_params, largest
+from tests.reference import MODEL_FORMS, infini_params, largest, name_of
 from tests.tiny import random_ids
 
 # Rotation tables are float32, and so is an export.
 MOST = {"control": 1e-4, "export": 0.0, "generate": 1e-4}
+KEYS_OF_THE_FIRST = next(x for x in MODEL_FORMS if "key_layer" in x) | {"memory_layers": [-1]}
 OTHERS = ("cohere", "gemma2", "gpt2", "gptj", "opt")
 
 
@@ -33,11 +34,13 @@ def test_a_retrofit_computes_what_transformers_computes(name):
 
 
 @pytest.mark.parametrize("name", ["olmo2", "smollm3", "stablelm"])
-@pytest.mark.parametrize("insertion", ["parallel", "adapter"])
+@pytest.mark.parametrize(
+    "form", [{"insertion": "parallel"}, {"insertion": "adapter"}, KEYS_OF_THE_FIRST], ids=name_of
+)
 @torch.no_grad()
-def test_a_branch_remembers_the_segments_before(name, insertion):
+def test_a_branch_remembers_the_segments_before(name, form):
     model = make_base(name).double()
-    insert_infini(model, infini_params(insertion=insertion))
+    insert_infini(model, infini_params(**form))
     for weight in model.parameters():
         weight += 0.1 * torch.randn_like(weight)
     ids = random_ids(model.config.vocab_size, 1, 10)

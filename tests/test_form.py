@@ -34,8 +34,9 @@ REFUSED = [
     ({**CACHE, "memory_value": "hidden"}, r"memory_value must be embedding .* got hidden"),
     ({**CACHE, "feature_map": "elu1"}, r"feature_map must be unit .* got elu1 with neural_cache"),
     ({"local": "none"}, r"local must be softmax or linear unless .* got none with replace and on"),
-    ({"memory_key": "before"}, r"memory_key must be own and .* got before and hidden"),
-    ({"memory_value": "embedding"}, r"memory_key must be own and .* got own and embedding"),
+    ({"memory_key": "before"}, r"memory_key and .* must be own and .* got before, own, hidden"),
+    ({"memory_value": "embedding"}, r"memory_key and .* hidden unless .* got own, own, embedding"),
+    ({"key_layer": 0}, r"memory_key and infini\.key_layer must be own .* got own, 0, hidden"),
     ({"local": "linear", "positions": "alibi"}, r"positions must be rope or none .* got alibi"),
     (
         {"update_rule": "delta", "seed_scaling": True},

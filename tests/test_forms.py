@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from infini_retrofit.layer import local_attention
-from infini_retrofit.layer.attention import InfiniAttention
+from infini_retrofit.layer.attention import InfiniAttention, Noted
 from infini_retrofit.layer.cut import Cut
 from infini_retrofit.layer.form import InfiniParams
 from infini_retrofit.layer.naive import NaiveLayer
@@ -175,27 +175,32 @@ def test_a_branch_that_is_a_memory_equals_the_loop(rule, value, key):
 
 
 @pytest.mark.parametrize("num_slots", [1, SEGMENT + 1, 100])
-@pytest.mark.parametrize("key", ["own", "before"])
-def test_a_neural_cache_equals_the_loop(key, num_slots):
+@pytest.mark.parametrize(("key", "key_layer"), [("own", "own"), ("before", "own"), ("before", 0)])
+def test_a_neural_cache_equals_the_loop(key, key_layer, num_slots):
     form = MEMORY_BRANCH | {"memory_key": key, "segment_length": SEGMENT, "gate": "query"}
+    form |= {"key_layer": key_layer}
     form |= {"update_rule": "neural_cache", "num_slots": num_slots}
-    layer, x = make_layer(form), draw_hidden(2, DOCUMENT).requires_grad_()
+    layer, x = make_layer(form), draw_hidden(3, DOCUMENT).requires_grad_()
+    seen = x[2] if key_layer == 0 else None
     layer.memory.sharpness.data.fill_(3.0)
     layer.memory.floor.data.fill_(1.0)
     ids = torch.randperm(DOCUMENT)
     given = {"token_ids": ids[None], "embed": lambda tokens: x[1][tokens]}
+    given |= {"noted": Noted(x[2:])}
     probe, state = Probe(memories={}), State()
     got = layer(x[:1], probe=probe, state=state, **given)[0][0]
     # No more slots than the document can fill; all of them cross to the next call.
     assert probe.memories[layer.layer_index].normalizer.shape[-1] == min(num_slots, DOCUMENT)
     assert state.after[layer.layer_index].memory.normalizer.shape[-1] == num_slots
-    want = NaiveLayer(layer, infini_params(**form))(x[0], None, embeddings=x[1][ids])
+    want = NaiveLayer(layer, infini_params(**form))(x[0], None, embeddings=x[1][ids], seen=seen)
     assert largest(got - want) < 1e-9
     inputs = (x, layer.memory.sharpness, layer.memory.floor)
     both = [torch.autograd.grad(out.sin().sum(), inputs) for out in (got, want)]
     for one, other in zip(*both, strict=True):
         assert largest(one - other) < 1e-9
         assert largest(one) > 1e-4
+    # A query is made of what the form says, and of nothing else.
+    assert [bool(both[0][0][i].any()) for i in (0, 2)] == [key_layer == "own", key_layer == 0]
     assert got[:SEGMENT].count_nonzero() == 0
 
 

@@ -22,7 +22,7 @@ Axes:
 """
 
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -57,6 +57,13 @@ from infini_retrofit.layer.tokens import Tokens
 INITIAL_MEMORY_SHARE = 0.02
 # A recalled embedding is small beside what it is added to: from 1 it learns too late (LOG.md).
 INITIAL_EMBEDDING_SCALE = 8.0
+
+
+@dataclass
+class Noted:
+    """What the layer `key_layer` attends with, for the keys of later ones; of one forward pass."""
+
+    hidden_states: Float[Tensor, "R T D"] | None = None
 
 
 class InfiniAttention(nn.Module):
@@ -139,12 +146,14 @@ class InfiniAttention(nn.Module):
         hidden_states: Float[Tensor, "R T D"],
         embeddings: Float[Tensor, "R T D"] | None = None,
         token_ids: Int[Tensor, "R T"] | None = None,
+        noted: Noted | None = None,
     ) -> tuple[Float[Tensor, "R T HK"], Float[Tensor, "R T NK"], Num[Tensor, "R T NV"]]:
         """Return queries, keys and values, clipped and normed as the base's, not rotated.
 
         The value of `neural_cache` is the token's id + 1 (NV = 1).
         """
-        query, key = self.q_proj(hidden_states), self.k_proj(hidden_states)
+        seen = self.key_states(hidden_states, noted)
+        query, key = self.q_proj(seen), self.k_proj(seen)
         is_id = self.params.update_rule == "neural_cache"
         if is_id:
             value = (token_ids[..., None] + 1).int()
@@ -157,6 +166,14 @@ class InfiniAttention(nn.Module):
         if self.q_norm is not None:
             query, key = self._normed(self.q_norm, query), self._normed(self.k_norm, key)
         return query, key, value
+
+    def key_states(
+        self, hidden_states: Float[Tensor, "R T D"], noted: Noted | None
+    ) -> Float[Tensor, "R T D"]:
+        """Return what queries and keys are projections of."""
+        if self.params.key_layer == "own":
+            return hidden_states
+        return noted.hidden_states.to(hidden_states.device)
 
     def _normed(self, norm: nn.Module, x: Tensor) -> Tensor:
         if self.shape.norms == "all":
@@ -178,18 +195,20 @@ class InfiniAttention(nn.Module):
         embeddings: Float[Tensor, "R T D"] | None = None,
         token_ids: Int[Tensor, "R T"] | None = None,
         embed: Embed | None = None,
+        noted: Noted | None = None,
         **_: object,
     ) -> tuple[Float[Tensor, "R T D"], None]:
         """Attend within segments and read the memory of the segments before.
 
         `position_embeddings` are cosines and sines, (R or 1, T, P) each, for RoPE only;
         `embeddings` are those of the tokens, for `memory_value: embedding` only; `neural_cache`
-        needs their ids instead, and `embed`. Without `state` the document begins and ends here. The
-        None of the result stands where attention modules of `transformers` return weights.
+        needs their ids instead, and `embed`; `key_layer` needs `noted`. Without `state` the
+        document begins and ends here. The None of the result stands where attention modules of
+        `transformers` return weights.
         """
         cut, probe = cut or Cut(), probe or Probe()
         before = (state or State()).before.get(self.layer_index, LayerState())
-        query, key, value = self.project(hidden_states, embeddings, token_ids)
+        query, key, value = self.project(hidden_states, embeddings, token_ids, noted)
         turns = self.params.positions == "rope" and self.shape.rotates
         tables = position_embeddings if turns else None
         new = Tokens.of(key, value, tables, cut.is_token)

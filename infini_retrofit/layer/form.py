@@ -42,6 +42,9 @@ class InfiniParams:
     # The key that a value is written under: its token's, or that of the token before it, so that
     # a query like that key recalls what came next.
     memory_key: Literal["own", "before"] = "own"
+    # The decoder layer whose attention's input queries and keys are projections of; own: the
+    # memory's. An earlier one tells contexts apart, where the last knows only what comes next.
+    key_layer: int | Literal["own"] = "own"
     # What is written: a projection of the layer's hidden state, or of the token's embedding.
     memory_value: Literal["hidden", "embedding"] = "hidden"
     num_slots: int = 0  # tokens that a neural_cache keeps: a key and an id each
@@ -141,12 +144,13 @@ class InfiniParams:
                 "infini.local must be softmax or linear unless infini.insertion is parallel and "
                 f"infini.memory is on, got none with {self.insertion} and {self.memory}"
             )
-        what_came_next = (self.memory_key, self.memory_value) != ("own", "hidden")
+        chosen = (self.memory_key, self.key_layer, self.memory_value)
+        what_came_next = chosen != ("own", "own", "hidden")
         if what_came_next and (self.local, self.heads) != ("none", "single"):
             raise ValueError(
-                "infini.memory_key must be own and infini.memory_value hidden unless infini.local "
-                "is none and infini.heads single: other projections are those of the local "
-                f"attention too, got {self.memory_key} and {self.memory_value}"
+                "infini.memory_key and infini.key_layer must be own and infini.memory_value hidden "
+                "unless infini.local is none and infini.heads single: other projections are those "
+                f"of the local attention too, got {', '.join(map(str, chosen))}"
             )
         if self.local == "linear" and self.positions == "alibi":
             raise ValueError(

@@ -68,12 +68,14 @@ class NaiveLayer:
         tables: Tables | None,
         memory_of: Tensor | None = None,
         embeddings: Tensor | None = None,
+        seen: Tensor | None = None,
     ) -> Tensor:
         """Compute the output (T D) of one document (T D), whose tokens have `embeddings` (T D).
 
-        It reads the memory of the document `memory_of` (T D); None: its own.
+        It reads the memory of the document `memory_of` (T D); None: its own. Queries and keys are
+        made of `seen` (T D), which `key_layer` attends with; None: of the document.
         """
-        heads = self.project(hidden_states, embeddings)
+        heads = self.project(hidden_states, embeddings, seen)
         owner = heads if memory_of is None else self.project(memory_of)
         rows = []
         for h in range(len(heads.query)):
@@ -230,7 +232,9 @@ class NaiveLayer:
             return projected / projected.norm()
         return torch.cat([projected.exp(), (-projected).exp()])
 
-    def project(self, hidden_states: Tensor, embeddings: Tensor | None = None) -> Heads:
+    def project(
+        self, hidden_states: Tensor, embeddings: Tensor | None = None, seen: Tensor | None = None
+    ) -> Heads:
         """Project hidden states (T D), one head after another."""
         size, shape = self.layer.shape.head_dim, self.layer.shape
 
@@ -244,8 +248,9 @@ class NaiveLayer:
 
         of_embedding = self.params.memory_value == "embedding"
         valued = embeddings if of_embedding else hidden_states
-        query = heads_of(self.layer.q_proj, hidden_states, shape.num_heads)
-        key = heads_of(self.layer.k_proj, hidden_states, shape.num_kv_heads)
+        seen = hidden_states if seen is None else seen
+        query = heads_of(self.layer.q_proj, seen, shape.num_heads)
+        key = heads_of(self.layer.k_proj, seen, shape.num_kv_heads)
         value = heads_of(self.layer.v_proj, valued, shape.num_kv_heads)
         if (limit := shape.clip) is not None:
             query, key, value = (x.clamp(-limit, limit) for x in (query, key, value))

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 # Of `InfiniAttention.forward`.
-_OURS = ("cut", "state", "probe", "embeddings", "token_ids", "embed")
+_OURS = ("cut", "state", "probe", "embeddings", "token_ids", "embed", "noted")
 _TABLES = "position_embeddings"
 
 

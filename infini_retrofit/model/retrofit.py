@@ -16,7 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from infini_retrofit.layer.attention import InfiniAttention
+from infini_retrofit.layer.attention import InfiniAttention, Noted
 from infini_retrofit.layer.cut import Cut
 from infini_retrofit.layer.form import AttentionShape, InfiniParams
 from infini_retrofit.layer.state import State
@@ -95,11 +95,24 @@ def memory_layers(params: InfiniParams, layers: list[int], num_layers: int) -> l
     return chosen
 
 
+def key_layer(params: InfiniParams, memory_layers: list[int], num_layers: int) -> int | None:
+    """Turn `infini.key_layer` into an index from 0, not after a layer with a memory."""
+    if params.key_layer == "own":
+        return None
+    (index,) = resolve_layers([params.key_layer], num_layers, "infini.key_layer")
+    if memory_layers and index > min(memory_layers):
+        raise ValueError(
+            "infini.key_layer must not come after a layer of infini.memory_layers, got layer "
+            f"{index} for a memory in layer {min(memory_layers)}"
+        )
+    return index
+
+
 def check_form(params: InfiniParams, base: PreTrainedModel) -> None:
     """Refuse layers and sizes that do not fit a base."""
     shapes = attention_shapes(base)
     layers = resolve_layers(params.layers, len(shapes))
-    memory_layers(params, layers, len(shapes))
+    key_layer(params, memory_layers(params, layers, len(shapes)), len(shapes))
     params.count_features(shapes[0].of_heads(params.heads).head_dim)
     hold_tables(base, params, len(layers))
 
@@ -129,6 +142,7 @@ def insert_infini(model: PreTrainedModel, params: InfiniParams, seed: int = 0) -
     family, layers = family_of(model.config), decoder_layers(model)
     chosen = resolve_layers(params.layers, len(layers))
     with_memory = memory_layers(params, chosen, len(layers))
+    noting = key_layer(params, with_memory, len(layers))
     hold_tables(model, params, len(chosen))
     want = _short_run(model, params, State())
     with torch.random.fork_rng(devices=[]):
@@ -154,6 +168,11 @@ def insert_infini(model: PreTrainedModel, params: InfiniParams, seed: int = 0) -
             if layer is not own:
                 put_beside(own, layer)
             own.train(model.training)
+    if noting is not None and with_memory:
+        attention = getattr(layers[noting], family.attention)
+        family.put(layers[noting], attention)
+        attention.register_forward_pre_hook(_note, with_kwargs=True)
+        model.base_model.register_forward_pre_hook(_give_noted, with_kwargs=True)
     if params.update_rule == "neural_cache":
         model.base_model.register_forward_pre_hook(_give_tokens, with_kwargs=True)
     elif params.memory_value == "embedding":
@@ -238,6 +257,8 @@ def confine(
     with torch.random.fork_rng(devices=[]):
         own = _like(base, family, params, index + is_beside * len(layers))
     family.put(layers[index], own.train(base.training))
+    if _note in base._forward_pre_hooks.values():
+        own.register_forward_pre_hook(_note, with_kwargs=True)
     return own
 
 
@@ -272,6 +293,18 @@ def _in_place(module: nn.Module) -> contextlib.AbstractContextManager:
     from accelerate.utils import align_module_device
 
     return align_module_device(module)
+
+
+def _give_noted(
+    body: nn.Module, args: tuple, kwargs: dict[str, Any]
+) -> tuple[tuple, dict[str, Any]]:
+    """Hand every layer of a forward pass the place where one of them notes its states."""
+    return args, kwargs | {"noted": Noted()}
+
+
+def _note(attention: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    """Note what a layer attends with, for the keys of a later one."""
+    kwargs["noted"].hidden_states = args[0] if args else kwargs["hidden_states"]
 
 
 def _give_embeddings(

@@ -74,6 +74,7 @@ def _inputs(
     def note(module: InfiniAttention, args: tuple, kwargs: dict) -> None:
         states = args[0] if args else kwargs["hidden_states"]
         embeddings = kwargs.get("embeddings", states)
+        states = module.key_states(states, kwargs.get("noted"))
         if "embed" in kwargs:
             embeddings = kwargs["embed"](kwargs["token_ids"])
         pair = (states, embeddings)
