@@ -127,7 +127,7 @@ MODEL_FORMS = (
     | {
         "memory_layers": [1],
         "update_rule": "neural_cache",
-        "key_layer": 0,
+        "key_layer": 0.0,
         "num_slots": 7,
         "num_features": 6,
         "state_dtype": "bfloat16",

@@ -36,7 +36,8 @@ REFUSED = [
     ({"local": "none"}, r"local must be softmax or linear unless .* got none with replace and on"),
     ({"memory_key": "before"}, r"memory_key and .* must be own and .* got before, own, hidden"),
     ({"memory_value": "embedding"}, r"memory_key and .* hidden unless .* got own, own, embedding"),
-    ({"key_layer": 0}, r"memory_key and infini\.key_layer must be own .* got own, 0, hidden"),
+    ({"key_layer": 0.5}, r"memory_key and infini\.key_layer must be own .* got own, 0.5, hidden"),
+    ({"key_layer": 1.0}, r"key_layer must be own or a share .* below 1, got 1.0"),
     ({"local": "linear", "positions": "alibi"}, r"positions must be rope or none .* got alibi"),
     (
         {"update_rule": "delta", "seed_scaling": True},
@@ -51,7 +52,7 @@ TAKEN = [
     {"seed_scaling": True, "decay": "feature", "local": "linear", "positions": "none"},
 ]
 # A digest of all fields and choices of `InfiniParams` when files of each format were written.
-FIELDS = {6: "2894eb098074ce8ffdf71172922fa3f7", 7: "d27173927df273975bb51e65e5c87c88"}
+FIELDS = {7: "d27173927df273975bb51e65e5c87c88", 8: "70309c44ce0171b547e00ae12342d919"}
 
 
 @pytest.mark.parametrize(("over", "message"), REFUSED, ids=str)

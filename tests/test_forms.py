@@ -175,13 +175,13 @@ def test_a_branch_that_is_a_memory_equals_the_loop(rule, value, key):
 
 
 @pytest.mark.parametrize("num_slots", [1, SEGMENT + 1, 100])
-@pytest.mark.parametrize(("key", "key_layer"), [("own", "own"), ("before", "own"), ("before", 0)])
+@pytest.mark.parametrize(("key", "key_layer"), [("own", "own"), ("before", "own"), ("before", 0.0)])
 def test_a_neural_cache_equals_the_loop(key, key_layer, num_slots):
     form = MEMORY_BRANCH | {"memory_key": key, "segment_length": SEGMENT, "gate": "query"}
     form |= {"key_layer": key_layer}
     form |= {"update_rule": "neural_cache", "num_slots": num_slots}
     layer, x = make_layer(form), draw_hidden(3, DOCUMENT).requires_grad_()
-    seen = x[2] if key_layer == 0 else None
+    seen = None if key_layer == "own" else x[2]
     layer.memory.sharpness.data.fill_(3.0)
     layer.memory.floor.data.fill_(1.0)
     ids = torch.randperm(DOCUMENT)
@@ -200,7 +200,7 @@ def test_a_neural_cache_equals_the_loop(key, key_layer, num_slots):
         assert largest(one - other) < 1e-9
         assert largest(one) > 1e-4
     # A query is made of what the form says, and of nothing else.
-    assert [bool(both[0][0][i].any()) for i in (0, 2)] == [key_layer == "own", key_layer == 0]
+    assert [bool(both[0][0][i].any()) for i in (0, 2)] == [key_layer == "own", key_layer != "own"]
     assert got[:SEGMENT].count_nonzero() == 0
 
 
@@ -237,7 +237,7 @@ def test_what_some_bases_do_is_in_the_loop_too(change):
 
 def test_every_choice_is_in_a_form():
     kinds = {field.name: field.type for field in fields(InfiniParams)}
-    of_branches = {"memory_key", "memory_value", "insertion", "num_slots"}
+    of_branches = {"memory_key", "key_layer", "memory_value", "insertion", "num_slots"}
     for name in kinds.keys() - {"layers", "memory", "memory_layers", "init"} - of_branches:
         choices = {c for c in get_args(kinds[name]) if isinstance(c, str)}
         choices -= {"none"} if name == "local" else {"neural_cache"}  # of branches too

@@ -20,15 +20,7 @@ from infini_retrofit.model.retrofit import (
     state_bytes,
 )
 from infini_retrofit.model.running import run_folded, run_in_layer
-from tests.reference import (
-    MEMORY_BRANCH,
-    MODEL_FORMS,
-    both_families,
-    infini_params,
-    largest,
-    name_of,
-    retrofitted,
-)
+from tests.reference import MODEL_FORMS, both_families, infini_params, largest, name_of, retrofitted
 from tests.tiny import ids_for, tiny_model
 
 SEGMENT, DOCUMENT = 5, 15
@@ -94,12 +86,8 @@ def test_memory_off_or_no_layers_are_the_base_confined_to_segments(family):
             r"infini\.num_features must be at most 12 for heads of 6 channels, got 14",
         ),
         (
-            MEMORY_BRANCH | {"memory_layers": [1], "key_layer": -1},
+            MODEL_FORMS[-1] | {"key_layer": 0.7},
             r"infini\.key_layer must not come after .* got layer 2 for a memory in layer 1",
-        ),
-        (
-            MEMORY_BRANCH | {"memory_layers": [1], "key_layer": 3},
-            r"infini\.key_layer must be in -3\.\.2 for a base of 3 layers, got 3",
         ),
     ],
     ids=str,
@@ -113,13 +101,14 @@ def test_a_form_that_does_not_fit_the_base_is_refused(form, message):
         retrofitted("llama", **form)
 
 
+@pytest.mark.parametrize(("key_layer", "index"), [("own", 2), (0.5, 1), (0.3, 0), (0.7, 2)])
 @both_families
 @torch.no_grad()
-def test_keys_are_projections_of_what_their_layer_attends_with(family):
-    form = next(form for form in MODEL_FORMS if form.get("key_layer") == 0)
+def test_keys_are_projections_of_what_their_layer_attends_with(family, key_layer, index):
+    form = MODEL_FORMS[-1] | {"memory_layers": [-1], "key_layer": key_layer}
     model, found = retrofitted(family, **form), []
-    own, memory = attention_modules(model)[0], infini_modules(model)[1]
-    own.register_forward_pre_hook(
+    seen, memory = attention_modules(model)[index], infini_modules(model)[2]
+    seen.register_forward_pre_hook(
         lambda _, args, kwargs: found.append(args[0] if args else kwargs["hidden_states"]),
         with_kwargs=True,
     )

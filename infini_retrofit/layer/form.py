@@ -42,9 +42,10 @@ class InfiniParams:
     # The key that a value is written under: its token's, or that of the token before it, so that
     # a query like that key recalls what came next.
     memory_key: Literal["own", "before"] = "own"
-    # The decoder layer whose attention's input queries and keys are projections of; own: the
-    # memory's. An earlier one tells contexts apart, where the last knows only what comes next.
-    key_layer: int | Literal["own"] = "own"
+    # The decoder layer whose attention's input queries and keys are projections of, as a share of
+    # all layers; own: the memory's. The last ones know what comes next, and little of the words
+    # that it follows.
+    key_layer: float | Literal["own"] = "own"
     # What is written: a projection of the layer's hidden state, or of the token's embedding.
     memory_value: Literal["hidden", "embedding"] = "hidden"
     num_slots: int = 0  # tokens that a neural_cache keeps: a key and an id each
@@ -117,6 +118,11 @@ class InfiniParams:
             raise ValueError(
                 "infini.num_features must be base or an even number from 2 on, "
                 f"got {self.num_features}"
+            )
+        if self.key_layer != "own" and not 0 <= self.key_layer < 1:
+            raise ValueError(
+                "infini.key_layer must be own or a share of the layers in 0..1, below 1, "
+                f"got {self.key_layer}"
             )
         if self.bptt_segments != "all" and self.bptt_segments < 1:
             raise ValueError(
@@ -227,7 +233,8 @@ def _is_of(value: Any, kind: Any) -> bool:
 
 def _in_words(kind: Any) -> str:
     """Return the values of the type of a field of `InfiniParams`."""
-    names = {int: "a whole number", list[int]: "a list of whole numbers", bool: "true or false"}
+    names: dict[Any, str] = {int: "a whole number", float: "a share", bool: "true or false"}
+    names[list[int]] = "a list of whole numbers"
     if kind in names or isinstance(kind, str):
         return names.get(kind, kind)
     return " or ".join(_in_words(choice) for choice in get_args(kind))

@@ -28,7 +28,7 @@ from infini_retrofit.pipeline.files import (
 )
 
 WEIGHTS, CONFIG = "retrofit.safetensors", "infini_config.json"
-FORMAT = 7  # older ones know no neural cache
+FORMAT = 8  # older ones know no key_layer
 _NO_TRAINING_SEED = 2**32  # parameters allow smaller ones only
 
 

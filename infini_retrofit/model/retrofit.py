@@ -99,7 +99,7 @@ def key_layer(params: InfiniParams, memory_layers: list[int], num_layers: int) -
     """Turn `infini.key_layer` into an index from 0, not after a layer with a memory."""
     if params.key_layer == "own":
         return None
-    (index,) = resolve_layers([params.key_layer], num_layers, "infini.key_layer")
+    index = int(params.key_layer * num_layers)
     if memory_layers and index > min(memory_layers):
         raise ValueError(
             "infini.key_layer must not come after a layer of infini.memory_layers, got layer "
