@@ -28,7 +28,13 @@ METRICS = "metrics"
 SCORES = "plots/eval_documents.tsv"
 PLOTTED = (SCORES, "plots/eval_positions.tsv")
 REPORT = "report/report.md"
-IF_THERE = ("plots/training.tsv", REPORT)  # which experiments of older versions lack
+IF_THERE = (  # which experiments of older versions lack
+    "plots/training.tsv",
+    REPORT,
+    "plots/longcontext_passkey.tsv",
+    "plots/longcontext_recall.tsv",
+    "plots/longcontext_positions.tsv",
+)
 
 
 def keep(name: str, experiment: Experiment) -> Path:
