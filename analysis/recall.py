@@ -44,6 +44,7 @@ from infini_retrofit.layer.memory import (
     match,
     retrieve,
     scan_states,
+    slot_states,
     with_slots,
 )
 from infini_retrofit.model.retrofit import infini_modules, insert_infini
@@ -185,8 +186,9 @@ def recall(
         write = replace(write, strength=ones, log_decay=torch.zeros_like(ones))
     first = empty_state(write)
     if rule == "neural_cache":
-        first = with_slots(first, num_slots)
-    memories, _ = scan_states(write, rule, first)
+        memories, _ = slot_states(write, with_slots(first, num_slots))
+    else:
+        memories, _ = scan_states(write, rule, first)
     query = asked - 1
     # A query sees what left the window before its own segment began.
     late = WINDOW // SEGMENT

@@ -39,6 +39,8 @@ def main() -> None:
     about = "of the document that is scored (default: %(default)s)"
     parser.add_argument("--tokens", type=int, default=8192, help=about)
     num_tokens = parser.parse_args().tokens
+    if num_tokens < 128:
+        parser.error(f"--tokens must be at least 128, got {num_tokens}")
     params = load_section(LongcontextParams, "longcontext")
     params = replace(params, baselines=BASELINES, lengths=[], document_tokens=[num_tokens])
     every = list(readers(params, load_section(InfiniParams, "infini"), *start_run()))

@@ -28,7 +28,7 @@ METRICS = "metrics"
 SCORES = "plots/eval_documents.tsv"
 PLOTTED = (SCORES, "plots/eval_positions.tsv")
 REPORT = "report/report.md"
-IF_THERE = (  # which experiments of older versions lack
+IF_THERE = (  # which not every experiment has
     "plots/training.tsv",
     REPORT,
     "plots/longcontext_passkey.tsv",

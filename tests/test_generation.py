@@ -192,6 +192,16 @@ def test_reading_keeps_what_a_whole_pass_keeps_and_spares_the_last_layer(
     assert not {m.layer_index for m in last if isinstance(m, InfiniAttention)} & set(attended)
 
 
+@pytest.mark.parametrize("num_tokens", [2, SEGMENT + 2, 2 * SEGMENT, 2 * SEGMENT + 3])
+def test_reading_a_little_keeps_what_waits_in_the_window(num_tokens):
+    model, ids = generating_model(local_context=SEGMENT + 1), draw_ids(2, num_tokens)
+    whole = InfiniCache(model)
+    with torch.no_grad():
+        model(ids, past_key_values=whole)
+    want, got = whole._tensors(), filled(model, ids)._tensors()
+    assert all(torch.equal(x, got[name]) for name, x in want.items())
+
+
 def test_a_conversation_goes_on_by_its_new_tokens_or_by_all_of_it():
     model, first, second = generating_model(), draw_ids(2, 7), draw_ids(2, 4, seed=1)
     cache = InfiniCache(model)

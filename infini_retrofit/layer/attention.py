@@ -310,7 +310,7 @@ class InfiniAttention(nn.Module):
                     value = F.pad(value[..., 1:, :], (0, 0, 1, 0))
             if border is not None:  # what comes after it is not written yet
                 segment = torch.arange(layout.grid[1], device=key.device)[:, None]
-                ends = (segment < border[:, None, None]).expand(*layout.grid)
+                ends = (segment < border[:, None, None]).expand(-1, -1, key.shape[3])
                 is_token = ends if is_token is None else is_token & ends
             written = feature, key, value, is_token, before.memory
             if border is None:

@@ -164,6 +164,7 @@ def scan_states(
     Every state is rounded to `state_dtype`; the gradient passes unchanged. All else is as in
     `prefix_states`.
     """
+    assert rule != "neural_cache", "its slots are no sums: slot_states"
     states, state = [], initial
     for index in range(write.feature.shape[1]):
         states.append(state)

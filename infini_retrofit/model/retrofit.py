@@ -99,7 +99,7 @@ def key_layer(params: InfiniParams, memory_layers: list[int], num_layers: int) -
     """Turn `infini.key_layer` into an index from 0, not after a layer with a memory."""
     if params.key_layer == "own":
         return None
-    index = int(params.key_layer * num_layers)
+    index = int(round(params.key_layer * num_layers, 6))  # 0.29 of 100 is 29
     if memory_layers and index > min(memory_layers):
         raise ValueError(
             "infini.key_layer must not come after a layer of infini.memory_layers, got layer "
