@@ -7,16 +7,16 @@ their form and the window are those of the workspace.
 
 import argparse
 import statistics
-import time
 from dataclasses import replace
+from functools import partial
 
 import pandas as pd
 import torch
 from tqdm import tqdm
 
+from benchmarks.measuring import seconds_of
 from infini_retrofit.layer.form import InfiniParams
 from infini_retrofit.longcontext.params import LongcontextParams
-from infini_retrofit.longcontext.readers import Reader
 from infini_retrofit.pipeline.device import start_run
 from infini_retrofit.pipeline.guard import run_stage
 from infini_retrofit.pipeline.params import load_section
@@ -24,13 +24,6 @@ from stages.eval_longcontext import readers
 
 ROUNDS = 3
 BASELINES = ["window", "streaming", "equal_bytes", "yarn"]
-
-
-def seconds_of(reader: Reader, ids: torch.Tensor) -> float:
-    """Return the seconds in which a reader scores a document."""
-    begin = time.perf_counter()
-    reader.nlls(ids)
-    return time.perf_counter() - begin
 
 
 def main() -> None:
@@ -43,13 +36,14 @@ def main() -> None:
         parser.error(f"--tokens must be at least 128, got {num_tokens}")
     params = load_section(LongcontextParams, "longcontext")
     params = replace(params, baselines=BASELINES, lengths=[], document_tokens=[num_tokens])
-    every = list(readers(params, load_section(InfiniParams, "infini"), *start_run()))
+    device, dtype = start_run()
+    every = list(readers(params, load_section(InfiniParams, "infini"), device, dtype))
     every = [r for r in every if num_tokens <= (r.most_tokens or num_tokens)]
     ids = torch.randint(every[0].model.config.vocab_size, (num_tokens,))
     times = {reader.name: [] for reader in every}
     for _ in tqdm(range(ROUNDS), desc="rounds"):
         for reader in every:
-            times[reader.name].append(seconds_of(reader, ids))
+            times[reader.name].append(seconds_of(partial(reader.nlls, ids), device))
     rows = [
         {
             "reader": reader.name,
