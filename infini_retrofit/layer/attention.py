@@ -263,7 +263,7 @@ class InfiniAttention(nn.Module):
         if not is_step:
             # Pad queries; the outputs of earlier tokens are dropped, and read no memory.
             num_kept, first = len(tokens) - len(new), 0
-            if num_kept and layout.grid[1] == 1:
+            if num_kept and layout.grid[1] == 1 and segments.memories is not None:
                 first = int(kept.is_token.sum(dim=1).min())
                 num_before = torch.full((len(query),), first, device=query.device)
                 segments = replace(segments, num_before=num_before)
@@ -357,7 +357,7 @@ class InfiniAttention(nn.Module):
             out = torch.addcmul(local, share, numerator).to(local.dtype)
         else:
             out = mix(local, numerator, denominator, share)
-        return torch.cat([skipped, out], dim=-2)
+        return torch.cat([skipped, out], dim=-2) if first else out
 
     def _attend_locally(
         self, query: Float[Tensor, "B S H L K"], segments: Segments

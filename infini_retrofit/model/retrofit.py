@@ -96,11 +96,14 @@ def memory_layers(params: InfiniParams, layers: list[int], num_layers: int) -> l
 
 
 def key_layer(params: InfiniParams, memory_layers: list[int], num_layers: int) -> int | None:
-    """Turn `infini.key_layer` into an index from 0, not after a layer with a memory."""
-    if params.key_layer == "own":
+    """Turn `infini.key_layer` into an index from 0, not after a layer with a memory.
+
+    None: each memory's own, or there is no memory.
+    """
+    if params.key_layer == "own" or not memory_layers:
         return None
     index = int(round(params.key_layer * num_layers, 6))  # 0.29 of 100 is 29
-    if memory_layers and index > min(memory_layers):
+    if index > min(memory_layers):
         raise ValueError(
             "infini.key_layer must not come after a layer of infini.memory_layers, got layer "
             f"{index} for a memory in layer {min(memory_layers)}"
@@ -168,15 +171,7 @@ def insert_infini(model: PreTrainedModel, params: InfiniParams, seed: int = 0) -
             if layer is not own:
                 put_beside(own, layer)
             own.train(model.training)
-    if noting is not None and with_memory:
-        attention = getattr(layers[noting], family.attention)
-        family.put(layers[noting], attention)
-        attention.register_forward_pre_hook(_note, with_kwargs=True)
-        model.base_model.register_forward_pre_hook(_give_noted, with_kwargs=True)
-    if params.update_rule == "neural_cache":
-        model.base_model.register_forward_pre_hook(_give_tokens, with_kwargs=True)
-    elif params.memory_value == "embedding":
-        model.base_model.register_forward_pre_hook(_give_embeddings, with_kwargs=True)
+    _hand_over(model, params, noting)
     if want is not None:
         state = State()
         _compare(_short_run(model, params, state), want, model)
@@ -184,6 +179,21 @@ def insert_infini(model: PreTrainedModel, params: InfiniParams, seed: int = 0) -
         assert state.after.keys() >= {m.layer_index for m in modules}, "keywords were dropped"
     # The caches of `transformers` hold no memory; `enable_generation` adds one that does.
     model.generation_config.use_cache = False
+
+
+def _hand_over(model: PreTrainedModel, params: InfiniParams, noting: int | None) -> None:
+    """Give memories what their own layer is not given: states of the layer `noting`, tokens."""
+    family, body = family_of(model.config), model.base_model
+    if noting is not None:
+        layer = decoder_layers(model)[noting]
+        attention = getattr(layer, family.attention)
+        family.put(layer, attention)
+        attention.register_forward_pre_hook(_note, with_kwargs=True)
+        body.register_forward_pre_hook(_give_noted, with_kwargs=True)
+    if params.update_rule == "neural_cache":
+        body.register_forward_pre_hook(_give_tokens, with_kwargs=True)
+    elif params.memory_value == "embedding":
+        body.register_forward_pre_hook(_give_embeddings, with_kwargs=True)
 
 
 def _like(base: nn.Module, family: Family, params: InfiniParams, index: int) -> InfiniAttention:
