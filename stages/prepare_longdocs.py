@@ -97,7 +97,8 @@ def add_prompts(
             if num_text > int(i * corpus.text_share):
                 made[split].append(text[(num_text - 1) % len(text)])
             else:
-                made[split].append(Document(f"prompt {i}", 0, maker.document(i, length)))
+                ids = maker.document(i, length, corpus.prompts)
+                made[split].append(Document(f"prompt {i}", 0, ids))
     return made
 
 

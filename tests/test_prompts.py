@@ -87,7 +87,7 @@ def test_the_seeds_and_the_numbers_of_the_splits_are_disjoint_and_a_seed_repeats
 def test_documents_to_train_on_answer_the_questions_of_their_prompts():
     make, asked = maker("train"), set()
     for seed in range(9):
-        document = make.document(seed, 900)
+        document = make.document(seed, 900, "several")
         assert len(document) == 900
         text = text_of(document.tolist())
         intro = "There is an important info hidden"
@@ -98,6 +98,8 @@ def test_documents_to_train_on_answer_the_questions_of_their_prompts():
             assert given.count(answer.strip()) == (2 if is_key else 1)
             asked.add(is_key)
     assert asked == {True, False}
+    one = text_of(make.document(0, 900, "one").tolist())
+    assert (one.count(intro), len(make.document(0, 900, "one"))) == (1, 900)
 
 
 def test_a_prompt_begins_with_what_the_tokenizer_puts_before_a_text():

@@ -18,6 +18,7 @@ from infini_retrofit.pipeline.fields import (
     Share,
     Weight,
 )
+from infini_retrofit.texts.prompts import PromptsPerDocument
 
 SAME = "same"
 Packages = Annotated[list[Requirement], Field(min_length=1)]
@@ -88,6 +89,7 @@ class PromptsCorpus:
     train: Count  # documents, text included
     val: Annotated[int, Field(ge=2)]
     test: Annotated[int, Field(ge=2)]
+    prompts: PromptsPerDocument
     text_share: Weight  # of them that are plain text of the split
 
 

@@ -22,6 +22,7 @@ from infini_retrofit.pipeline.tables import TokenIds
 from infini_retrofit.texts.splits import SPLITS
 
 Haystack = Literal["sentence", "text"]  # the paper's, again and again; text of the split
+PromptsPerDocument = Literal["one", "several"]  # of a document to train on
 SEEDS_PER_SPLIT = 10**8
 _TRIED_NUMBERS = 1000  # to see how many tokens most have
 NUM_CANDIDATES = 10  # the right answer, and others that stand nowhere in the prompt or elsewhere
@@ -180,17 +181,18 @@ class PromptMaker:
             ids += [*filler[begin:end], *pair]
         return Prompt(ids + filler[ends[-1] :], questions)
 
-    def document(self, seed: int, num_tokens: int) -> TokenIds:
+    def document(self, seed: int, num_tokens: int, number: PromptsPerDocument) -> TokenIds:
         """Make a document to train on: prompts and their answers, exactly `num_tokens` long.
 
-        Their lengths are random, short ones as frequent as long ones. A prompt hides a pass key,
-        or numbers of names. What an earlier one hid must be written over.
+        A prompt hides a pass key, or numbers of names. The lengths of several are random, short
+        ones as frequent as long ones; what an earlier one hid must be told from what a later one
+        hides.
         """
         rng, ids = self._rng(seed), []
-        while (left := num_tokens - len(ids)) >= 2 * self.least_tokens:
+        while number == "several" and (left := num_tokens - len(ids)) >= 2 * self.least_tokens:
             longest = (left - self.least_tokens) / self.least_tokens
             ids += self._answered(rng, round(self.least_tokens * longest ** rng.random()))
-        return np.array(ids + self._answered(rng, left), np.int32)
+        return np.array(ids + self._answered(rng, num_tokens - len(ids)), np.int32)
 
     def _answered(self, rng: random.Random, num_tokens: int) -> list[int]:
         """Return a prompt with all of its questions and answers."""
