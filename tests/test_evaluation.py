@@ -18,6 +18,7 @@ from infini_retrofit.evaluation.protocols import (
     PROTOCOLS,
     EvalParams,
     Setting,
+    carrying_runs,
     full_runs,
     score_full,
     score_sliding,
@@ -30,6 +31,7 @@ from infini_retrofit.pipeline.files import write_sealed
 from infini_retrofit.scoring.score import (
     Score,
     next_token_nlls,
+    score_runs,
     score_segments,
     segment_runs,
     t2_nlls,
@@ -165,3 +167,12 @@ def test_key_tokens_of_other_documents_are_refused(num_scored, positions, fault,
     write_sealed(path, replace(good, num_scored=num_scored, positions=positions))
     with pytest.raises(ValueError, match=f"key_tokens.json {fault}.*dvc repro baseline_eval"):
         read_key_tokens(path, documents)
+
+
+@both_families
+def test_keys_and_values_of_no_more_tokens_than_a_document_has_are_carried(family):
+    base, setting = make(family, inserted=False)
+    documents = setting.text.documents
+    carrying = carrying_runs(base, replace(setting.rival, num_tokens=2**40), documents)
+    whole = [score.nll for score in score_full(base, documents)]
+    assert [score.nll for score in score_runs(base, carrying)] == pytest.approx(whole)

@@ -11,7 +11,7 @@ Axes:
 """
 
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -154,9 +154,7 @@ PROTOCOLS: dict[str, Protocol] = {
     "segment_recent": _OtherMemory(run="recent", gain="recent"),
     "segment_swapped": _OtherMemory(run="swapped", gain="swapped"),
     "segment_kv": Protocol(
-        run=lambda model, setting: segment_runs(
-            make_rival(model, setting.rival), setting.text.documents, setting.rival.segment_length
-        ),
+        run=lambda model, setting: carrying_runs(model, setting.rival, setting.text.documents),
         applies=lambda _, rival: rival.num_tokens > 0,
         models=NOT_DISTILLED,
         by_position=("control", "finetuned"),
@@ -245,6 +243,15 @@ def add_pointer(model: PreTrainedModel, setting: Setting, nlls: Sequence[Tensor]
     weights = pointer.fit_weights(val_nlls, *stored.matches(documents))
     found = stored.matches(setting.text.documents)
     return list(pointer.mix(torch.stack(list(nlls)), *found, weights))
+
+
+def carrying_runs(
+    model: PreTrainedModel, rival: Rival, documents: Int[Tensor, "B T"]
+) -> Iterator[Run]:
+    """Run documents of which every layer carries keys and values, at most a whole document's."""
+    num_tokens = min(rival.num_tokens, documents.shape[1])
+    made = make_rival(model, replace(rival, num_tokens=num_tokens))
+    return segment_runs(made, documents, rival.segment_length)
 
 
 def full_runs(model: PreTrainedModel, documents: Int[Tensor, "B T"]) -> Iterator[Run]:
