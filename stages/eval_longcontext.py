@@ -9,12 +9,14 @@ Writes: metrics/eval_longcontext.json, plots/longcontext_passkey.tsv, plots/long
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import get_args
 
 import torch
 
 from infini_retrofit.layer.form import InfiniParams
 from infini_retrofit.longcontext.cells import (
     Cells,
+    check_prompts,
     grid_rows,
     metrics_of,
     plan,
@@ -32,6 +34,7 @@ from infini_retrofit.longcontext.readers import (
     scaled_reader,
     window_reader,
 )
+from infini_retrofit.longcontext.scaling import Scaling, check_plain_rope
 from infini_retrofit.model.base import load_base, vocab_size
 from infini_retrofit.model.checkpoints import load_retrofit
 from infini_retrofit.model.retrofit import attention_shapes, state_bytes
@@ -56,6 +59,7 @@ def main() -> str:
     articles = read_token_rows(TEST_TEXT, vocab_size(BASE))
     documents = longest_documents(articles, params)
     maker = PromptMaker(open_tokenizer(BASE / "tokenizer.json"), articles, "test")
+    check_prompts(params, infini.segment_length if infini.has_memory else None, maker)
     for folder in RETROFITS:
         verify_manifest(folder)
     device, dtype = start_run()
@@ -96,6 +100,8 @@ def readers(
 ) -> Iterator[Reader]:
     """Yield the base, its baselines, the control and the finetuned, one after another."""
     base = load_base(BASE, dtype).to(device)
+    if set(params.baselines) & set(get_args(Scaling)):
+        check_plain_rope(base)
     yield full_reader("base", base)
     for name in params.baselines:
         if name == "window":

@@ -91,6 +91,11 @@ def add_prompts(
     for split, text in documents.items():
         maker = PromptMaker(tokenizer, [a.input_ids for a in articles[split]], split)
         length, number = len(text[0].input_ids), getattr(corpus, split)
+        if length < maker.least_tokens:
+            raise ValueError(
+                f"longdocs.tokens_per_document must be at least {maker.least_tokens}, a prompt's "
+                f"needle and question with this tokenizer, got {length}"
+            )
         made[split] = []
         for i in progress(range(number), f"prompts of {split}", "documents"):
             num_text = int((i + 1) * corpus.text_share)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -59,16 +60,34 @@ def test_bytes_are_those_counted_by_hand_however_long_the_text(state_dtype, num_
 
 @every_case
 def test_a_saved_cache_goes_on_bit_by_bit(path, family, other, form):
-    model, more = generating_model(family, other, **form), draw_ids(2, 4, seed=1)
+    model = generating_model(family, other, **form)
     # The longest window of a form is 6: in it the memory is empty for two segments.
-    for num_tokens in (1, SEGMENT, 2 * SEGMENT, 13):
-        cache = filled(model, draw_ids(2, num_tokens))
+    for num_rows, num_tokens in ((2, 1), (1, SEGMENT), (2, SEGMENT), (1, 2 * SEGMENT), (2, 13)):
+        cache, more = filled(model, draw_ids(num_rows, num_tokens)), draw_ids(num_rows, 4, seed=1)
         cache.save(path, model)
         loaded = InfiniCache.load(path, model)
         assert torch.equal(go_on(model, loaded, more), go_on(model, cache, more))
         assert (loaded.num_seen, loaded.num_bytes) == (num_tokens, cache.num_bytes)
         assert largest(go_on(model, InfiniCache(model), more) - go_on(model, cache, more)) > 1e-3
         assert list(path.parent.iterdir()) == [path]
+
+
+@every_case
+def test_a_cache_of_rows_that_begin_late_is_saved(path, family, other, form):
+    model, ids = generating_model(family, other, **form), draw_ids(2, 12)
+    mask = torch.ones_like(ids)
+    mask[1, :9] = 0  # less than a segment is left
+    cache = InfiniCache(model)
+    with torch.inference_mode():
+        model(ids, attention_mask=mask, past_key_values=cache)
+    cache.save(path, model)
+    mask = F.pad(mask, (0, 3), value=1)
+    with torch.inference_mode():
+        found, want = (
+            model(draw_ids(2, 3), attention_mask=mask, past_key_values=each).logits
+            for each in (InfiniCache.load(path, model), cache)
+        )
+    assert torch.equal(found, want)
 
 
 @every_case

@@ -1,5 +1,6 @@
 """Readers of long texts: caches, baselines and the stage's cells, against slow references."""
 
+import copy
 import json
 from dataclasses import replace
 
@@ -10,7 +11,14 @@ from torch import Tensor
 
 from infini_retrofit.layer.form import InfiniParams
 from infini_retrofit.longcontext import readers
-from infini_retrofit.longcontext.cells import Cell, Cells, Result, plan, range_begins
+from infini_retrofit.longcontext.cells import (
+    Cell,
+    Cells,
+    Result,
+    check_prompts,
+    plan,
+    range_begins,
+)
 from infini_retrofit.longcontext.params import LongcontextParams
 from infini_retrofit.longcontext.readers import (
     Reader,
@@ -26,6 +34,7 @@ from infini_retrofit.model.retrofit import insert_infini
 from infini_retrofit.model.running import run_folded
 from infini_retrofit.texts.prompts import Question
 from stages import eval_longcontext
+from tests.test_prompts import maker
 from tests.tiny import FAMILIES, ids_for, tiny_model
 from tests.tiny_project import both_projects, metrics_of, rows_of, run_stage
 
@@ -39,7 +48,7 @@ PARAMS = LongcontextParams(
     pairs=[1],
     needles=[2],
     questions=1,
-    compressions=[1, 4],
+    compressions=[1, 4, 16],
     distance=128,
     documents=2,
     document_tokens=[256],
@@ -162,6 +171,18 @@ def test_every_reader_counts_the_bytes_that_it_keeps(family):
     assert infini.num_bytes(75) > 2 * token // 75 * SEGMENT
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_answer_of_one_token_is_the_likeliest_next_one(family):
+    for reader in all_readers(family):
+        ids = ids_for(reader.model, 1, 40)[0]
+        cache = reader.read(ids[:30])
+        hidden = reader._run(ids[None, 30:], copy.deepcopy(cache))
+        likeliest = int(reader._log_probs(hidden)[0, -1].argmax())
+        others = [i for i in range(5) if i != likeliest]
+        question = Question(ids[30:].tolist(), [[likeliest], *([i] for i in others)])
+        assert reader.answer(cache, question) == (True, True)
+
+
 def tables(model) -> Tensor:
     return model.base_model.rotary_emb.inv_freq
 
@@ -189,6 +210,14 @@ def test_each_scaling_changes_the_tables_as_its_formula_says(family):
     assert torch.equal(tables(model), plain)
 
 
+@pytest.mark.parametrize("kind", ["linear", "llama3"])
+def test_a_base_whose_rotations_are_scaled_already_has_no_scaled_rival(kind, project, monkeypatch):
+    base = scale_rope(tiny_model("llama"), kind, 2.0)
+    monkeypatch.setattr(eval_longcontext, "load_base", lambda *_: base)
+    with pytest.raises(ValueError, match=rf"^longcontext\.baselines must .* got rope_type {kind}$"):
+        run_stage("eval_longcontext")
+
+
 def test_dynamic_scaling_does_not_let_one_document_change_the_next():
     model = tiny_model("llama", max_position_embeddings=32)
     ids = ids_for(model, 1, 90)[0]
@@ -213,8 +242,9 @@ def test_compressions_are_counted_and_segments_of_another_length_come_back():
     cells = [c for c in plan(PARAMS, reader) if c.task in ("compressions", "distance")]
     found = {(c.task, c.number): c.tokens for c in cells}
     assert found == {
-        ("compressions", 1): SEGMENT,
+        # One segment has no room for a question.
         ("compressions", 4): 4 * SEGMENT,
+        ("compressions", 16): 16 * SEGMENT,
         ("distance", 1): 128,
         ("distance", 4): 128,
     }
@@ -227,8 +257,10 @@ def test_compressions_are_counted_and_segments_of_another_length_come_back():
     before = reader.nlls(ids)
     coarse = sum(writes)
     writes.clear()
+    kept = reader.num_bytes(64)
     with cut_after(reader.model, SEGMENT // 2):
         assert not torch.allclose(reader.nlls(ids), before)
+        assert reader.num_bytes(64) < kept
     assert sum(writes) == 2 * coarse > 0
     assert torch.equal(reader.nlls(ids), before)
 
@@ -239,7 +271,7 @@ def test_a_reader_with_a_trained_length_skips_what_is_longer_and_others_do_not()
     window = window_reader("window", tiny_model("llama"), 0, 24)
     assert {c.tokens for c in plan(PARAMS, window) if c.task == "passkey"} == {400, 900}
     assert range_begins(2049) == [0, 256, 512, 1024, 2048]
-    assert replace(PARAMS, lengths=[]).longest == 256
+    assert replace(PARAMS, lengths=[], needles=[]).longest == 256
 
 
 def test_a_killed_run_goes_on_from_its_whole_lines(tmp_path):
@@ -275,3 +307,28 @@ def test_a_document_that_is_longer_than_the_articles_is_refused(project, monkeyp
     monkeypatch.setattr(eval_longcontext, "load_section", lambda kind, _: params)
     with pytest.raises(ValueError, match=r"^longcontext\.document_tokens must be at most \d+, "):
         run_stage("eval_longcontext")
+
+
+@pytest.mark.parametrize(
+    ("task", "over"),
+    [
+        ("lengths", {"lengths": [128, 400]}),
+        ("needles", {"needles": [60]}),
+        ("compressions", {"compressions": [4]}),
+    ],
+)
+def test_a_size_without_room_for_its_prompt_is_named_before_anything_is_read(task, over):
+    make = maker()
+    check_prompts(replace(PARAMS, compressions=[16]), SEGMENT, make)
+    with pytest.raises(ValueError, match=rf"^longcontext\.{task} must leave room .* tokens more$"):
+        check_prompts(replace(PARAMS, **{"compressions": [16]} | over), SEGMENT, make)
+
+
+@pytest.mark.parametrize(
+    ("task", "needed"),
+    [("needles", "haystacks"), ("compressions", "haystacks"), ("needles", "lengths")],
+)
+def test_no_task_is_left_out_without_a_word(task, needed):
+    others = {name: [] for name in ("needles", "compressions") if name != task}
+    with pytest.raises(ValueError, match=rf"^longcontext\.{task} must be \[\] when .*{needed}"):
+        replace(PARAMS, **{needed: []} | others)

@@ -115,5 +115,7 @@ def test_a_prompt_begins_with_what_the_tokenizer_puts_before_a_text():
 
 
 def test_a_prompt_without_room_for_its_needle_is_refused():
-    with pytest.raises(ValueError, match=r"^a prompt must have at least \d+ tokens more"):
+    with pytest.raises(ValueError, match=r"^a prompt needs \d+ tokens more$"):
         maker().passkey(0, "text", 100, 0.5)
+    with pytest.raises(ValueError, match=r"^a prompt needs \d+ tokens more$"):
+        maker().passkey_at(0, "text", 8)  # the question alone is longer

@@ -118,6 +118,35 @@ def test_keys_are_projections_of_what_their_layer_attends_with(family, key_layer
 
 
 @both_families
+def test_keys_of_an_earlier_layer_refuse_checkpoints_that_would_lose_their_gradient(family):
+    form = MODEL_FORMS[-1] | {"memory_layers": [-1], "key_layer": 0.3}
+    model = retrofitted(family, **form).train()
+    ids, parameters = ids_for(model), list(model.parameters())
+
+    def gradient() -> Tensor:
+        loss = run_folded(model, ids, SEGMENT).square().mean()
+        found = torch.autograd.grad(loss, parameters, allow_unused=True)
+        return torch.cat([x.flatten() for x in found if x is not None])
+
+    want = gradient()
+    model.activation_checkpointing_enable({"use_reentrant": False})
+    assert torch.equal(gradient(), want)
+    model.activation_checkpointing_enable({"use_reentrant": True})
+    model.enable_input_require_grads()
+    with pytest.raises(ValueError, match=r"^gradient checkpointing must have use_reentrant=False"):
+        run_folded(model, ids, SEGMENT).square().mean().backward()
+
+
+@both_families
+@pytest.mark.parametrize("none", [{"layers": [], "memory_layers": []}, {"memory_layers": []}])
+def test_a_model_without_a_memory_reads_embeddings_alone(family, none):
+    model = retrofitted(family, **(MODEL_FORMS[-1] | none))
+    ids = ids_for(model)
+    embeddings = model.get_input_embeddings()(ids)
+    assert torch.equal(model(inputs_embeds=embeddings).logits, model(ids).logits)
+
+
+@both_families
 def test_only_a_random_layer_loses_the_mlp_and_norms_of_its_base(family):
     old = tiny_model(family).state_dict()
     attention = f".{FAMILIES[family].attention}."

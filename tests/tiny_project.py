@@ -48,7 +48,7 @@ SMALL = dict(leaves(read_params(ROOT / "recipes/budget.yaml"))) | {  # the form 
     "longcontext.lengths": [352],
     "longcontext.pairs": [1],
     "longcontext.needles": [1],
-    "longcontext.compressions": [1],
+    "longcontext.compressions": [1, 8],
     "longcontext.distance": 128,
     "longcontext.document_tokens": [128],
     "longcontext.baselines": ["streaming", "equal_bytes", "yarn"],

@@ -64,6 +64,7 @@ class Noted:
     """What the layer `key_layer` attends with, for the keys of later ones; of one forward pass."""
 
     hidden_states: Float[Tensor, "R T D"] | None = None
+    has_graph: bool = True
 
 
 class InfiniAttention(nn.Module):
@@ -173,6 +174,11 @@ class InfiniAttention(nn.Module):
         """Return what queries and keys are projections of."""
         if self.params.key_layer == "own":
             return hidden_states
+        if torch.is_grad_enabled() and not noted.has_graph:
+            raise ValueError(
+                "gradient checkpointing must have use_reentrant=False where infini.key_layer is "
+                "not own: no gradient would reach the layer that keys are made of"
+            )
         return noted.hidden_states.to(hidden_states.device)
 
     def _normed(self, norm: nn.Module, x: Tensor) -> Tensor:

@@ -43,7 +43,8 @@ class Line:
         cls, own: Tokens, context: Tokens | None, sink: Tokens | None, num_carried: int
     ) -> "Line":
         """Put a call's tokens, laid out in segments, behind what they were handed over."""
-        first = own.columns(0, 1)
+        # A copy: a view would keep the whole call alive, and share its rotations with other layers.
+        first = own.columns(0, 1).map(Tensor.clone)
         if context is None:
             context = own.map(lambda x: x.new_zeros(len(x), num_carried, *x.shape[2:]))
         else:

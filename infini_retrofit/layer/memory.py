@@ -264,7 +264,7 @@ def slot_states(
     token = write.weighted_value[..., 0].int()
     num_left = (token > 0).sum(dim=-1).flip(1).cumsum(dim=1).flip(1)  # from each segment on
     row = torch.cat([initial.normalizer, token.transpose(1, 2).flatten(2)], dim=-1)
-    features = torch.cat([initial.matrix, write.feature.transpose(1, 2).flatten(2, 3)], dim=-2)
+    features = torch.cat([initial.matrix, write.weighted.transpose(1, 2).flatten(2, 3)], dim=-2)
     states = MemoryState(features, row)
     if state_dtype is not None:
         states = states.rounded(state_dtype)

@@ -10,7 +10,7 @@ Axes:
 import json
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,6 +26,7 @@ from infini_retrofit.texts.prompts import Haystack, Prompt, PromptMaker
 Task = Literal["passkey", "capacity", "needles", "compressions", "distance", "positions"]
 FIRST_RANGE = 256  # tokens; each range of positions after it is as long as all before
 SHORTEST_SEGMENT = 32  # tokens; a question must fit into one
+_PARAMETERS = {"passkey": "lengths", "capacity": "pairs"}  # by task, where they differ
 
 
 @dataclass(frozen=True, order=True)
@@ -86,7 +87,13 @@ class Cells:
 
 def plan(params: LongcontextParams, reader: Reader) -> list[Cell]:
     """List the cells of a reader, without those that are longer than it may read."""
-    name, cells = reader.name, []
+    cells = cells_of(params, reader.name, reader.segment_length)
+    return [cell for cell in cells if not (reader.most_tokens and cell.tokens > reader.most_tokens)]
+
+
+def cells_of(params: LongcontextParams, name: str, segment_length: int | None) -> list[Cell]:
+    """List the cells of a reader; only one whose memory has segments is asked across them."""
+    cells = []
     for haystack in params.haystacks:
         cells += [
             Cell(name, "passkey", haystack, tokens, depth, 1)
@@ -98,14 +105,27 @@ def plan(params: LongcontextParams, reader: Reader) -> list[Cell]:
         if params.lengths:
             shortest = min(params.lengths)
             cells += [Cell(name, "needles", haystack, shortest, 0.0, n) for n in params.needles]
-        if (length := reader.segment_length) is not None:
+        if segment_length is not None:
             for number in params.compressions:
-                cells.append(Cell(name, "compressions", haystack, number * length, 0.0, number))
+                if (tokens := number * segment_length) >= SHORTEST_SEGMENT:
+                    cells.append(Cell(name, "compressions", haystack, tokens, 0.0, number))
                 if params.distance // number >= SHORTEST_SEGMENT:
                     cells.append(Cell(name, "distance", haystack, params.distance, 0.0, number))
     for tokens in params.document_tokens:
         cells += [Cell(name, "positions", "none", tokens, 0.0, i) for i in range(params.documents)]
-    return [cell for cell in cells if not (reader.most_tokens and cell.tokens > reader.most_tokens)]
+    return cells
+
+
+def check_prompts(
+    params: LongcontextParams, segment_length: int | None, maker: PromptMaker
+) -> None:
+    """Refuse sizes for a prompt that has no room in them, before any is read."""
+    for cell in cells_of(params, "", segment_length):
+        try:
+            next(prompts_of(cell, replace(params, samples=1), maker), None)
+        except ValueError as error:
+            name = _PARAMETERS.get(cell.task, cell.task)
+            raise ValueError(f"longcontext.{name} must leave room for a prompt: {error}") from error
 
 
 def run_cells(
@@ -137,7 +157,7 @@ def prompts_of(cell: Cell, params: LongcontextParams, maker: PromptMaker) -> Ite
         elif cell.task == "needles":
             questions = params.questions
             yield maker.pairs(seed, cell.number, questions, cell.haystack, cell.tokens)
-        else:
+        elif cell.task != "positions":
             yield maker.passkey_at(seed, cell.haystack, cell.tokens)
 
 
@@ -180,7 +200,8 @@ def range_begins(num_tokens: int) -> list[int]:
 def metrics_of(results: Sequence[Result]) -> dict[str, int | float]:
     """Return the numbers of one reader: shares of right answers, and nats a token."""
     found: dict[str, int | float] = {"num_asked": sum(r.asked for r in results)}
-    found["state_bytes"] = max(r.num_bytes for r in results)
+    # With segments of another length it is another model.
+    found["state_bytes"] = max(r.num_bytes for r in results if r.task != "distance")
     for task in ("passkey", "capacity", "needles", "compressions", "distance"):
         own = [r for r in results if r.task == task]
         if own:

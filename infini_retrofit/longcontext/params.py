@@ -32,9 +32,22 @@ class LongcontextParams:
     compressions: list[Segments]  # between the pass key and its question
     distance: Length  # tokens between them where the segments are cut to give as many
     documents: Count  # longest articles whose loss is plotted by position
-    document_tokens: list[Length]  # of each, one length or none
+    document_tokens: Annotated[list[Length], Field(max_length=1)]  # of each, or none
     baselines: list[Baseline]  # of the base, beside full attention
     window: Annotated[int, Field(ge=16)]  # tokens, of `window` and `streaming`
+
+    def __post_init__(self) -> None:
+        """Refuse tasks that would be left out without a word."""
+        for task, needed in (
+            ("needles", "haystacks"),
+            ("compressions", "haystacks"),
+            ("needles", "lengths"),
+        ):
+            if getattr(self, task) and not getattr(self, needed):
+                raise ValueError(
+                    f"longcontext.{task} must be [] when longcontext.{needed} is [], "
+                    f"got {getattr(self, task)}"
+                )
 
     @property
     def longest(self) -> int:

@@ -19,7 +19,11 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel
 
 from infini_retrofit.generation.cache import InfiniCache
-from infini_retrofit.generation.generation import enable_generation, writing_only
+from infini_retrofit.generation.generation import (
+    enable_generation,
+    segment_length,
+    writing_only,
+)
 from infini_retrofit.generation.versions import CACHE
 from infini_retrofit.layer.attention import InfiniAttention
 from infini_retrofit.layer.form import InfiniParams
@@ -90,10 +94,13 @@ class Reader:
         num_rows = max(1, min(len(rest), _COPIED_BYTES // copied))
         found = []
         for rows in rest.split(num_rows):
-            own = copy.deepcopy(cache)
-            own.batch_repeat_interleave(len(rows))
-            log_probs = self._log_probs(self._run(rows[:, :-1], own))
-            found.append(torch.cat([first.expand(len(rows), -1, -1), log_probs], dim=1))
+            log_probs = first.expand(len(rows), -1, -1)
+            if rows.shape[1] > 1:
+                own = copy.deepcopy(cache)
+                own.batch_repeat_interleave(len(rows))
+                later = self._log_probs(self._run(rows[:, :-1], own))
+                log_probs = torch.cat([log_probs, later], dim=1)
+            found.append(log_probs)
         log_probs = torch.cat(found)
         scores = log_probs.gather(-1, rest[..., None])[..., 0].sum(dim=1)
         is_greedy = torch.equal(log_probs[0].argmax(-1), rest[0])
@@ -154,14 +161,13 @@ def window_reader(name: str, model: PreTrainedModel, num_sinks: int, window: int
 
 def infini_reader(name: str, model: PreTrainedModel, form: InfiniParams) -> Reader:
     """Read segment by segment, with the memory if there is one; changes the model in place."""
-    carried = state_bytes(model)
+    carried, token_bytes = state_bytes(model), _token_bytes(model)
     enable_generation(model, form, "segment")
-    segment = form.segment_length * _token_bytes(model)
     return Reader(
         name=name,
         model=model,
         new_cache=lambda _: InfiniCache(model),
-        num_bytes=lambda _: carried + segment,
+        num_bytes=lambda _: carried + segment_length(model) * token_bytes,
         segment_length=form.segment_length if form.has_memory else None,
     )
 

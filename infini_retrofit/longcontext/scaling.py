@@ -16,6 +16,16 @@ Scaling = Literal["linear", "dynamic", "yarn", "llama3"]
 _LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0}  # of Llama 3.1
 
 
+def check_plain_rope(model: PreTrainedModel) -> None:
+    """Refuse a base with other rotations than plain ones: a scaling would take their place."""
+    parameters = getattr(model.config, "rope_parameters", None) or {}
+    if (kind := parameters.get("rope_type")) != "default":
+        raise ValueError(
+            "longcontext.baselines must name none of linear, dynamic, yarn and llama3 where the "
+            f"base's rotations are not plain ones (rope_type: default), got rope_type {kind}"
+        )
+
+
 def scale_rope(model: PreTrainedModel, kind: Scaling, factor: float) -> PreTrainedModel:
     """Return a base with scaled rotations, which shares the other's weights.
 

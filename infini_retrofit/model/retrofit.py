@@ -171,7 +171,8 @@ def insert_infini(model: PreTrainedModel, params: InfiniParams, seed: int = 0) -
             if layer is not own:
                 put_beside(own, layer)
             own.train(model.training)
-    _hand_over(model, params, noting)
+    if with_memory:
+        _hand_over(model, params, noting)
     if want is not None:
         state = State()
         _compare(_short_run(model, params, state), want, model)
@@ -314,7 +315,9 @@ def _give_noted(
 
 def _note(attention: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
     """Note what a layer attends with, for the keys of a later one."""
-    kwargs["noted"].hidden_states = args[0] if args else kwargs["hidden_states"]
+    noted = kwargs["noted"]
+    noted.hidden_states = args[0] if args else kwargs["hidden_states"]
+    noted.has_graph = torch.is_grad_enabled()
 
 
 def _give_embeddings(

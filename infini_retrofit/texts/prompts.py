@@ -131,7 +131,7 @@ class PromptMaker:
         question = self.encode(_KEY_QUESTION)
         num_asked = len(question) + len(candidates[0])
         if num_tokens is None:
-            before, after = 0, max(num_since - num_asked, 0)
+            before, after = 0, num_since - num_asked
         else:
             room = num_tokens - len(intro) - len(needle) - num_asked
             before = round(depth * room)
@@ -238,7 +238,7 @@ class PromptMaker:
     def _filler(self, rng: random.Random, haystack: Haystack, num_tokens: int) -> list[int]:
         """Return so many tokens without digits."""
         if num_tokens < 0:
-            raise ValueError(f"a prompt must have at least {-num_tokens} tokens more, got fewer")
+            raise ValueError(f"a prompt needs {-num_tokens} tokens more")
         source = self.sentence if haystack == "sentence" else self.text
         begin = 0 if haystack == "sentence" else rng.randrange(len(source))
         places = (begin + np.arange(num_tokens)) % len(source)
