@@ -50,6 +50,7 @@ ABSENT = {
     "finetune.kl_context": "segment",
     "distill.lr_scale.memory": "1",
     "distill.lr_scale.infini": "1",
+    "corpora.passkey.prompts": "several",
     "eval.rivals": "[]",
     "finetune.memory_documents": "0",
     "distill.min_delta": "0",

@@ -35,7 +35,8 @@ def main() -> None:
     if num_tokens < 128:
         parser.error(f"--tokens must be at least 128, got {num_tokens}")
     params = load_section(LongcontextParams, "longcontext")
-    params = replace(params, baselines=BASELINES, lengths=[], document_tokens=[num_tokens])
+    others = {"lengths": [], "needles": [], "document_tokens": [num_tokens]}
+    params = replace(params, baselines=BASELINES, **others)
     device, dtype = start_run()
     every = list(readers(params, load_section(InfiniParams, "infini"), device, dtype))
     every = [r for r in every if num_tokens <= (r.most_tokens or num_tokens)]

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks import readers as benchmark
 from infini_retrofit.layer.form import InfiniParams
 from infini_retrofit.longcontext import readers
 from infini_retrofit.longcontext.cells import (
@@ -300,6 +301,14 @@ def test_the_stage_scores_every_reader_on_the_same_prompts(name, finished):
     assert len({row["model"] for row in rows_of(finished[name], "longcontext_passkey")}) == 6
     lines = (finished[name] / "data" / "longcontext.jsonl").read_text().splitlines()
     assert len(lines) == sum(1 for _ in map(json.loads, lines)) > 6
+
+
+def test_the_benchmark_times_every_reader(project, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["readers", "--tokens", "128"])
+    benchmark.main()
+    table = capsys.readouterr().out
+    names = {"base", "window", "streaming", "equal_bytes", "yarn", "control", "finetuned"}
+    assert {line.split("|")[1].strip() for line in table.splitlines()[2:]} == names
 
 
 def test_a_document_that_is_longer_than_the_articles_is_refused(project, monkeypatch):
