@@ -4,10 +4,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from infini_retrofit.model.retrofit import alphas, attention_modules, insert_infini
+from infini_retrofit.model.retrofit import (
+    alphas,
+    attention_modules,
+    infini_modules,
+    insert_infini,
+)
 from infini_retrofit.scoring.score import score_rows, total
 from infini_retrofit.training.distillation import Teacher, modules_of, tensor_of
-from tests.reference import both_families, infini_params, largest, record_layers
+from tests.reference import MODEL_FORMS, both_families, infini_params, largest, record_layers
 from tests.tiny import random_ids, tiny_llama, tiny_model
 from tests.tiny_training import TOKENS, distillation, run
 
@@ -122,3 +127,14 @@ def test_the_plain_base_passes_with_nothing_to_do(tmp_path, capsys):
     assert (metrics["val_loss"], metrics["val_ppl"]) == (0, want)
     assert metrics["num_trainable_parameters"] == 0
     assert (tmp_path / "memory.tsv").read_text() == "epoch\tquantity\tvalue\n"
+
+
+@pytest.mark.parametrize("layers", [[-1], "all"])
+def test_keys_of_an_earlier_layer_are_distilled_from_what_the_base_gives_it(layers):
+    task = distillation(
+        form=MODEL_FORMS[-1] | {"layers": layers, "memory_layers": [-1], "key_layer": 0.3}
+    )
+    alphas(task.model)[0].data.fill_(1.0)
+    task(ids_for())["loss"].backward()
+    keys = infini_modules(task.model)[2].k_proj.weight
+    assert largest(keys.grad) > 0

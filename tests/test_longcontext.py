@@ -20,6 +20,7 @@ from infini_retrofit.longcontext.cells import (
     plan,
     range_begins,
 )
+from infini_retrofit.longcontext.cells import metrics_of as metrics_of_cells
 from infini_retrofit.longcontext.params import LongcontextParams
 from infini_retrofit.longcontext.readers import (
     Reader,
@@ -273,6 +274,15 @@ def test_a_reader_with_a_trained_length_skips_what_is_longer_and_others_do_not()
     assert {c.tokens for c in plan(PARAMS, window) if c.task == "passkey"} == {400, 900}
     assert range_begins(2049) == [0, 256, 512, 1024, 2048]
     assert replace(PARAMS, lengths=[], needles=[]).longest == 256
+
+
+def test_segments_that_are_cut_for_a_task_do_not_count_as_what_a_model_keeps():
+    cell = Cell("finetuned", "passkey", "text", 512, 0.5, 1)
+    counts = {"asked": 1, "chosen": 1, "greedy": 0, "nll_sums": []}
+    plain = Result(**vars(cell), **counts, num_bytes=7)
+    coarse = replace(plain, task="distance", num_bytes=99)
+    assert metrics_of_cells([plain, coarse])["state_bytes"] == 7
+    assert metrics_of_cells([coarse])["state_bytes"] == 99
 
 
 def test_a_killed_run_goes_on_from_its_whole_lines(tmp_path):

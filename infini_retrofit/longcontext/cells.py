@@ -201,7 +201,8 @@ def metrics_of(results: Sequence[Result]) -> dict[str, int | float]:
     """Return the numbers of one reader: shares of right answers, and nats a token."""
     found: dict[str, int | float] = {"num_asked": sum(r.asked for r in results)}
     # With segments of another length it is another model.
-    found["state_bytes"] = max(r.num_bytes for r in results if r.task != "distance")
+    own = [r for r in results if r.task != "distance"]
+    found["state_bytes"] = max(r.num_bytes for r in own or results)
     for task in ("passkey", "capacity", "needles", "compressions", "distance"):
         own = [r for r in results if r.task == task]
         if own:

@@ -66,6 +66,8 @@ def _faults(errors: list[Any], name: str) -> Iterator[str]:
             yield message if key in message else f"{key}: {message}"
         elif error["type"] in _ABOUT_KEYS:
             yield f"{key} {_ABOUT_KEYS[error['type']]}"
+        elif error["type"] in ("too_short", "too_long"):  # List should have at most 1 item ...
+            yield f"{key} must {error['msg'].partition(' should ')[2]}"
         elif error["type"] == "json_invalid":  # valid to Python: deep, or with half a character
             yield f"{key} is not valid JSON ({error['msg'].removeprefix('Invalid JSON: ')})"
         else:

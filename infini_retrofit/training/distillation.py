@@ -19,6 +19,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from infini_retrofit.layer.attention import Noted
 from infini_retrofit.layer.cut import Cut
 from infini_retrofit.layer.form import InfiniParams
 from infini_retrofit.model.families import decoder_layers
@@ -136,6 +137,8 @@ class Call:
         def fold(x: object) -> object:
             if isinstance(x, tuple):
                 return tuple(fold(item) for item in x)
+            if isinstance(x, Noted):  # all calls share it; what is folded stays so
+                x.hidden_states = fold(x.hidden_states)
             if not isinstance(x, Tensor) or x.shape[1:2] != (num_tokens,):
                 return x
             return x.expand(num_rows, *x.shape[1:]).reshape(-1, segment_length, *x.shape[2:])
@@ -168,6 +171,9 @@ class Teacher:
         """Run the base on a batch and return the calls by layer."""
         self.decoder(input_ids=input_ids, use_cache=False)
         calls, self._calls = self._calls, {}
+        for call in calls.values():
+            if noted := call.kwargs.get("noted"):
+                noted.has_graph = True  # it is given, as every input is
         return calls
 
 
