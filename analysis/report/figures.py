@@ -65,6 +65,7 @@ def draw_gains(axes: Axes, results: Results) -> None:
         axes.plot(gain.nats, line, "o", color=colour)
     axes.axvline(0, color="0.3", linewidth=1)
     axes.set_xlabel("gain (nats a token; right of 0: better)")
+    axes.xaxis.set_major_locator(MaxNLocator(5))  # or numbers of three decimals touch
     _name_lines(axes, [gain.rival for gain in found])
 
 
