@@ -38,7 +38,7 @@ def main() -> None:
     others = {"lengths": [], "needles": [], "document_tokens": [num_tokens]}
     params = replace(params, baselines=BASELINES, **others)
     device, dtype = start_run()
-    every = list(readers(params, load_section(InfiniParams, "infini"), device, dtype))
+    every = list(readers(params, load_section(InfiniParams, "infini"), num_tokens, device, dtype))
     every = [r for r in every if num_tokens <= (r.most_tokens or num_tokens)]
     ids = torch.randint(every[0].model.config.vocab_size, (num_tokens,))
     times = {reader.name: [] for reader in every}

@@ -18,6 +18,7 @@ from infini_retrofit.longcontext.cells import (
     Cells,
     check_prompts,
     grid_rows,
+    longest,
     metrics_of,
     plan,
     position_rows,
@@ -37,10 +38,10 @@ from infini_retrofit.longcontext.readers import (
 from infini_retrofit.longcontext.scaling import Scaling, check_plain_rope
 from infini_retrofit.model.base import load_base, vocab_size
 from infini_retrofit.model.checkpoints import load_retrofit
-from infini_retrofit.model.retrofit import attention_shapes, state_bytes
+from infini_retrofit.model.retrofit import attention_shapes, branch_token_bytes, state_bytes
 from infini_retrofit.pipeline.device import start_run
 from infini_retrofit.pipeline.files import seal_results, verify_manifest, write_metrics, write_rows
-from infini_retrofit.pipeline.guard import run_stage, training_run
+from infini_retrofit.pipeline.guard import note_seconds, run_stage, training_run
 from infini_retrofit.pipeline.params import load_section
 from infini_retrofit.pipeline.tables import TokenIds, read_token_rows
 from infini_retrofit.texts.prompts import PromptMaker
@@ -59,15 +60,18 @@ def main() -> str:
     articles = read_token_rows(TEST_TEXT, vocab_size(BASE))
     documents = longest_documents(articles, params)
     maker = PromptMaker(open_tokenizer(BASE / "tokenizer.json"), articles, "test")
-    check_prompts(params, infini.segment_length if infini.has_memory else None, maker)
+    segment_length = infini.segment_length if infini.has_memory else None
+    check_prompts(params, segment_length, infini.local_context, maker)
     for folder in RETROFITS:
         verify_manifest(folder)
     device, dtype = start_run()
     with training_run("eval_longcontext") as folder:
         kept, results = Cells(folder / CELLS.name), []
-        for reader in readers(params, infini, device, dtype):
-            run_cells(params, reader, maker, documents, kept)
-            results += [kept.found[cell] for cell in plan(params, reader)]
+        for reader in readers(params, infini, longest(params, maker), device, dtype):
+            seconds = run_cells(params, reader, maker, documents, kept)
+            if seconds is not None:
+                note_seconds(f"eval_longcontext.{reader.name}", seconds)
+            results += [kept.found[cell] for cell in plan(params, reader, maker)]
         CELLS.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(kept.path, CELLS)
     names = dict.fromkeys(r.model for r in results)
@@ -86,7 +90,12 @@ def longest_documents(articles: list[TokenIds], params: LongcontextParams) -> li
     """Return the longest articles, the longest first."""
     in_order = sorted(articles, key=len, reverse=True)[: params.documents]
     for tokens in params.document_tokens:
-        if len(in_order) < params.documents or len(in_order[-1]) < tokens:
+        if len(in_order) < params.documents:
+            raise ValueError(
+                f"longcontext.documents must be at most {len(in_order)}, the articles of "
+                f"{TEST_TEXT}, got {params.documents}"
+            )
+        if len(in_order[-1]) < tokens:
             raise ValueError(
                 f"longcontext.document_tokens must be at most {len(in_order[-1])}, the length of "
                 f"article {len(in_order)} of the longest in {TEST_TEXT}, got {tokens} for "
@@ -96,9 +105,16 @@ def longest_documents(articles: list[TokenIds], params: LongcontextParams) -> li
 
 
 def readers(
-    params: LongcontextParams, infini: InfiniParams, device: torch.device, dtype: torch.dtype
+    params: LongcontextParams,
+    infini: InfiniParams,
+    num_tokens: int,
+    device: torch.device,
+    dtype: torch.dtype,
 ) -> Iterator[Reader]:
-    """Yield the base, its baselines, the control and the finetuned, one after another."""
+    """Yield the base, its baselines, the control and the finetuned, one after another.
+
+    Rotations are scaled to texts of `num_tokens`.
+    """
     base = load_base(BASE, dtype).to(device)
     if set(params.baselines) & set(get_args(Scaling)):
         check_plain_rope(base)
@@ -110,10 +126,12 @@ def readers(
             yield window_reader(name, base, NUM_SINKS, params.window)
         elif name == "equal_bytes":
             token_bytes = sum(x.context_token_bytes() for x in attention_shapes(base))
-            num_tokens = -(-state_bytes(base, infini) // token_bytes)
+            kept = state_bytes(base, infini)
+            kept += infini.segment_length * branch_token_bytes(base, infini)
+            num_tokens = -(-kept // token_bytes)
             yield carrying_reader(name, base, infini.segment_length, num_tokens)
         else:
-            yield scaled_reader(base, name, params.longest)
+            yield scaled_reader(base, name, num_tokens)
     del base
     for folder in RETROFITS:
         model, form = load_retrofit(BASE, folder, dtype)

@@ -63,6 +63,11 @@ def main() -> str:
             ("commit", setting.commit()),
         ],
         seconds=list(seconds_rows()),
+        token_seconds={
+            model: found
+            for model in results.recall
+            if (found := setting.seconds(f"eval_longcontext.{model}")) is not None
+        },
     )
     text = as_markdown(report)
     write_metrics(METRICS, summarize(results))

@@ -65,7 +65,8 @@ def test_an_experiment_runs_what_it_must_and_shows_what_it_changed(repository):
     rows = [line.split() for line in Path("report/report.md").read_text().splitlines()]
     assert ["|", "distill.epochs", "|", "3", "|", "2", "|"] in rows
     noted = {path.name for path in Path(".dvc/tmp/seconds").iterdir()}
-    assert noted == set(stages_run(output))
+    readers = [*json.loads(Path("metrics/eval_longcontext.json").read_text())]
+    assert noted == {*stages_run(output), *(f"eval_longcontext.{name}" for name in readers)}
     assert {row[1]: row[3] for row in rows if len(row) == 5}["prepare_base"] == "-"
     assert "short" in run("dvc", "exp", "list", "--name-only")
 

@@ -2,12 +2,14 @@
 
 import copy
 import json
+import re
 from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from benchmarks import readers as benchmark
 from infini_retrofit.layer.form import InfiniParams
@@ -16,8 +18,11 @@ from infini_retrofit.longcontext.cells import (
     Cell,
     Cells,
     Result,
+    cells_of,
     check_prompts,
+    longest,
     plan,
+    prompts_of,
     range_begins,
 )
 from infini_retrofit.longcontext.cells import metrics_of as metrics_of_cells
@@ -32,10 +37,16 @@ from infini_retrofit.longcontext.readers import (
     window_reader,
 )
 from infini_retrofit.longcontext.scaling import scale_rope
-from infini_retrofit.model.retrofit import insert_infini
+from infini_retrofit.model.retrofit import (
+    attention_shapes,
+    branch_token_bytes,
+    insert_infini,
+    state_bytes,
+)
 from infini_retrofit.model.running import run_folded
 from infini_retrofit.texts.prompts import Question
 from stages import eval_longcontext
+from tests.reference import MEMORY_BRANCH
 from tests.test_prompts import maker
 from tests.tiny import FAMILIES, ids_for, tiny_model
 from tests.tiny_project import both_projects, metrics_of, rows_of, run_stage
@@ -159,6 +170,21 @@ def test_one_layer_of_a_window_sees_sinks_and_window_at_the_places_of_a_short_te
         torch.testing.assert_close(logits, windowed_logits(model, ids, 4 - num_sinks, 24))
 
 
+def test_sinks_are_not_rotated_in_a_layer_without_rotations():
+    sizes = {"num_hidden_layers": 1, "no_rope_layers": [0], "vocab_size": 67, "hidden_size": 24}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 37}
+    torch.manual_seed(0)
+    config = AutoConfig.for_model("smollm3", **sizes, **heads, pad_token_id=0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    for weight in model.parameters():
+        weight.data += 0.2 * torch.randn_like(weight)
+    reader, ids = window_reader("streaming", model, 4, 24), ids_for(model, 1, 75)[0]
+    with torch.inference_mode():
+        hidden = reader._run(ids[None, 64:], reader.read(ids[:64]))
+        logits = model.get_output_embeddings()(hidden)[0]
+    torch.testing.assert_close(logits, windowed_logits(model, ids, 4, 24), rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_reader_counts_the_bytes_that_it_keeps(family):
     ids = ids_for(tiny_model(family), 1, 75)[0]
@@ -171,6 +197,30 @@ def test_every_reader_counts_the_bytes_that_it_keeps(family):
         assert reader.num_bytes(75) == 2 * token // 75 * num_tokens == 2 * found
     assert carrying.num_bytes(75) == 2 * token // 75 * (SEGMENT + 5)
     assert infini.num_bytes(75) > 2 * token // 75 * SEGMENT
+
+
+@pytest.mark.parametrize("rule", ["neural_cache", "gated_delta"])
+def test_what_a_branch_keeps_of_an_open_segment_is_counted(rule):
+    form = InfiniParams(
+        **(MEMORY_BRANCH | {"update_rule": rule, "num_features": 6, "feature_map": "unit"}),
+        num_slots=7 if rule == "neural_cache" else 0,
+        segment_length=SEGMENT,
+        state_dtype="bfloat16",
+    )
+    model = tiny_model("llama").bfloat16()
+    insert_infini(model, form)
+    reader = infini_reader("finetuned", model, form)
+    ids = ids_for(model, 1, 6 * SEGMENT)[0]
+    kept = [reader.read(ids[: 5 * SEGMENT + n])._tensors() for n in (SEGMENT - 2, SEGMENT - 1)]
+    one, two = (
+        sum(x.nbytes for name, x in tensors.items() if re.search(r"unfinished\.(key|value)$", name))
+        for tensors in kept
+    )
+    per_token = two - one
+    token_bytes = sum(shape.context_token_bytes() for shape in attention_shapes(model))
+    assert per_token == token_bytes + branch_token_bytes(model) > token_bytes
+    assert branch_token_bytes(tiny_model("llama"), form) == branch_token_bytes(model)
+    assert reader.num_bytes(99) == state_bytes(model) + SEGMENT * per_token
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -203,10 +253,10 @@ def test_each_scaling_changes_the_tables_as_its_formula_says(family):
         assert (ratio <= factor + 1e-4).all()
         assert (ratio.diff() >= -1e-4).all()
         assert ratio[-1] > 1
-    reader, longest = scaled_reader(model, "dynamic", 2048), 1024
-    reader.new_cache(longest)
-    # The base of the powers grows with the document: (4 * length / trained - 3) ^ (d / (d - 2)).
-    grown = (factor * longest / 512 - (factor - 1)) ** (num / (num - 2))
+    reader, length = scaled_reader(model, "dynamic", 2048), 1024
+    reader.new_cache(length)
+    # The base of the powers grows with the document: (length / trained) ^ (d / (d - 2)).
+    grown = (length / 512) ** (num / (num - 2))
     powers = torch.arange(0, num, 2) / num
     torch.testing.assert_close(tables(reader.model), plain * grown**-powers)
     assert torch.equal(tables(model), plain)
@@ -241,7 +291,7 @@ def test_dynamic_scaling_does_not_let_one_document_change_the_next():
 
 def test_compressions_are_counted_and_segments_of_another_length_come_back():
     reader = retrofit("llama")
-    cells = [c for c in plan(PARAMS, reader) if c.task in ("compressions", "distance")]
+    cells = [c for c in plan(PARAMS, reader, maker()) if c.task in ("compressions", "distance")]
     found = {(c.task, c.number): c.tokens for c in cells}
     assert found == {
         # One segment has no room for a question.
@@ -253,7 +303,6 @@ def test_compressions_are_counted_and_segments_of_another_length_come_back():
     ids = ids_for(reader.model, 1, 64)[0]
     writes: list[int] = []
     memory = next(m for m in reader.model.modules() if hasattr(m, "states"))
-    memory.register_forward_hook(lambda *_: None)
     own = memory.states
     memory.states = lambda f, *rest: (writes.append(f.shape[1]), own(f, *rest))[1]
     before = reader.nlls(ids)
@@ -269,11 +318,45 @@ def test_compressions_are_counted_and_segments_of_another_length_come_back():
 
 def test_a_reader_with_a_trained_length_skips_what_is_longer_and_others_do_not():
     base = full_reader("base", tiny_model("llama"))  # 512 positions
-    assert {c.tokens for c in plan(PARAMS, base) if c.task == "passkey"} == {400}
-    window = window_reader("window", tiny_model("llama"), 0, 24)
-    assert {c.tokens for c in plan(PARAMS, window) if c.task == "passkey"} == {400, 900}
+    params = replace(PARAMS, pairs=[1, 64])
+    for reader, lengths, pairs in (
+        (base, {400}, {1}),  # 64 numbers take 1,900 tokens
+        (window_reader("window", tiny_model("llama"), 0, 24), {400, 900}, {1, 64}),
+    ):
+        cells = plan(params, reader, maker())
+        assert {c.tokens for c in cells if c.task == "passkey"} == lengths
+        assert {c.number for c in cells if c.task == "capacity"} == pairs
+    assert longest(params, maker()) > 900 == longest(PARAMS, maker())
     assert range_begins(2049) == [0, 256, 512, 1024, 2048]
-    assert replace(PARAMS, lengths=[], needles=[]).longest == 256
+
+
+def test_a_memory_is_not_asked_for_what_attention_may_still_see():
+    form = {"update_rule": "gated_delta", "num_features": 6, "segment_length": 16}
+    form = InfiniParams(**MEMORY_BRANCH, **form, local_context=48)
+    model = tiny_model("llama")
+    insert_infini(model, form)
+    params = replace(PARAMS, compressions=[1, 3, 4, 16], samples=30)
+    cells = plan(params, infini_reader("finetuned", model, form), make := maker())
+    asked = [cell for cell in cells if cell.task == "compressions"]
+    assert [cell.number for cell in asked] == [4, 16]
+    for prompt in prompts_of(asked[0], params, make):
+        read = [*prompt.input_ids, *prompt.questions[0].input_ids]
+        seen = read[-form.segment_length - form.local_context :]  # at most
+        assert make.has_digit[read].any()
+        assert not make.has_digit[seen].any()
+
+
+def test_each_cell_has_prompts_of_its_own():
+    cells = [c for c in cells_of(PARAMS, "base", None, 0) if c.task == "passkey"]
+    keys = [
+        tuple(prompt.questions[0].candidates[0])
+        for cell in cells
+        for prompt in prompts_of(cell, PARAMS, maker())
+    ]
+    assert len(set(keys)) == len(keys) == PARAMS.samples * len(cells)
+    again = [*prompts_of(cells[0], PARAMS, maker())]
+    other = replace(cells[0], model="control")
+    assert again == [*prompts_of(other, PARAMS, maker())]
 
 
 def test_segments_that_are_cut_for_a_task_do_not_count_as_what_a_model_keeps():
@@ -338,16 +421,28 @@ def test_a_document_that_is_longer_than_the_articles_is_refused(project, monkeyp
 )
 def test_a_size_without_room_for_its_prompt_is_named_before_anything_is_read(task, over):
     make = maker()
-    check_prompts(replace(PARAMS, compressions=[16]), SEGMENT, make)
+    check_prompts(replace(PARAMS, compressions=[16]), SEGMENT, 0, make)
     with pytest.raises(ValueError, match=rf"^longcontext\.{task} must leave room .* tokens more$"):
-        check_prompts(replace(PARAMS, **{"compressions": [16]} | over), SEGMENT, make)
+        check_prompts(replace(PARAMS, **{"compressions": [16]} | over), SEGMENT, 0, make)
 
 
 @pytest.mark.parametrize(
     ("task", "needed"),
-    [("needles", "haystacks"), ("compressions", "haystacks"), ("needles", "lengths")],
+    [
+        ("lengths", "depths"),
+        ("lengths", "haystacks"),
+        ("needles", "haystacks"),
+        ("compressions", "haystacks"),
+        ("needles", "lengths"),
+    ],
 )
 def test_no_task_is_left_out_without_a_word(task, needed):
-    others = {name: [] for name in ("needles", "compressions") if name != task}
+    names = ("lengths", "needles", "compressions")
+    others = {name: [] for name in names if name not in (task, needed)}
     with pytest.raises(ValueError, match=rf"^longcontext\.{task} must be \[\] when .*{needed}"):
         replace(PARAMS, **{needed: []} | others)
+
+
+def test_what_is_named_twice_is_refused_for_it_would_count_twice():
+    with pytest.raises(ValueError, match=r"^longcontext\.baselines must name each value once, got"):
+        replace(PARAMS, baselines=["window", "window"])

@@ -4,6 +4,7 @@ from itertools import product
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer, decoders, models, normalizers, trainers
 from tokenizers.processors import TemplateProcessing
 
 from infini_retrofit.texts.prompts import NUM_CANDIDATES, SEEDS_PER_SPLIT, PromptMaker
@@ -119,3 +120,34 @@ def test_a_prompt_without_room_for_its_needle_is_refused():
         maker().passkey(0, "text", 100, 0.5)
     with pytest.raises(ValueError, match=r"^a prompt needs \d+ tokens more$"):
         maker().passkey_at(0, "text", 8)  # the question alone is longer
+
+
+def sentencepiece() -> Tokenizer:
+    """Return a tokenizer that puts a blank before a text, as SentencePiece does (Llama 2)."""
+    made = Tokenizer(models.BPE(unk_token="<unk>"))
+    blank = normalizers.Replace(" ", "\u2581")
+    made.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), blank])
+    made.decoder = decoders.Sequence(
+        [decoders.Replace("\u2581", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    alphabet = [*map(chr, range(32, 127)), "\u2581"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=150, special_tokens=["<unk>"], initial_alphabet=alphabet, show_progress=False
+    )
+    made.train_from_iterator(TEXT.split(), trainer)
+    return made
+
+
+def test_a_tokenizer_that_begins_a_text_with_a_blank_finds_the_key_in_the_prompt():
+    tokenizer = sentencepiece()
+    ids = np.array(tokenizer.encode(TEXT).ids, np.int32)
+    make = PromptMaker(tokenizer, [ids], "test")
+    for seed in range(8):
+        prompt = make.passkey(seed, "text", 900, 0.5)
+        right = prompt.questions[0].candidates[0]
+        places = range(len(prompt.input_ids) - len(right))
+        found = [i for i in places if prompt.input_ids[i : i + len(right)] == right]
+        assert len(found) == 2
+    assert make.begins_word.any()
+    # At the start of a text it is another token.
+    assert tokenizer.encode(" 12345").ids != make.encode(" 12345")

@@ -1,8 +1,10 @@
 """Stage `report`: the verdict for each sign, the summary, the page and the continuations."""
 
+import base64
 import json
 import math
 import re
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -141,7 +143,7 @@ def test_the_stage_reports_a_finished_project(project):
     for shown in (verdict(results), "memory swapped", *headings, "prepare_wikitext"):
         assert shown in text
         assert shown in page
-    assert len(re.findall("<img ", page)) == 4
+    assert len(re.findall("<img ", page)) == 7
     # It opens without internet.
     assert not re.search(r"""(src|href)\s*=\s*(?!["']?data:)|url\(|@import|https?://""", page)
 
@@ -166,8 +168,9 @@ def test_curves_are_read_from_each_stage_or_from_the_rows_of_all(project):
 
 
 def test_seconds_are_those_noted_here_and_the_table_ends_on_the_terminal(project, capsys):
-    setting.SECONDS.mkdir(parents=True)
+    (setting.SECONDS / "eval_longcontext.yarn").unlink()
     (setting.SECONDS / "distill").write_text("31.4\n")
+    (setting.SECONDS / "eval_longcontext.base").write_text("0.0025\n")
     before = {path: path.read_bytes() for path in Path("metrics").iterdir()}
     run_stage("report")
     shown = capsys.readouterr().out
@@ -175,7 +178,36 @@ def test_seconds_are_those_noted_here_and_the_table_ends_on_the_terminal(project
     lines = [line.split() for line in Path("report/report.md").read_text().splitlines()]
     assert ["|", "distill", "|", "31", "|"] in lines
     assert ["|", "finetune", "|", "-", "|"] in lines
+    texts = svg_texts(Path("report/index.html").read_text(), "Loss by position in the document")
+    assert any(re.fullmatch(r"base: \d+\.\d MB, 2\.5 ms", text) for text in texts)
+    assert any(re.fullmatch(r"yarn: \d+\.\d MB", text) for text in texts)
     assert before == {path: path.read_bytes() for path in Path("metrics").iterdir()}
+
+
+def test_a_map_says_what_each_model_was_asked_and_each_task_has_a_panel():
+    columns = ["model", "haystack", "tokens", "depth", "accuracy", "greedy"]
+    cells = [("base", "text", 1024, 0.5, 0.75, 0.25), ("control", "text", 8192, 0.5, 0.5, 0.0)]
+    tasks = ("capacity", "needles", "compressions")
+    recalled = [("base", task, 4, 0.5, 0.0) for task in tasks]
+    results = replace(
+        measured(27.7),
+        grid=pd.DataFrame(cells, columns=columns),
+        recalled=pd.DataFrame(recalled, columns=["model", "task", "number", "accuracy", "greedy"]),
+    )
+    page = as_html(Report("long", results))
+    found = Counter(svg_texts(page, "A pass key in a long prompt"))
+    assert found["75% (25%)"] == found["50% (0%)"] == 1
+    assert found["not asked"] == 2  # the base at 8,192 tokens, the control at 1,024
+    found = svg_texts(page, "Recall by what was stored since")
+    assert {"numbers stored", "segments since the pass key", "base"} <= set(found)
+    assert "segments, equal distance" not in found
+    assert found.count("100%") == 2  # beside each line of panels; an empty one is taken away
+
+
+def svg_texts(page: str, heading: str) -> list[str]:
+    """Return the words of a picture."""
+    encoded = re.search(f'alt="{heading}" src="data:image/svg\\+xml;base64,([^"]+)"', page)[1]
+    return re.findall(r"<text [^>]*>([^<]+)</text>", base64.b64decode(encoded).decode())
 
 
 def test_a_page_without_curves_and_continuations_leaves_them_out():

@@ -1,17 +1,19 @@
 """The pictures of the report, as SVG.
 
-Each is narrow enough for a telephone. Knows which protocols tell something about which model.
+Each is narrow enough for a telephone. Knows which protocols tell something about which model;
+analysis/report/long_texts.py draws what is asked of long texts.
 """
 
 import io
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullLocator, ScalarFormatter
 
+from analysis.report.long_texts import draw_grid, draw_long_positions, draw_recall
 from analysis.report.results import Results
 from analysis.report.table import HAVE_MEMORY, MODELS
 from analysis.report.verdict import gains
@@ -41,14 +43,24 @@ LINES = (
 Draw = Callable[[Axes, Results], None]
 
 
-def pictures(results: Results) -> dict[str, str]:
-    """Return the SVG of every picture that the results allow, by its heading."""
+def pictures(results: Results, seconds: Mapping[str, float]) -> dict[str, str]:
+    """Return the SVG of every picture that the results allow, by its heading.
+
+    `seconds` of a token in a long text stand beside the models that were timed.
+    """
     drawn = {"What the memory gains over each rival": _svg(2.8, draw_gains, results)}
     drawn["Perplexity by protocol"] = _svg(3.2, draw_protocols, results)
     if not results.curves.empty:
         drawn["Training"] = _svg(3.6, draw_curves, results)
     if not results.positions.empty:
         drawn["Loss by position in the segment"] = _svg(3.6, draw_positions, results)
+    if not results.grid.empty:
+        drawn["A pass key in a long prompt"] = _figure(draw_grid, results.grid)
+    if not results.recalled.empty:
+        drawn["Recall by what was stored since"] = _figure(draw_recall, results.recalled)
+    if not results.long_positions.empty:
+        rows = results.long_positions
+        drawn["Loss by position in the document"] = _figure(draw_long_positions, rows, seconds)
     return drawn
 
 
@@ -127,12 +139,22 @@ def draw_positions(axes: Axes, results: Results) -> None:
 
 
 def _svg(height: float, draw: Draw, results: Results) -> str:
-    """Draw one pair of axes and return it as SVG, equal for equal results."""
-    with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(WIDTH_INCHES, height), layout="constrained")
+    """Draw one pair of axes and return it as SVG."""
+
+    def draw_axes(figure: Figure) -> None:
+        figure.set_figheight(height)
         axes = figure.subplots()
         axes.spines[["top", "right"]].set_visible(False)
         draw(axes, results)
+
+    return _figure(draw_axes)
+
+
+def _figure(draw: Callable[..., None], *about: object) -> str:
+    """Draw a figure, which sets its height, and return it as SVG, equal for equal results."""
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(WIDTH_INCHES, WIDTH_INCHES), layout="constrained")
+        draw(figure, *about)
         file = io.StringIO()
         figure.savefig(file, format="svg", metadata={"Date": None})
     return file.getvalue()

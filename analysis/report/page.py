@@ -5,7 +5,7 @@ Knows no file.
 
 import base64
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from html import escape
 
 from analysis.report.figures import pictures
@@ -24,6 +24,14 @@ NOTES = {
     ),
     "Loss by position in the segment": (
         "At 0 a token is predicted without any other token of its segment."
+    ),
+    "A pass key in a long prompt": "Right by forced choice (greedily); chance is 10%.",
+    "Recall by what was stored since": (
+        "Right by forced choice (solid) and greedily (dotted). Grey: by knowing only which "
+        "numbers were stored."
+    ),
+    "Loss by position in the document": (
+        "Megabytes kept at the end; milliseconds a token, of the last run here."
     ),
 }
 _TEXTS = ("Continuations", "Where it ran")  # tables of words: their cells stand flush left
@@ -90,6 +98,7 @@ class Report:
         changed: parameters that differ from the default: name, default, value.
         setting: machine, number type, commit and the like: name, value.
         seconds: each stage and its seconds, "-" where it did not run here.
+        token_seconds: of each model that scored a long document here.
     """
 
     title: str
@@ -99,6 +108,7 @@ class Report:
     changed: Rows = ()
     setting: Rows = ()
     seconds: Rows = ()
+    token_seconds: Mapping[str, float] = field(default_factory=dict)
 
 
 def as_markdown(report: Report) -> str:
@@ -120,7 +130,7 @@ def as_html(report: Report) -> str:
         f'<p class="verdict">{escape(verdict(results))}</p>',
         _table(*summary_table(results)),
         _note(explain(results)),
-        f'<div class="pictures">{_figures(pictures(results))}</div>',
+        f'<div class="pictures">{_figures(pictures(results, report.token_seconds))}</div>',
         _note(about_t2(results)),
     ]
     for heading, note, header, rows in _tables(report):

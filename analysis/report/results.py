@@ -19,10 +19,12 @@ EVALUATION = "metrics/eval_sliding.json"
 RECALL = "metrics/eval_longcontext.json"
 DOCUMENTS, POSITIONS = "plots/eval_documents.tsv", "plots/eval_positions.tsv"
 CURVES = "plots/training.tsv"
+GRID, RECALLED = "plots/longcontext_passkey.tsv", "plots/longcontext_recall.tsv"
+LONG_POSITIONS = "plots/longcontext_positions.tsv"
 # What each stage of the pipeline leaves for the report.
 INPUTS = {
     "eval_sliding": (EVALUATION, DOCUMENTS, POSITIONS),
-    "eval_longcontext": (RECALL,),
+    "eval_longcontext": (RECALL, GRID, RECALLED, LONG_POSITIONS),
     **{stage: (f"metrics/{stage}.json", f"plots/{stage}.tsv") for stage in TRAININGS},
 }
 PARAMS = "params.yaml"
@@ -41,6 +43,9 @@ class Results:
             line. Kept experiments may have none.
         params: the whole params.yaml.
         recall: the metrics of each model in long texts. Kept experiments may have none.
+        grid: rows of right answers by model, haystack, length and depth of a pass key.
+        recalled: rows of right answers by model, task and number.
+        long_positions: rows of nats a token by model and position in long documents.
     """
 
     scores: Mapping[str, Mapping[str, float]]
@@ -50,6 +55,9 @@ class Results:
     curves: pd.DataFrame
     params: Mapping[str, Any]
     recall: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    grid: pd.DataFrame = field(default_factory=pd.DataFrame)
+    recalled: pd.DataFrame = field(default_factory=pd.DataFrame)
+    long_positions: pd.DataFrame = field(default_factory=pd.DataFrame)
 
     def ppl(self, protocol: str, model: str = "finetuned") -> float | None:
         """Return the test perplexity of a model; None: it was not scored in this way."""
@@ -117,6 +125,9 @@ def read_results(read: Callable[[str], str]) -> Results:
         curves=_rows(read, CURVES) if curves.empty else curves,
         params=YAML(typ="safe").load(read(PARAMS)),
         recall=json.loads(_read(read, RECALL) or "{}"),
+        grid=_rows(read, GRID),
+        recalled=_rows(read, RECALLED),
+        long_positions=_rows(read, LONG_POSITIONS),
     )
 
 

@@ -33,6 +33,7 @@ from infini_retrofit.layer.compressive_memory import CompressiveMemory, Embed
 from infini_retrofit.layer.cut import Cut, Keys, Layout
 from infini_retrofit.layer.feature_maps import FeatureMaps
 from infini_retrofit.layer.form import (
+    BYTES_PER_ID,
     BYTES_PER_STATE_VALUE,
     AttentionShape,
     InfiniParams,
@@ -125,6 +126,14 @@ class InfiniAttention(nn.Module):
         has_normalizer = self.memory.rule != "gated_delta"
         num_values = num_features * (self.shape.head_dim + has_normalizer)
         return context + num_values * BYTES_PER_STATE_VALUE[dtype]
+
+    @property
+    def open_token_bytes(self) -> int:
+        """Bytes kept of a token whose segment has not ended, keys and values in 16 bits."""
+        both = self.shape.context_token_bytes()
+        if self.memory is None or self.memory.rule != "neural_cache":
+            return both
+        return both // 2 + BYTES_PER_ID
 
     def memory_parameters(self) -> dict[str, list[nn.Parameter]]:
         """Return the parameters that a base's attention lacks, by learning-rate group."""

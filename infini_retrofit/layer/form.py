@@ -11,6 +11,7 @@ from infini_retrofit.layer.memory import UNIT_RULES, UpdateRule
 
 # A deployed model keeps keys and values in a 16-bit type.
 BYTES_PER_CONTEXT_VALUE = 2
+BYTES_PER_ID = 4  # of a token
 _MOST_TOKENS = 2**24  # of a segment: the keys of a layer then fill gigabytes
 StateDtype = Literal["float32", "bfloat16"]
 BYTES_PER_STATE_VALUE: dict[StateDtype, int] = {"float32": 4, "bfloat16": 2}
@@ -18,7 +19,7 @@ BYTES_PER_STATE_VALUE: dict[StateDtype, int] = {"float32": 4, "bfloat16": 2}
 
 def slot_bytes(num_features: int, state_dtype: StateDtype) -> int:
     """Count the bytes of one slot of a neural cache: a key, and an id as int32."""
-    return num_features * BYTES_PER_STATE_VALUE[state_dtype] + 4
+    return num_features * BYTES_PER_STATE_VALUE[state_dtype] + BYTES_PER_ID
 
 
 @dataclass(frozen=True, kw_only=True)

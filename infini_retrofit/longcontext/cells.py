@@ -9,8 +9,10 @@ Axes:
 
 import json
 import os
+import random
+import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,7 +23,7 @@ from torch import Tensor
 from infini_retrofit.longcontext.params import LongcontextParams
 from infini_retrofit.longcontext.readers import Reader, cut_after
 from infini_retrofit.pipeline.progress import progress
-from infini_retrofit.texts.prompts import Haystack, Prompt, PromptMaker
+from infini_retrofit.texts.prompts import SEEDS_PER_SPLIT, Haystack, Prompt, PromptMaker
 
 Task = Literal["passkey", "capacity", "needles", "compressions", "distance", "positions"]
 FIRST_RANGE = 256  # tokens; each range of positions after it is as long as all before
@@ -85,14 +87,33 @@ class Cells:
             os.fsync(file.fileno())
 
 
-def plan(params: LongcontextParams, reader: Reader) -> list[Cell]:
+def plan(params: LongcontextParams, reader: Reader, maker: PromptMaker) -> list[Cell]:
     """List the cells of a reader, without those that are longer than it may read."""
-    cells = cells_of(params, reader.name, reader.segment_length)
-    return [cell for cell in cells if not (reader.most_tokens and cell.tokens > reader.most_tokens)]
+    cells = cells_of(params, reader.name, reader.segment_length, reader.local_context)
+    most = reader.most_tokens
+    return [cell for cell in cells if not most or num_tokens_of(cell, params, maker) <= most]
 
 
-def cells_of(params: LongcontextParams, name: str, segment_length: int | None) -> list[Cell]:
-    """List the cells of a reader; only one whose memory has segments is asked across them."""
+def num_tokens_of(cell: Cell, params: LongcontextParams, maker: PromptMaker) -> int:
+    """Count the tokens of a cell's longest prompt, question and answer included."""
+    if cell.task == "capacity":
+        return max(map(_num_tokens, prompts_of(cell, params, maker)))
+    return cell.tokens
+
+
+def longest(params: LongcontextParams, maker: PromptMaker) -> int:
+    """Count the tokens of the longest document or prompt that every reader may be asked about."""
+    cells = cells_of(params, "", None, 0)
+    return max((num_tokens_of(cell, params, maker) for cell in cells), default=1)
+
+
+def cells_of(
+    params: LongcontextParams, name: str, segment_length: int | None, local_context: int
+) -> list[Cell]:
+    """List the cells of a reader; only one whose memory has segments is asked across them.
+
+    What its attention may still see is not asked of its memory.
+    """
     cells = []
     for haystack in params.haystacks:
         cells += [
@@ -107,7 +128,8 @@ def cells_of(params: LongcontextParams, name: str, segment_length: int | None) -
             cells += [Cell(name, "needles", haystack, shortest, 0.0, n) for n in params.needles]
         if segment_length is not None:
             for number in params.compressions:
-                if (tokens := number * segment_length) >= SHORTEST_SEGMENT:
+                least = max(SHORTEST_SEGMENT, segment_length + local_context)
+                if (tokens := number * segment_length) >= least:
                     cells.append(Cell(name, "compressions", haystack, tokens, 0.0, number))
                 if params.distance // number >= SHORTEST_SEGMENT:
                     cells.append(Cell(name, "distance", haystack, params.distance, 0.0, number))
@@ -117,12 +139,13 @@ def cells_of(params: LongcontextParams, name: str, segment_length: int | None) -
 
 
 def check_prompts(
-    params: LongcontextParams, segment_length: int | None, maker: PromptMaker
+    params: LongcontextParams, segment_length: int | None, local_context: int, maker: PromptMaker
 ) -> None:
     """Refuse sizes for a prompt that has no room in them, before any is read."""
-    for cell in cells_of(params, "", segment_length):
+    for cell in cells_of(params, "", segment_length, local_context):
         try:
-            next(prompts_of(cell, replace(params, samples=1), maker), None)
+            for _ in prompts_of(cell, params, maker):
+                pass
         except ValueError as error:
             name = _PARAMETERS.get(cell.task, cell.task)
             raise ValueError(f"longcontext.{name} must leave room for a prompt: {error}") from error
@@ -134,22 +157,32 @@ def run_cells(
     maker: PromptMaker,
     documents: Sequence[Int[Tensor, "T"]],
     kept: Cells,
-) -> None:
-    """Run the cells of a reader that are not finished."""
-    cells = [cell for cell in plan(params, reader) if cell not in kept.found]
+) -> float | None:
+    """Run the cells of a reader that are not finished.
+
+    Returns:
+        The seconds that a token of the documents took; None: none was scored now.
+    """
+    cells = [cell for cell in plan(params, reader, maker) if cell not in kept.found]
+    seconds = num_tokens = 0.0
     for cell in progress(cells, f"long context, {reader.name}", "cells"):
         if cell.task == "positions":
+            begin = time.perf_counter()
             kept.add(run_document(reader, cell, documents[cell.number][: cell.tokens]))
+            seconds, num_tokens = seconds + time.perf_counter() - begin, num_tokens + cell.tokens
         elif cell.task == "distance":
             with cut_after(reader.model, cell.tokens // cell.number):
                 kept.add(run_prompts(reader, cell, prompts_of(cell, params, maker)))
         else:
             kept.add(run_prompts(reader, cell, prompts_of(cell, params, maker)))
+    return seconds / num_tokens if num_tokens else None
 
 
 def prompts_of(cell: Cell, params: LongcontextParams, maker: PromptMaker) -> Iterator[Prompt]:
-    """Make the prompts of a cell: the same for every reader."""
-    for seed in range(params.samples):
+    """Make the prompts of a cell: the same for every reader, and no other cell's."""
+    about = (cell.task, cell.haystack, cell.tokens, cell.depth, cell.number)
+    for sample in range(params.samples):
+        seed = random.Random(f"{about} {sample}").randrange(SEEDS_PER_SPLIT)
         if cell.task == "passkey":
             yield maker.passkey(seed, cell.haystack, cell.tokens, cell.depth)
         elif cell.task == "capacity":
@@ -165,9 +198,8 @@ def run_prompts(reader: Reader, cell: Cell, prompts: Iterator[Prompt]) -> Result
     """Read each prompt once, and ask all of its questions."""
     asked = chosen = greedy = num_tokens = 0
     for prompt in prompts:
-        last = max(len(q.input_ids) + len(q.candidates[0]) for q in prompt.questions)
-        num_tokens = max(num_tokens, len(prompt.input_ids) + last)
-        cache = reader.read(torch.tensor(prompt.input_ids), len(prompt.input_ids) + last)
+        num_tokens = max(num_tokens, _num_tokens(prompt))
+        cache = reader.read(torch.tensor(prompt.input_ids), _num_tokens(prompt))
         for question in prompt.questions:
             is_chosen, is_greedy = reader.answer(cache, question)
             asked, chosen, greedy = asked + 1, chosen + is_chosen, greedy + is_greedy
@@ -183,6 +215,12 @@ def run_document(reader: Reader, cell: Cell, document: Int[Tensor, "T"]) -> Resu
     sums = [float(nlls[begin - 1 : end - 1].sum()) for begin, end in ranges]
     num_bytes = reader.num_bytes(cell.tokens)
     return Result(**asdict(cell), **_counts(0, 0, 0), num_bytes=num_bytes, nll_sums=sums)
+
+
+def _num_tokens(prompt: Prompt) -> int:
+    """Count the tokens of a prompt, its longest question and answer included."""
+    asked = max(len(q.input_ids) + len(q.candidates[0]) for q in prompt.questions)
+    return len(prompt.input_ids) + asked
 
 
 def _counts(asked: int, chosen: int, greedy: int) -> dict[str, int]:

@@ -39,6 +39,8 @@ class LongcontextParams:
     def __post_init__(self) -> None:
         """Refuse tasks that would be left out without a word."""
         for task, needed in (
+            ("lengths", "depths"),
+            ("lengths", "haystacks"),
             ("needles", "haystacks"),
             ("compressions", "haystacks"),
             ("needles", "lengths"),
@@ -48,8 +50,6 @@ class LongcontextParams:
                     f"longcontext.{task} must be [] when longcontext.{needed} is [], "
                     f"got {getattr(self, task)}"
                 )
-
-    @property
-    def longest(self) -> int:
-        """Return the tokens of the longest document or prompt."""
-        return max([*self.lengths, *self.document_tokens, 1])
+        for name, values in vars(self).items():
+            if isinstance(values, list) and len({*values}) < len(values):
+                raise ValueError(f"longcontext.{name} must name each value once, got {values}")

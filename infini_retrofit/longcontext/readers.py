@@ -30,7 +30,12 @@ from infini_retrofit.layer.form import InfiniParams
 from infini_retrofit.layer.probe import Probe
 from infini_retrofit.longcontext.scaling import Scaling, fit_length, scale_rope
 from infini_retrofit.longcontext.windows import window_cache
-from infini_retrofit.model.retrofit import attention_shapes, insert_infini, state_bytes
+from infini_retrofit.model.retrofit import (
+    attention_shapes,
+    branch_token_bytes,
+    insert_infini,
+    state_bytes,
+)
 from infini_retrofit.model.running import scaled
 from infini_retrofit.scoring.losses import token_nlls
 from infini_retrofit.texts.prompts import Question
@@ -49,6 +54,7 @@ class Reader:
         num_bytes: of what is kept after so many tokens, keys and values in 16 bits.
         most_tokens: that it may read; None: any number.
         segment_length: of the model's memory; None: it has none.
+        local_context: tokens that attention sees beside the segment.
     """
 
     name: str
@@ -57,6 +63,7 @@ class Reader:
     num_bytes: Callable[[int], int]
     most_tokens: int | None = None
     segment_length: int | None = None
+    local_context: int = 0
 
     @torch.inference_mode()
     def read(self, input_ids: Int[Tensor, "T"], num_tokens: int | None = None) -> Cache:
@@ -133,7 +140,9 @@ def full_reader(name: str, model: PreTrainedModel) -> Reader:
 
 def scaled_reader(model: PreTrainedModel, kind: Scaling, longest: int) -> Reader:
     """Read with full attention and rotations that are scaled to the longest document."""
-    factor = max(1, math.ceil(longest / model.config.max_position_embeddings))
+    # `dynamic` takes each document's own length.
+    trained = model.config.max_position_embeddings
+    factor = 1 if kind == "dynamic" else max(1, math.ceil(longest / trained))
     model, token_bytes = scale_rope(model, kind, float(factor)), _token_bytes(model)
 
     def new_cache(num_tokens: int) -> Cache:
@@ -161,7 +170,8 @@ def window_reader(name: str, model: PreTrainedModel, num_sinks: int, window: int
 
 def infini_reader(name: str, model: PreTrainedModel, form: InfiniParams) -> Reader:
     """Read segment by segment, with the memory if there is one; changes the model in place."""
-    carried, token_bytes = state_bytes(model), _token_bytes(model)
+    carried = state_bytes(model)
+    token_bytes = _token_bytes(model) + branch_token_bytes(model)
     enable_generation(model, form, "segment")
     return Reader(
         name=name,
@@ -169,6 +179,7 @@ def infini_reader(name: str, model: PreTrainedModel, form: InfiniParams) -> Read
         new_cache=lambda _: InfiniCache(model),
         num_bytes=lambda _: carried + segment_length(model) * token_bytes,
         segment_length=form.segment_length if form.has_memory else None,
+        local_context=form.local_context,
     )
 
 

@@ -20,18 +20,19 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer
 
 from infini_retrofit.layer.cut import rotate
+from infini_retrofit.model.retrofit import attention_shapes
 
 
 class WindowLayer(DynamicLayer):
     """The keys and values that one layer keeps.
 
     Sinks are rotated to stand just before the window: the distances stay those of a text of
-    `num_sinks + window` tokens.
+    `num_sinks + window` tokens. `inv_freq` are the model's, or None in a layer without rotations.
     """
 
     is_croppable = False
 
-    def __init__(self, num_sinks: int, window: int, inv_freq: Float[Tensor, "_"]) -> None:
+    def __init__(self, num_sinks: int, window: int, inv_freq: Float[Tensor, "_"] | None) -> None:
         super().__init__()
         self.num_sinks, self.window, self.inv_freq = num_sinks, window, inv_freq
         self.num_seen = 0
@@ -44,7 +45,7 @@ class WindowLayer(DynamicLayer):
         self.num_seen += key_states.shape[-2]
         num_left = self.num_seen - keys.shape[-2]
         sinks, recent = keys.split([self.num_sinks, keys.shape[-2] - self.num_sinks], dim=-2)
-        if num_left and self.num_sinks:
+        if num_left and self.num_sinks and self.inv_freq is not None:
             angles = (num_left * self.inv_freq).repeat(2)
             keys = torch.cat([rotate(sinks, angles.cos(), angles.sin()), recent], dim=-2)
         if recent.shape[-2] > self.window:
@@ -66,5 +67,5 @@ class WindowLayer(DynamicLayer):
 def window_cache(model: PreTrainedModel, num_sinks: int, window: int) -> Cache:
     """Return an empty cache of a base; its first piece of text must hold all the sinks."""
     inv_freq = model.base_model.rotary_emb.inv_freq
-    layers = range(model.config.num_hidden_layers)
-    return Cache(layers=[WindowLayer(num_sinks, window, inv_freq) for _ in layers])
+    tables = [inv_freq if shape.rotates else None for shape in attention_shapes(model)]
+    return Cache(layers=[WindowLayer(num_sinks, window, table) for table in tables])

@@ -126,10 +126,31 @@ def state_bytes(model: PreTrainedModel, params: InfiniParams | None = None) -> i
     With `params`, count those of a base in which this form would be inserted.
     """
     if params is not None:
-        with torch.device("meta"):
-            model = type(model)(copy.deepcopy(model.config))
-            insert_infini(model, params)
+        model = _sizes_of(model, params)
     return sum(m.state_bytes for m in model.modules() if isinstance(m, InfiniAttention))
+
+
+def branch_token_bytes(model: PreTrainedModel, params: InfiniParams | None = None) -> int:
+    """Count the bytes that branches keep of each token until its segment ends.
+
+    These are keys and values in 16 bits, or a token's id; the base's own are not among them.
+    `params` as in `state_bytes`.
+    """
+    if params is not None:
+        model = _sizes_of(model, params)
+    return sum(
+        module.open_token_bytes
+        for name, module in model.named_modules()
+        if isinstance(module, InfiniAttention) and BRANCH in name.split(".")
+    )
+
+
+def _sizes_of(model: PreTrainedModel, params: InfiniParams) -> PreTrainedModel:
+    """Return a model without numbers, of a base's sizes and with a form inserted."""
+    with torch.device("meta"):
+        made = type(model)(copy.deepcopy(model.config))
+        insert_infini(made, params)
+    return made
 
 
 def insert_infini(model: PreTrainedModel, params: InfiniParams, seed: int = 0) -> None:

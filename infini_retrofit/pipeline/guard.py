@@ -348,11 +348,16 @@ def _refuse_shallow() -> None:
         )
 
 
+def note_seconds(name: str, seconds: float) -> None:
+    """Write how long something took, for the report; no output, for it always differs."""
+    write_text(SECONDS / name, f"{seconds:.6f}\n")
+
+
 def _note_seconds(stage: str) -> None:
     """Write how long this process has run, its imports included."""
     import psutil  # here, for chat and export run without it
 
-    write_text(SECONDS / stage, f"{time.time() - psutil.Process().create_time():.1f}\n")
+    note_seconds(stage, time.time() - psutil.Process().create_time())
 
 
 def _die_with_parent() -> None:

@@ -24,6 +24,8 @@ from infini_retrofit.texts.splits import SPLITS
 Haystack = Literal["sentence", "text"]  # the paper's, again and again; text of the split
 PromptsPerDocument = Literal["one", "several"]  # of a document to train on
 SEEDS_PER_SPLIT = 10**8
+_BEFORE = "a"  # stands before what is encoded apart, and is no part of it
+_SENTENCEPIECE_SPACE = "\u2581"
 _TRIED_NUMBERS = 1000  # to see how many tokens most have
 NUM_CANDIDATES = 10  # the right answer, and others that stand nowhere in the prompt or elsewhere
 _INTRO = (
@@ -86,9 +88,15 @@ class PromptMaker:
         self.tokenizer, self.split = tokenizer, SPLITS.index(split)
         vocabulary = [tokenizer.decode([i]) for i in range(tokenizer.get_vocab_size())]
         self.has_digit = np.array([any(c.isdigit() for c in word) for word in vocabulary])
-        self.begins_word = np.array([word[:1].isspace() for word in vocabulary])
+        names = (tokenizer.id_to_token(i) for i in range(len(vocabulary)))
+        self.begins_word = np.array(
+            [
+                word[:1].isspace() or name.startswith(_SENTENCEPIECE_SPACE)
+                for word, name in zip(vocabulary, names, strict=True)
+            ]
+        )
         first = first_tokens(tokenizer)
-        self.intro = [*first, *self.encode(_INTRO)]
+        self.intro = [*first, *tokenizer.encode(_INTRO, add_special_tokens=False).ids]
         joined = np.concatenate([ids[len(first) :] for ids in texts])
         self.text = joined[~self.has_digit[joined]]
         self.sentence = np.array(self.encode(_SENTENCE))
@@ -166,7 +174,7 @@ class PromptMaker:
         questions = []
         for index in rng.sample(range(num_pairs), min(num_pairs, most_questions)):
             others = [number for i, number in enumerate(numbers) if i != index]
-            # Stored numbers first: to know which were stored does not help.
+            # Stored numbers first: with ten or more, to know which were stored does not help.
             stored, strange = others[: num_pairs - 1], others[num_pairs - 1 :]
             wrong = rng.sample(stored, min(len(stored), NUM_CANDIDATES - 1)) + strange
             ids = self.encode(_PAIR_QUESTION.format(name=names[index]))
@@ -208,8 +216,17 @@ class PromptMaker:
         return ids
 
     def encode(self, text: str) -> list[int]:
-        """Encode without special tokens."""
-        return self.tokenizer.encode(text, add_special_tokens=False).ids
+        """Encode what stands inside a text: SentencePiece puts a blank before a text's start."""
+        before, whole = (
+            self.tokenizer.encode(x, add_special_tokens=False).ids
+            for x in (_BEFORE, _BEFORE + text)
+        )
+        if whole[: len(before)] != before:
+            raise ValueError(
+                "the base's tokenizer must cut text at blanks, or prompts cannot be put together, "
+                f"but it joins {_BEFORE!r} to {text[:20]!r}"
+            )
+        return whole[len(before) :]
 
     def _rng(self, seed: int) -> random.Random:
         assert 0 <= seed < SEEDS_PER_SPLIT
@@ -231,7 +248,7 @@ class PromptMaker:
         return len(SPLITS) * rng.randrange(least, most) + self.split
 
     def _place(self, filler: Sequence[int], place: int) -> int:
-        """Return the next place where a word begins: a needle cuts none in two."""
+        """Return the next place where a word begins, or the place itself if none does."""
         places = range(place, len(filler)) if place else ()
         return next((i for i in places if self.begins_word[filler[i]]), place)
 
