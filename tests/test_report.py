@@ -185,8 +185,8 @@ def test_seconds_are_those_noted_here_and_the_table_ends_on_the_terminal(project
 
 
 def test_a_map_says_what_each_model_was_asked_and_each_task_has_a_panel():
-    columns = ["model", "haystack", "tokens", "depth", "accuracy", "greedy"]
-    cells = [("base", "text", 1024, 0.5, 0.75, 0.25), ("control", "text", 8192, 0.5, 0.5, 0.0)]
+    columns = ["model", "haystack", "tokens", "depth", "accuracy", "greedy", "num_asked"]
+    cells = [("base", "text", 1024, 0.5, 0.7, 0.3, 10), ("control", "text", 8192, 0.5, 0.5, 0.0, 2)]
     tasks = ("capacity", "needles", "compressions")
     recalled = [("base", task, 4, 0.5, 0.0) for task in tasks]
     results = replace(
@@ -196,7 +196,7 @@ def test_a_map_says_what_each_model_was_asked_and_each_task_has_a_panel():
     )
     page = as_html(Report("long", results))
     found = Counter(svg_texts(page, "A pass key in a long prompt"))
-    assert found["75% (25%)"] == found["50% (0%)"] == 1
+    assert found["7 of 10 (3)"] == found["1 of 2 (0)"] == 1
     assert found["not asked"] == 2  # the base at 8,192 tokens, the control at 1,024
     found = svg_texts(page, "Recall by what was stored since")
     assert {"numbers stored", "segments since the pass key", "base"} <= set(found)

@@ -6,6 +6,7 @@ A model has the same colour in each.
 import math
 from collections.abc import Mapping
 from itertools import product
+from typing import Any
 
 import pandas as pd
 from matplotlib.axes import Axes
@@ -40,23 +41,25 @@ def draw_grid(figure: Figure, rows: pd.DataFrame) -> None:
     for (model, haystack), panel in zip(product(models, haystacks), axes.flat, strict=True):
         found = rows[(rows.model == model) & (rows.haystack == haystack)]
         shares = found.pivot(index="depth", columns="tokens", values="accuracy")
-        greedy = found.pivot(index="depth", columns="tokens", values="greedy")
-        panel.imshow(
-            shares.reindex(index=depths, columns=lengths), _SHADES, vmin=0, vmax=1, aspect="auto"
-        )
+        shares = shares.reindex(index=depths, columns=lengths)
+        panel.imshow(shares, _SHADES, vmin=0, vmax=1, aspect="auto")
+        words = {(row.depth, row.tokens): _counts(row) for row in found.itertuples()}
         for (y, depth), (x, length) in product(enumerate(depths), enumerate(lengths)):
-            share, words = 0.0, "not asked"  # the base, beyond its trained length
-            if length in shares:
-                share = shares.loc[depth, length]
-                words = f"{share:.0%} ({greedy.loc[depth, length]:.0%})"
-            colour = "white" if share > _DARK else "black"
-            panel.text(x, y, words, ha="center", va="center", color=colour, fontsize=8)
+            colour = "white" if shares.loc[depth, length] > _DARK else "black"
+            shown = words.get((depth, length), "not asked")  # the base, beyond its trained length
+            panel.text(x, y, shown, ha="center", va="center", color=colour, fontsize=8)
         panel.set_title(f"{model}, {haystack}", fontsize=9, loc="left", pad=3)
         panel.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths])
         panel.set_yticks(range(len(depths)), [f"{depth:.0%}" for depth in depths], fontsize=8)
         panel.tick_params(length=0)
     figure.supxlabel("tokens of the prompt", fontsize=10)
     figure.supylabel("depth of the pass key", fontsize=10)
+
+
+def _counts(row: Any) -> str:
+    """Return how many answers are right, and greedily: shares would hide how few were asked."""
+    right, greedy = (round(share * row.num_asked) for share in (row.accuracy, row.greedy))
+    return f"{right} of {row.num_asked} ({greedy})"
 
 
 def draw_recall(figure: Figure, rows: pd.DataFrame) -> None:

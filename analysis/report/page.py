@@ -25,7 +25,7 @@ NOTES = {
     "Loss by position in the segment": (
         "At 0 a token is predicted without any other token of its segment."
     ),
-    "A pass key in a long prompt": "Right by forced choice (greedily); chance is 10%.",
+    "A pass key in a long prompt": "Right by forced choice (greedily); chance is 1 of 10.",
     "Recall by what was stored since": (
         "Right by forced choice (solid) and greedily (dotted). Grey: by knowing only which "
         "numbers were stored."
