@@ -88,8 +88,7 @@ def run_stage(main: Callable[[], str | None]) -> None:
     except KeyboardInterrupt:
         sys.exit(130)
     if "DVC_STAGE" in os.environ and is_first_process():
-        with contextlib.suppress(OSError):  # a finished stage does not fail for them
-            _note_seconds(os.environ["DVC_STAGE"])
+        _note_seconds(os.environ["DVC_STAGE"])
 
 
 def note_code() -> None:
@@ -349,8 +348,10 @@ def _refuse_shallow() -> None:
 
 
 def note_seconds(name: str, seconds: float) -> None:
-    """Write how long something took, for the report; no output, for it always differs."""
-    write_text(SECONDS / name, f"{seconds:.6f}\n")
+    """Write how long something took in a stage that DVC runs, for the report."""
+    if "DVC_STAGE" in os.environ:
+        with contextlib.suppress(OSError):  # no stage fails for them
+            write_text(SECONDS / name, f"{seconds:.6f}\n")
 
 
 def _note_seconds(stage: str) -> None:
