@@ -68,10 +68,11 @@ def main() -> str:
     with training_run("eval_longcontext") as folder:
         kept, results = Cells(folder / CELLS.name), []
         for reader in readers(params, infini, longest(params, maker), device, dtype):
-            seconds = run_cells(params, reader, maker, documents, kept)
+            cells = plan(params, reader, maker)
+            seconds = run_cells(cells, params, reader, maker, documents, kept)
             if seconds is not None:
                 note_seconds(f"eval_longcontext.{reader.name}", seconds)
-            results += [kept.found[cell] for cell in plan(params, reader, maker)]
+            results += [kept.found[cell] for cell in cells]
         CELLS.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(kept.path, CELLS)
     names = dict.fromkeys(r.model for r in results)
@@ -128,8 +129,7 @@ def readers(
             token_bytes = sum(x.context_token_bytes() for x in attention_shapes(base))
             kept = state_bytes(base, infini)
             kept += infini.segment_length * branch_token_bytes(base, infini)
-            num_tokens = -(-kept // token_bytes)
-            yield carrying_reader(name, base, infini.segment_length, num_tokens)
+            yield carrying_reader(name, base, infini.segment_length, -(-kept // token_bytes))
         else:
             yield scaled_reader(base, name, num_tokens)
     del base

@@ -1,6 +1,7 @@
 """Readers of long texts: caches, baselines and the stage's cells, against slow references."""
 
 import copy
+import itertools
 import json
 import re
 from dataclasses import replace
@@ -268,6 +269,17 @@ def test_a_base_whose_rotations_are_scaled_already_has_no_scaled_rival(kind, pro
     monkeypatch.setattr(eval_longcontext, "load_base", lambda *_: base)
     with pytest.raises(ValueError, match=rf"^longcontext\.baselines must .* got rope_type {kind}$"):
         run_stage("eval_longcontext")
+
+
+def test_rotations_are_scaled_to_the_longest_text_whatever_stands_before_them(project):
+    params = replace(PARAMS, baselines=["equal_bytes", "yarn"])
+    form = InfiniParams(layers="all", segment_length=16, local_context=0)
+    cpu = torch.device("cpu")
+    made = eval_longcontext.readers(params, form, 2048, cpu, torch.float32)
+    found = {reader.name: reader for reader in itertools.islice(made, 3)}
+    longest_read = found["base"].most_tokens
+    rope = found["yarn"].model.config.rope_parameters
+    assert rope["factor"] == -(-2048 // longest_read) > 1
 
 
 def test_dynamic_scaling_does_not_let_one_document_change_the_next():

@@ -152,20 +152,21 @@ def check_prompts(
 
 
 def run_cells(
+    cells: Sequence[Cell],
     params: LongcontextParams,
     reader: Reader,
     maker: PromptMaker,
     documents: Sequence[Int[Tensor, "T"]],
     kept: Cells,
 ) -> float | None:
-    """Run the cells of a reader that are not finished.
+    """Run those cells of a reader that are not finished.
 
     Returns:
         The seconds that a token of the documents took; None: none was scored now.
     """
-    cells = [cell for cell in plan(params, reader, maker) if cell not in kept.found]
+    left = [cell for cell in cells if cell not in kept.found]
     seconds = num_tokens = 0.0
-    for cell in progress(cells, f"long context, {reader.name}", "cells"):
+    for cell in progress(left, f"long context, {reader.name}", "cells"):
         if cell.task == "positions":
             begin = time.perf_counter()
             kept.add(run_document(reader, cell, documents[cell.number][: cell.tokens]))
